@@ -1,0 +1,1 @@
+"""Fused LoRA kernels for speech models."""
