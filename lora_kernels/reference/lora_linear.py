@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -61,7 +63,7 @@ def lora_branch(
         groups = max(adapter_ids.numel(), 1)
         row_ids = adapter_ids.to(torch.int64).repeat_interleave(rows // groups)
     result = x.new_zeros(rows, lora_b.shape[1])
-    for index, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for index, (begin, end) in enumerate(pairwise(bounds)):
         members = (row_ids == index).nonzero().reshape(-1)
         if end == begin or members.numel() == 0:
             continue

@@ -1,0 +1,149 @@
+"""The ragged bank of one layer: every adapter's rank rows, one after another, never padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from ..errors import AdapterError
+from .adapter import AdapterLayer
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterBank:
+    """All adapters of one layer, in the layout the operators read.
+
+    A bank is immutable: a change makes a new bank, which replaces the old one whole, so that a
+    forward pass under way keeps what it started with.
+
+    Attributes
+    ----------
+    lora_a
+        [R, K], the rank rows of all adapters.
+    lora_b
+        [R, N], by rank row (PEFT's B [N, r] transposed).
+    offsets
+        int32 [n + 1]: adapter i owns the rows offsets[i] .. offsets[i + 1] - 1.
+    scales
+        fp32 [n].
+    ranks
+        The ranks as Python integers; 0 where an adapter leaves this layer alone.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    offsets: torch.Tensor
+    scales: torch.Tensor
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def pack(
+        cls,
+        layers: Sequence[AdapterLayer | None],
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> AdapterBank:
+        """Build a bank from each adapter's layer (None: the adapter leaves this layer alone).
+
+        Parameters
+        ----------
+        layers
+            One entry per adapter, in the order of the adapters' indices.
+        in_features, out_features
+            K and N of the layer.
+        dtype
+            Storage of A and B; None: the smallest dtype that holds every adapter exactly.
+        device
+            Where the bank lives; None: the CPU.
+
+        Raises
+        ------
+        AdapterError
+            If a layer's shape is not that of the module.
+        """
+        for index, layer in enumerate(layers):
+            if layer is not None:
+                check_features(f"adapter {index}", layer, in_features, out_features)
+        present = [layer for layer in layers if layer is not None and layer.rank]
+        if dtype is None:
+            dtypes = [layer.lora_a.dtype for layer in present]
+            dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+        ranks = tuple(layer.rank if layer is not None else 0 for layer in layers)
+        offsets = [0]
+        for rank in ranks:
+            offsets.append(offsets[-1] + rank)
+        lora_a = torch.empty(offsets[-1], in_features, dtype=dtype)
+        lora_b = torch.empty(offsets[-1], out_features, dtype=dtype)
+        for begin, layer in zip(offsets, layers, strict=False):
+            if layer is not None:
+                lora_a[begin : begin + layer.rank] = layer.a_matrix.detach()
+                lora_b[begin : begin + layer.rank] = layer.b_matrix.detach().t()
+        scales = [layer.scale if layer is not None else 1.0 for layer in layers]
+        bank = cls(
+            lora_a,
+            lora_b,
+            torch.tensor(offsets, dtype=torch.int32),
+            torch.tensor(scales, dtype=torch.float32),
+            ranks,
+        )
+        return bank if device is None else bank.to(device)
+
+    def unpack(self) -> list[AdapterLayer | None]:
+        """The layers :meth:`pack` was given, in the bank's dtype (None where the rank is 0)."""
+        layers: list[AdapterLayer | None] = []
+        begin = 0
+        for rank, scale in zip(self.ranks, self.scales.tolist(), strict=True):
+            rows = slice(begin, begin + rank)
+            begin += rank
+            layers.append(
+                AdapterLayer(self.lora_a[rows], self.lora_b[rows].t(), scale) if rank else None
+            )
+        return layers
+
+    def replace(self, index: int, layer: AdapterLayer | None) -> AdapterBank:
+        """A bank with another layer (or none) at ``index``; it grows to hold that index."""
+        layers = self.unpack()
+        layers.extend([None] * (index + 1 - len(layers)))
+        layers[index] = layer
+        packed = AdapterBank.pack(
+            layers, self.lora_a.shape[1], self.lora_b.shape[1], device=self.lora_a.device
+        )
+        return packed
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> AdapterBank:
+        """The bank on another device or with A and B in another dtype (scales stay fp32)."""
+        return AdapterBank(
+            self.lora_a.to(device=device, dtype=dtype),
+            self.lora_b.to(device=device, dtype=dtype),
+            self.offsets.to(device=device),
+            self.scales.to(device=device),
+            self.ranks,
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of adapters n."""
+        return len(self.ranks)
+
+    @property
+    def total_rank(self) -> int:
+        """Number of rank rows R."""
+        return int(self.lora_a.shape[0])
+
+
+def check_features(name: str, layer: AdapterLayer, in_features: int, out_features: int) -> None:
+    """Raise :class:`AdapterError` unless a layer fits a module of K inputs and N outputs."""
+    if (layer.in_features, layer.out_features) != (in_features, out_features):
+        raise AdapterError(
+            f"{name}: expected lora_A [r, {in_features}] and lora_B [{out_features}, r], got "
+            f"{tuple(layer.lora_a.shape)} and {tuple(layer.lora_b.shape)}; this adapter was "
+            "trained for a model of another size, load it on that model"
+        )
