@@ -1,0 +1,214 @@
+#include "common.h"
+
+#include <cstdlib>
+#include <memory>
+#include <sstream>
+
+namespace lora_kernels {
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+void raise_if_failed(const Status& status) { STD_TORCH_CHECK(status.ok(), status.text); }
+
+void expect(bool holds, const char* op, const char* argument, const std::string& text) {
+  if (holds) return;
+  STD_TORCH_CHECK(false, op, ": ", argument, ": ", text);
+}
+
+DType dtype_of(const char* op, const char* argument, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Char: return DType::kInt8;
+    default:
+      expect(false, op, argument,
+             "expected float32, float16, bfloat16 or int8, got scalar type " +
+                 std::to_string(static_cast<int>(t.scalar_type())) + "; convert it with .to(torch.float32)");
+      return DType::kFloat32;
+  }
+}
+
+Activation activation_of(const char* op, const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "gelu") return Activation::kGelu;
+  expect(name == "silu", op, "activation", "expected 'none', 'gelu' or 'silu', got '" + name + "'");
+  return Activation::kSilu;
+}
+
+void expect_tensor(const char* op, const char* argument, const Tensor& t, ScalarType type,
+                   const std::vector<int64_t>& sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || t.size(i) == sizes[i];
+  if (!same) {
+    std::ostringstream text;
+    text << "expected shape [";
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      text << (i ? ", " : "");
+      if (sizes[i] < 0)
+        text << "any";
+      else
+        text << sizes[i];
+    }
+    text << "], got " << shape_of(t);
+    expect(false, op, argument, text.str());
+  }
+  if (t.scalar_type() == type) return;
+  expect(false, op, argument,
+         std::string("expected ") +
+             (type == ScalarType::Int    ? "int32"
+              : type == ScalarType::Long ? "int64"
+              : type == ScalarType::Byte ? "uint8"
+              : type == ScalarType::Char ? "int8"
+                                         : "float32") +
+             ", got another dtype; convert it with .to(...)");
+}
+
+RowView rows_of(const char* op, const char* argument, const Tensor& t) {
+  expect(t.dim() >= 1, op, argument, "expected at least one dimension, got a scalar");
+  RowView view{t};
+  const int64_t dims = t.dim();
+  view.columns = t.size(dims - 1);
+  view.rows = 1;
+  for (int64_t i = 0; i + 1 < dims; ++i) view.rows *= t.size(i);
+  if (dims == 2 && (t.stride(1) == 1 || view.columns == 1) && t.stride(0) >= view.columns &&
+      (size_of(dtype_of(op, argument, t)) != 2 || t.stride(0) % 2 == 0)) {
+    view.stride = t.stride(0);
+  } else {
+    if (!t.is_contiguous()) view.tensor = torch::stable::contiguous(t);
+    view.stride = view.columns;
+  }
+  view.data = view.tensor.data_ptr();
+  return view;
+}
+
+LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+                           const OptionalTensor& scales, const OptionalTensor& offsets,
+                           const OptionalTensor& adapter_ids, int64_t in_features, int64_t out_features) {
+  LoraOperands out;
+  expect(lora_a.has_value() == lora_b.has_value(), op, lora_a ? "lora_b" : "lora_a",
+         "expected both factors or none, got None for this one");
+  if (!lora_a) {
+    expect(!scales && !offsets && !adapter_ids, op, "lora_a",
+           "expected the adapters that scales, offsets or adapter_ids speak of, got None");
+    return out;
+  }
+  const Tensor &a = *lora_a, &b = *lora_b;
+  expect(a.dim() == 2 && a.size(1) == in_features, op, "lora_a",
+         "expected [rank, " + std::to_string(in_features) + "], got " + shape_of(a) +
+             "; is it the adapter of another layer or model?");
+  expect(b.dim() == 2 && b.size(0) == a.size(0) && b.size(1) == out_features, op, "lora_b",
+         "expected [" + std::to_string(a.size(0)) + ", " + std::to_string(out_features) +
+             "] (by rank row; pass PEFT's B [out, rank] as B.t()), got " + shape_of(b));
+  out.shape.dtype = dtype_of(op, "lora_a", a);
+  expect(dtype_of(op, "lora_b", b) == out.shape.dtype, op, "lora_b", "expected the dtype of lora_a");
+  out.shape.total_rank = a.size(0);
+  out.shape.max_rank = a.size(0);
+  out.shape.adapters = 1;
+
+  const RowView rows = rows_of(op, "lora_a", a);
+  out.keep.push_back(rows.tensor);
+  out.bank.a = rows.data;
+  out.bank.a_stride = rows.stride;
+  out.bank.b = b.data_ptr();
+  out.bank.b_stride_rank = b.stride(0);
+  out.bank.b_stride_out = b.stride(1);
+  if (offsets) {
+    expect_tensor(op, "offsets", *offsets, ScalarType::Int, {-1});
+    expect(offsets->size(0) >= 2 && offsets->is_contiguous(), op, "offsets",
+           "expected a contiguous tensor of one entry more than there are adapters, got " + shape_of(*offsets));
+    out.bank.offsets = static_cast<const int32_t*>(offsets->data_ptr());
+    out.shape.adapters = offsets->size(0) - 1;
+    out.shape.max_rank = 0;
+    for (int64_t i = 0; i < out.shape.adapters; ++i) {
+      const int64_t rank = out.bank.offsets[i + 1] - static_cast<int64_t>(out.bank.offsets[i]);
+      if (rank > out.shape.max_rank) out.shape.max_rank = rank;
+    }
+    if (out.shape.max_rank > out.shape.total_rank) out.shape.max_rank = out.shape.total_rank;
+  }
+  if (scales) {
+    expect_tensor(op, "scales", *scales, ScalarType::Float, {out.shape.adapters});
+    expect(scales->is_contiguous(), op, "scales", "expected a contiguous tensor");
+    out.bank.scales = static_cast<const float*>(scales->data_ptr());
+  }
+  if (adapter_ids) {
+    expect_tensor(op, "adapter_ids", *adapter_ids, ScalarType::Int, {-1});
+    expect(adapter_ids->size(0) > 0 && adapter_ids->is_contiguous(), op, "adapter_ids",
+           "expected a contiguous tensor of at least one id, got " + shape_of(*adapter_ids));
+    out.bank.adapter_ids = static_cast<const int32_t*>(adapter_ids->data_ptr());
+    out.shape.groups = adapter_ids->size(0);
+  }
+  return out;
+}
+
+BiasAndResidual bias_and_residual(const char* op, const OptionalTensor& bias, const OptionalTensor& residual,
+                                  const Tensor& x, int64_t out_features) {
+  BiasAndResidual out;
+  if (bias) {
+    expect(bias->dim() == 1 && bias->size(0) == out_features, op, "bias",
+           "expected [" + std::to_string(out_features) + "], got " + shape_of(*bias));
+    out.bias_dtype = dtype_of(op, "bias", *bias);
+    expect(out.bias_dtype == DType::kFloat32 || bias->scalar_type() == x.scalar_type(), op, "bias",
+           std::string("expected float32 or the dtype of x, got ") + name_of(out.bias_dtype));
+    out.keep.push_back(bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias));
+    out.bias = out.keep.back().data_ptr();
+  }
+  if (residual) {
+    bool same = residual->dim() == x.dim() && residual->size(x.dim() - 1) == out_features;
+    for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
+    expect(same && residual->scalar_type() == x.scalar_type(), op, "residual",
+           "expected the shape of the result (that of x with " + std::to_string(out_features) +
+               " columns) and the dtype of x, got " + shape_of(*residual));
+    out.keep.push_back(residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual));
+    out.residual = out.keep.back().data_ptr();
+  }
+  return out;
+}
+
+std::vector<int64_t> output_sizes(const Tensor& x, int64_t out_features) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
+  sizes.back() = out_features;
+  return sizes;
+}
+
+DeviceInfo current_device() {
+  static const DeviceInfo host = host_device();
+  DeviceInfo device = host;
+  device.threads = static_cast<int>(torch::stable::get_num_threads());
+  return device;
+}
+
+Executor torch_executor() {
+  Executor executor;
+  executor.parallel_for = [](void*, int64_t tasks, Executor::Task task, void* context) {
+    torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) task(context, i);
+    });
+  };
+  return executor;
+}
+
+void* workspace(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))));
+    STD_TORCH_CHECK(memory != nullptr, "out of memory: a workspace of ", bytes, " bytes could not be allocated");
+    size = round_up(bytes, 64);
+  }
+  return memory.get();
+}
+
+}  // namespace lora_kernels

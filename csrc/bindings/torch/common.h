@@ -1,0 +1,83 @@
+// What the torch bindings share: tensors to plain arguments, Status to exceptions, torch's thread pool as an executor.
+// Bindings translate only; every check of sizes and values that needs no Tensor is the core's.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "lora_kernels/device.h"
+#include "lora_kernels/executor.h"
+#include "lora_kernels/lora_bank.h"
+#include "lora_kernels/status.h"
+#include "lora_kernels/types.h"
+
+namespace lora_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// "[3, 4]"
+std::string shape_of(const Tensor& t);
+
+void raise_if_failed(const Status& status);
+
+// Throws with "<op>: <argument>: <text>"
+void expect(bool holds, const char* op, const char* argument, const std::string& text);
+
+DType dtype_of(const char* op, const char* argument, const Tensor& t);
+Activation activation_of(const char* op, const std::string& name);
+
+// Expects a CPU tensor of this type and shape. A size of -1 is not checked.
+void expect_tensor(const char* op, const char* argument, const Tensor& t, ScalarType type,
+                   const std::vector<int64_t>& sizes);
+
+// A tensor [..., columns] as rows of unit stride along the last dimension: a view where memory allows, else a copy.
+struct RowView {
+  Tensor tensor;  // keeps the memory alive
+  const void* data = nullptr;
+  int64_t rows = 0, columns = 0, stride = 0;  // stride in elements
+};
+RowView rows_of(const char* op, const char* argument, const Tensor& t);
+
+// The LoRA operands of the linear operators, checked against K = in_features and N = out_features.
+struct LoraOperands {
+  LoraShape shape;
+  LoraBank bank;
+  std::vector<Tensor> keep;  // copies made on the way
+};
+LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+                           const OptionalTensor& scales, const OptionalTensor& offsets,
+                           const OptionalTensor& adapter_ids, int64_t in_features, int64_t out_features);
+
+// Bias [N] and residual [..., N] of the linear operators, checked.
+struct BiasAndResidual {
+  const void* bias = nullptr;
+  DType bias_dtype = DType::kFloat32;
+  const void* residual = nullptr;
+  std::vector<Tensor> keep;
+};
+BiasAndResidual bias_and_residual(const char* op, const OptionalTensor& bias, const OptionalTensor& residual,
+                                  const Tensor& x, int64_t out_features);
+
+// The sizes of x with the last one replaced.
+std::vector<int64_t> output_sizes(const Tensor& x, int64_t out_features);
+
+// This machine, with torch's current number of threads.
+DeviceInfo current_device();
+
+// torch's own pool.
+Executor torch_executor();
+
+// Memory of at least `bytes`, aligned to 64, valid until the next call on this thread. Kept and grown, so that a call
+// costs no page faults.
+void* workspace(int64_t bytes);
+
+}  // namespace lora_kernels

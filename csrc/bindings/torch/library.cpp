@@ -1,0 +1,53 @@
+// The schemas of all torch operators, once. Their CPU (and CUDA) implementations register beside their translation
+// (lora_linear.cpp, ...), fake kernels and autograd in Python (lora_kernels/ops).
+#include "common.h"
+#include "lora_kernels/implementations.h"
+
+namespace lora_kernels {
+namespace {
+
+void force(const std::string name) { raise_if_failed(force_implementation(name)); }
+
+std::string forced() { return forced_implementation(); }
+
+// One line per implementation: op, name, available, selected, runs, reason, separated by tabs.
+std::string describe() {
+  std::string text = "isa\t" + isa_names(current_device().isa) + "\n";
+  for (const ImplementationReport& row : implementations(current_device()))
+    text += row.op + "\t" + row.name + "\t" + (row.available ? "1" : "0") + "\t" + (row.selected ? "1" : "0") + "\t" +
+            std::to_string(row.runs) + "\t" + row.reason + "\n";
+  return text;
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+STABLE_TORCH_LIBRARY(lora_kernels, m) {
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
+      "Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, float dropout_p, "
+      "Tensor? dropout_seed) -> Tensor");
+  m.def(
+      "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
+      "Tensor? offsets, Tensor? adapter_ids, float dropout_p, Tensor? dropout_seed, bool needs_dx, "
+      "bool needs_dweight, bool needs_dbias, bool needs_dlora) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "int8_lora_linear(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? lora_a, "
+      "Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, "
+      "Tensor? x_scale) -> Tensor");
+  m.def("int8_pack(Tensor weight, Tensor scales) -> Tensor");
+  m.def("int8_unpack(Tensor packed_weight, int out_features, int in_features) -> (Tensor, Tensor)");
+  m.def(
+      "kv_attention_step(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor lengths, Tensor? slots, float scale, int[]? heads) "
+      "-> (Tensor, Tensor)");
+  m.def("force_implementation(str name) -> ()");
+  m.def("forced_implementation() -> str");
+  m.def("describe_implementations() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("force_implementation", TORCH_BOX(&lora_kernels::force));
+  m.impl("forced_implementation", TORCH_BOX(&lora_kernels::forced));
+  m.impl("describe_implementations", TORCH_BOX(&lora_kernels::describe));
+}

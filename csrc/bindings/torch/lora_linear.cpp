@@ -1,0 +1,128 @@
+// lora_linear and its gradients as torch operators on the CPU.
+#include "lora_kernels/lora_linear.h"
+
+#include <tuple>
+
+#include "common.h"
+
+namespace lora_kernels {
+namespace {
+
+// What forward and backward translate alike; keeps the views alive as long as their pointers.
+struct Operands {
+  RowView x, weight;
+  LoraOperands lora;
+  LoraLinearProblem problem;
+  uint64_t seed = 0;
+};
+
+Operands operands(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& lora_a,
+                  const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
+                  const OptionalTensor& adapter_ids, double dropout_p, const OptionalTensor& dropout_seed) {
+  Operands o;
+  o.x = rows_of(op, "x", x);
+  expect(weight.dim() == 2 && weight.size(1) == o.x.columns, op, "weight",
+         "expected [out_features, " + std::to_string(o.x.columns) + "] to go with x " + shape_of(x) + ", got " +
+             shape_of(weight));
+  o.problem.dtype = dtype_of(op, "x", x);
+  const DType weight_dtype = dtype_of(op, "weight", weight);
+  expect(weight_dtype == o.problem.dtype, op, "weight",
+         std::string("expected the dtype of x, ") + name_of(o.problem.dtype) + ", got " + name_of(weight_dtype) +
+             "; convert one of them with .to(...)");
+  o.weight = rows_of(op, "weight", weight);
+  o.lora = lora_operands(op, lora_a, lora_b, scales, offsets, adapter_ids, o.x.columns, weight.size(0));
+  o.problem.rows = o.x.rows;
+  o.problem.in_features = o.x.columns;
+  o.problem.out_features = weight.size(0);
+  o.problem.lora = o.lora.shape;
+  o.problem.dropout_p = dropout_p;
+  if (dropout_p > 0) {
+    expect(dropout_seed.has_value(), op, "dropout_seed",
+           "expected an int64 tensor of one element with dropout_p > 0, got None");
+    expect_tensor(op, "dropout_seed", *dropout_seed, ScalarType::Long, {1});
+    o.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(dropout_seed->data_ptr()));
+  }
+  return o;
+}
+
+Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& lora_a,
+                   const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
+                   const OptionalTensor& adapter_ids, const OptionalTensor& residual, const std::string activation,
+                   double dropout_p, const OptionalTensor& dropout_seed) {
+  const char* op = "lora_linear";
+  Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
+  o.problem.activation = activation_of(op, activation);
+  LoraLinearArgs args;
+  const BiasAndResidual extra = bias_and_residual(op, bias, residual, x, o.problem.out_features);
+  o.problem.has_bias = extra.bias != nullptr;
+  o.problem.bias_dtype = extra.bias_dtype;
+  o.problem.has_residual = extra.residual != nullptr;
+  LoraLinearPlan chosen;
+  raise_if_failed(plan(o.problem, current_device(), &chosen));
+  Tensor y = torch::stable::new_empty(x, output_sizes(x, o.problem.out_features));
+  args.x = o.x.data;
+  args.x_stride = o.x.stride;
+  args.weight = o.weight.data;
+  args.weight_stride = o.weight.stride;
+  args.bias = extra.bias;
+  args.lora = o.lora.bank;
+  args.residual = extra.residual;
+  args.y = y.data_ptr();
+  args.dropout_seed = o.seed;
+  args.workspace = workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, args, torch_executor()));
+  return y;
+}
+
+// Gradients that are not needed come back as empty tensors.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& lora_a,
+    const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
+    const OptionalTensor& adapter_ids, double dropout_p, const OptionalTensor& dropout_seed, bool needs_dx,
+    bool needs_dweight, bool needs_dbias, bool needs_dlora) {
+  const char* op = "lora_linear_backward";
+  Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
+  const int64_t M = o.problem.rows, N = o.problem.out_features, K = o.problem.in_features;
+  const Tensor g = dy.is_contiguous() ? dy : torch::stable::contiguous(dy);
+  expect(g.numel() == M * N && g.scalar_type() == x.scalar_type(), op, "dy",
+         "expected the shape and dtype of the result, got " + shape_of(dy));
+  LoraLinearBackwardProblem problem;
+  problem.forward = o.problem;
+  problem.needs_dx = needs_dx;
+  problem.needs_dweight = needs_dweight;
+  problem.needs_dbias = needs_dbias;
+  problem.needs_dlora = needs_dlora && o.problem.lora.adapters > 0;
+  LoraLinearBackwardPlan chosen;
+  raise_if_failed(plan(problem, current_device(), &chosen));
+  const auto fp32 = [&](bool wanted, std::vector<int64_t> sizes) {
+    return torch::stable::new_empty(x, wanted ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+  };
+  Tensor dx = torch::stable::new_empty(x, needs_dx ? output_sizes(x, K) : std::vector<int64_t>{0});
+  Tensor dweight = fp32(needs_dweight, {N, K}), dbias = fp32(needs_dbias, {N});
+  const int64_t R = o.problem.lora.total_rank;
+  Tensor da = fp32(problem.needs_dlora, {R, K}), db = fp32(problem.needs_dlora, {R, N});
+  LoraLinearBackwardArgs args;
+  args.dy = g.data_ptr();
+  args.x = o.x.data;
+  args.x_stride = o.x.stride;
+  args.weight = o.weight.data;
+  args.weight_stride = o.weight.stride;
+  args.lora = o.lora.bank;
+  args.dropout_seed = o.seed;
+  args.dx = dx.data_ptr();
+  args.dweight = static_cast<float*>(dweight.data_ptr());
+  args.dbias = static_cast<float*>(dbias.data_ptr());
+  args.dlora_a = static_cast<float*>(da.data_ptr());
+  args.dlora_b = static_cast<float*>(db.data_ptr());
+  args.workspace = workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, args, torch_executor()));
+  return std::make_tuple(dx, dweight, dbias, da, db);
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_kernels::lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&lora_kernels::lora_linear_backward));
+}

@@ -1,0 +1,84 @@
+#include "lora_kernels/implementations.h"
+
+#include <cstdlib>
+#include <mutex>
+
+#include "core/select.h"
+
+namespace lora_kernels {
+namespace {
+
+// Guards the forced name. Reading it costs an uncontended lock per plan, nothing beside a kernel.
+std::mutex mutex;
+std::string& forced_name() {
+  static std::string name = [] {
+    const char* value = std::getenv("LORA_KERNELS_FORCE");
+    return std::string(value ? value : "");
+  }();
+  return name;
+}
+
+struct NamedIsa {
+  uint32_t bit;
+  const char* name;
+};
+constexpr NamedIsa kNames[] = {
+    {kIsaAvx2, "avx2"},          {kIsaAvx512, "avx512"},      {kIsaAvx512Vnni, "avx512_vnni"},
+    {kIsaAvx512Bf16, "avx512_bf16"}, {kIsaAvxVnni, "avx_vnni"}, {kIsaAmxInt8, "amx_int8"},
+    {kIsaAmxBf16, "amx_bf16"},
+};
+
+}  // namespace
+
+Status force_implementation(const std::string& name) {
+  if (!name.empty() && name != "generic" && name != "avx2" && name != "avx512")
+    return Status::invalid("force_implementation: name is '" + name +
+                           "'; expected 'generic', 'avx2', 'avx512', or '' for the best one");
+  std::lock_guard<std::mutex> lock(mutex);
+  forced_name() = name;
+  return {};
+}
+
+std::string forced_implementation() {
+  std::lock_guard<std::mutex> lock(mutex);
+  return forced_name();
+}
+
+std::string isa_names(uint32_t isa) {
+  std::string text;
+  for (const NamedIsa& entry : kNames)
+    if (isa & entry.bit) text += (text.empty() ? "" : " ") + std::string(entry.name);
+  return text.empty() ? "none" : text;
+}
+
+std::string missing_isa(uint32_t required, const DeviceInfo& device) {
+  const uint32_t missing = required & ~device.isa;
+  return missing ? "this CPU lacks " + isa_names(missing) : "";
+}
+
+DeviceInfo host_device() {
+  DeviceInfo device;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const auto has = [&](bool present, uint32_t bit) {
+    if (present) device.isa |= bit;
+  };
+  has(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"), kIsaAvx2);
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  has(avx512, kIsaAvx512);
+  has(avx512 && __builtin_cpu_supports("avx512vnni"), kIsaAvx512Vnni);
+  has(avx512 && __builtin_cpu_supports("avx512bf16"), kIsaAvx512Bf16);
+#endif
+  return device;
+}
+
+std::vector<ImplementationReport> implementations(const DeviceInfo& device) {
+  std::vector<ImplementationReport> rows;
+  report_lora_linear(device, &rows);
+  report_int8_lora_linear(device, &rows);
+  report_kv_attention_step(device, &rows);
+  return rows;
+}
+
+}  // namespace lora_kernels

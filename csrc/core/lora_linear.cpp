@@ -1,0 +1,103 @@
+#include "lora_kernels/lora_linear.h"
+
+#include <sstream>
+
+#include "core/select.h"
+#include "core/validate.h"
+#include "cpu/lora_linear.h"
+
+namespace lora_kernels {
+namespace {
+
+const Table<LoraLinearImplementation> kTable = {
+    "lora_linear",
+#if defined(__x86_64__)
+    3,
+    {&kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
+#else
+    1,
+    {&kLoraLinearGeneric},
+#endif
+};
+
+Status validate(const LoraLinearProblem& p) {
+  Check check("lora_linear");
+  check.that(p.rows >= 0 && p.in_features >= 0 && p.out_features >= 0, "x, weight: sizes must not be negative");
+  check.that(is_floating(p.dtype),
+             "x: expected float32, float16 or bfloat16, got int8; INT8 weights are for int8_lora_linear");
+  check.that(p.dropout_p >= 0 && p.dropout_p < 1,
+             "dropout_p: expected a probability in [0, 1), got " + std::to_string(p.dropout_p));
+  check_lora_shape(&check, p.lora, p.rows);
+  return check.status();
+}
+
+}  // namespace
+
+void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
+  report(kTable, device, out);
+}
+
+Status plan(const LoraLinearProblem& problem, const DeviceInfo& device, LoraLinearPlan* plan) {
+  Status status = validate(problem);
+  if (status.ok()) status = select(kTable, device, &plan->implementation);
+  if (!status.ok()) return status;
+  plan->problem = problem;
+  plan->implementation->configure(device, plan);
+  return {};
+}
+
+int64_t workspace_bytes(const LoraLinearPlan& plan) { return plan.workspace; }
+
+Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor) {
+  const LoraLinearProblem& p = plan.problem;
+  if (p.rows == 0 || p.out_features == 0) return {};
+  Check check("lora_linear");
+  check_lora_bank(&check, p.lora, args.lora);
+  if (!check.status().ok()) return check.status();
+  kTable.count_run(plan.implementation);
+  plan.implementation->run(plan, args, executor);
+  return {};
+}
+
+Status plan(const LoraLinearBackwardProblem& problem, const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
+  Status status = validate(problem.forward);
+  if (status.ok()) status = select(kTable, device, &plan->implementation);
+  if (!status.ok()) return status;
+  plan->problem = problem;
+  plan->implementation->configure_backward(device, plan);
+  return {};
+}
+
+int64_t workspace_bytes(const LoraLinearBackwardPlan& plan) { return plan.workspace; }
+
+Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& args, const Executor& executor) {
+  const LoraLinearProblem& p = plan.problem.forward;
+  Check check("lora_linear_backward");
+  check_lora_bank(&check, p.lora, args.lora);
+  if (!check.status().ok()) return check.status();
+  kTable.count_run(plan.implementation);
+  plan.implementation->run_backward(plan, args, executor);
+  return {};
+}
+
+std::string to_string(const LoraLinearProblem& p) {
+  std::ostringstream text;
+  text << "lora_linear rows=" << p.rows << " in=" << p.in_features << " out=" << p.out_features << " "
+       << name_of(p.dtype) << (p.has_bias ? " bias" : "") << " activation=" << name_of(p.activation)
+       << (p.has_residual ? " residual" : "");
+  if (p.lora.present())
+    text << " adapters=" << p.lora.adapters << " rank=" << p.lora.total_rank << " (largest " << p.lora.max_rank << ") "
+         << name_of(p.lora.dtype);
+  if (p.dropout_p > 0) text << " dropout=" << p.dropout_p;
+  return text.str();
+}
+
+std::string to_string(const LoraLinearPlan& plan) {
+  std::ostringstream text;
+  text << to_string(plan.problem) << " -> " << plan.implementation->name << " "
+       << (plan.path == LoraLinearPath::kDot ? "dot" : "panel") << (plan.bf16_dot ? " vdpbf16ps" : "")
+       << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
+  return text.str();
+}
+
+}  // namespace lora_kernels

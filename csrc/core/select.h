@@ -1,0 +1,73 @@
+// The tables of implementations, and the choice among their rows.
+#pragma once
+
+#include <atomic>
+#include <string>
+
+#include "lora_kernels/implementations.h"
+
+namespace lora_kernels {
+
+// Rows of one operator in order of preference, with how often each has run. Implementation has `name` and
+// `required_isa`.
+template <class Implementation>
+struct Table {
+  static constexpr int kMost = 8;
+  const char* op;
+  int count;
+  const Implementation* rows[kMost];
+  mutable std::atomic<int64_t> runs[kMost] = {};
+
+  void count_run(const Implementation* row) const {
+    for (int i = 0; i < count; ++i)
+      if (rows[i] == row) runs[i].fetch_add(1, std::memory_order_relaxed);
+  }
+};
+
+// Why `required` cannot run on `device`; empty: it can.
+std::string missing_isa(uint32_t required, const DeviceInfo& device);
+
+// Appends a reason for every row that is passed over. With a forced name only that row is considered.
+template <class Implementation>
+Status select(const Table<Implementation>& table, const DeviceInfo& device, const Implementation** chosen) {
+  const std::string forced = forced_implementation();
+  std::string reasons;
+  for (int i = 0; i < table.count; ++i) {
+    const Implementation* row = table.rows[i];
+    const std::string missing = missing_isa(row->required_isa, device);
+    if (!forced.empty() && forced != row->name) {
+      reasons += std::string("; ") + row->name + ": not the forced one";
+    } else if (!missing.empty()) {
+      reasons += std::string("; ") + row->name + ": " + missing;
+    } else {
+      *chosen = row;
+      return {};
+    }
+  }
+  return Status::unsupported(std::string(table.op) + ": no implementation can run" +
+                             (forced.empty() ? "" : " (LORA_KERNELS_FORCE or force_implementation: " + forced + ")") +
+                             reasons + ". Force another implementation, or none.");
+}
+
+template <class Implementation>
+void report(const Table<Implementation>& table, const DeviceInfo& device, std::vector<ImplementationReport>* out) {
+  const Implementation* chosen = nullptr;
+  select(table, device, &chosen);
+  for (int i = 0; i < table.count; ++i) {
+    ImplementationReport row;
+    row.op = table.op;
+    row.name = table.rows[i]->name;
+    row.reason = missing_isa(table.rows[i]->required_isa, device);
+    row.available = row.reason.empty();
+    row.selected = table.rows[i] == chosen;
+    row.runs = table.runs[i].load(std::memory_order_relaxed);
+    out->push_back(row);
+  }
+}
+
+// One per operator, each beside its table.
+void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out);
+void report_int8_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out);
+void report_kv_attention_step(const DeviceInfo& device, std::vector<ImplementationReport>* out);
+
+}  // namespace lora_kernels

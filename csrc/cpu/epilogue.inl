@@ -1,0 +1,41 @@
+// What follows the sums of one vector of outputs: bias, activation, residual, storage type.
+
+struct Epilogue {
+  const void* bias;
+  DType bias_dtype;
+  Activation activation;
+  const void* residual;  // [M, N] contiguous, of the output's type
+  void* y;
+  DType dtype;
+  int64_t out_features;
+};
+
+// n lanes of row m from column `column` on; n <= kLanes
+inline void finish(const Epilogue& e, int64_t m, int64_t column, F v, int n) {
+  if (e.bias)
+    with_type(e.bias_dtype, e.bias, [&](auto* bias) {
+      v = v + (n == kLanes ? load(bias + column) : load_n(bias + column, n));
+    });
+  v = activate(v, e.activation);
+  const int64_t at = m * e.out_features + column;
+  with_type(e.dtype, e.y, [&](auto* out) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(out)>>;
+    if (e.residual) {
+      const T* residual = static_cast<const T*>(e.residual) + at;
+      v = v + (n == kLanes ? load(residual) : load_n(residual, n));
+    }
+    T* y = const_cast<T*>(out) + at;
+    n == kLanes ? store(y, v) : store_n(y, v, n);
+  });
+}
+
+template <int MR, int NV>
+inline void finish(const Epilogue& e, int64_t m, int64_t column, const Tile<MR, NV>& c) {
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const int64_t left = e.out_features - column - j * kLanes;
+    if (left <= 0) return;
+    for (int i = 0; i < MR; ++i)
+      finish(e, m + i, column + j * kLanes, c.sum[i][j], left < kLanes ? static_cast<int>(left) : kLanes);
+  }
+}

@@ -1,0 +1,127 @@
+// The LoRA branch of both linear operators: which adapter a row uses, t = s x At, and the panels of B.
+
+struct AdapterRanks {
+  int64_t begin = 0, rank = 0;  // rank rows begin ... begin + rank of the bank
+  float scale = 0;
+};
+
+// One factor of the LoRA branch: element (rank row r, k) at data[r * rank_stride + k * k_stride].
+struct Factor {
+  const void* data;
+  int64_t rank_stride, k_stride;
+};
+
+// A view of one call's bank: the branch is t = s x downt, then t up. Forward: down is A, up is B; for dx the two change
+// places.
+struct Bank {
+  LoraShape shape;
+  LoraBank bank;
+  int64_t rows;  // of x
+  Factor down, up;
+
+  static Bank forward(const LoraShape& shape, const LoraBank& bank, int64_t rows) {
+    return {shape, bank, rows, {bank.a, bank.a_stride, 1}, {bank.b, bank.b_stride_rank, bank.b_stride_out}};
+  }
+  static Bank backward(const LoraShape& shape, const LoraBank& bank, int64_t rows) {
+    return {shape, bank, rows, {bank.b, bank.b_stride_rank, bank.b_stride_out}, {bank.a, bank.a_stride, 1}};
+  }
+
+  bool present() const { return shape.present(); }
+
+  int64_t adapter_of(int64_t row) const {
+    if (shape.groups == 0) return 0;
+    return bank.adapter_ids[row / (rows / shape.groups)];
+  }
+
+  // First row after `row`, at most `end`, with another adapter.
+  int64_t run_end(int64_t row, int64_t end) const {
+    if (shape.groups == 0) return end;
+    const int64_t per_group = rows / shape.groups, adapter = adapter_of(row);
+    int64_t next = (row / per_group + 1) * per_group;
+    while (next < end && bank.adapter_ids[next / per_group] == adapter) next += per_group;
+    return next < end ? next : end;
+  }
+
+  AdapterRanks ranks(int64_t adapter) const {
+    if (adapter < 0) return {};
+    const float scale = bank.scales ? bank.scales[adapter] : 1.0f;
+    if (!bank.offsets) return {0, shape.total_rank, scale};
+    return {bank.offsets[adapter], bank.offsets[adapter + 1] - bank.offsets[adapter], scale};
+  }
+};
+
+inline int64_t padded_rank(const LoraShape& shape) { return round_up(shape.max_rank, kLanes); }
+
+// Floats of scratch that down_rows() needs.
+inline int64_t down_scratch(const LoraShape& shape, int64_t depth) { return depth * padded_rank(shape); }
+
+// t[m - begin, :] = scale * x[m] . down rows of m's adapter, for rows [begin, end); zero where a row has none. x is fp32,
+// x + m * x_stride is row m. t has rows of padded_rank floats. Few rows: dot products; many: panels.
+inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_t begin, int64_t end,
+                      int64_t depth, float* t, float* scratch) {
+  const int64_t width = padded_rank(bank.shape);
+  for (int64_t m = begin; m < end;) {
+    const int64_t stop = bank.run_end(m, end);
+    const AdapterRanks adapter = bank.ranks(bank.adapter_of(m));
+    float* rows = t + (m - begin) * width;
+    memset(rows, 0, static_cast<size_t>((stop - m) * width) * sizeof(float));
+    if (adapter.rank > 0) {
+      const Factor& down = bank.down;
+      with_type(bank.shape.dtype, down.data, [&](auto* a) {
+        a += adapter.begin * down.rank_stride;
+        if (stop - m <= 4 && down.k_stride == 1) {
+          dots(x + m * x_stride, x_stride, stop - m, a, down.rank_stride, adapter.rank, depth, rows, width);
+          for (int64_t i = 0; i < (stop - m) * width; i += kLanes)
+            store(rows + i, load(rows + i) * set(adapter.scale));
+        } else {
+          const int64_t columns = round_up(adapter.rank, kLanes);
+          pack_panel(a, down.rank_stride, down.k_stride, adapter.rank, depth, scratch, columns);
+          for (int64_t j = 0; j < columns; j += kLanes)
+            narrow_product(x + m * x_stride, x_stride, 1, stop - m, scratch + j, columns, depth,
+                           [&](int64_t i, F v) { store(rows + i * width + j, v * set(adapter.scale)); });
+        }
+      });
+    }
+    m = stop;
+  }
+}
+
+// The panel of columns [n, n + columns) of an adapter's up factor: its own memory where that can be read as it lies, else
+// packed into scratch [rank][kPanel].
+struct UpPanel {
+  const float* data = nullptr;
+  int64_t stride = 0;
+};
+inline UpPanel up_panel(const Bank& bank, const AdapterRanks& adapter, int64_t n, int64_t columns, float* scratch) {
+  const Factor& up = bank.up;
+  const int64_t first = adapter.begin * up.rank_stride + n * up.k_stride;
+  if (bank.shape.dtype == DType::kFloat32 && up.k_stride == 1 && columns == kPanel)
+    return {static_cast<const float*>(up.data) + first, up.rank_stride};
+  with_type(bank.shape.dtype, up.data, [&](auto* b) {
+    pack_panel(b + first, up.k_stride, up.rank_stride, columns, adapter.rank, scratch, kPanel);
+  });
+  return {scratch, kPanel};
+}
+
+// Adds t up of `count` rows from row m on to a tile; `t` is the row of t of row m. Rows that share an adapter share its
+// panel; `last` remembers whose panel the scratch holds.
+template <int MR>
+inline void add_lora(Tile<MR, kTileVectors>& c, const Bank& bank, int64_t m, const float* t, int64_t n,
+                     int64_t columns, float* scratch, int64_t* last, UpPanel* panel) {
+  const int64_t width = padded_rank(bank.shape), first_adapter = bank.adapter_of(m);
+  const bool uniform = bank.run_end(m, m + MR) == m + MR;
+  if (uniform) {
+    const AdapterRanks adapter = bank.ranks(first_adapter);
+    if (adapter.rank == 0) return;
+    if (*last != first_adapter) *panel = up_panel(bank, adapter, n, columns, scratch), *last = first_adapter;
+    accumulate(c, t, width, 1, panel->data, panel->stride, adapter.rank);
+    return;
+  }
+  for (int i = 0; i < MR; ++i) {
+    const int64_t id = bank.adapter_of(m + i);
+    const AdapterRanks adapter = bank.ranks(id);
+    if (adapter.rank == 0) continue;
+    if (*last != id) *panel = up_panel(bank, adapter, n, columns, scratch), *last = id;
+    accumulate_row(c, i, t + i * width, panel->data, panel->stride, adapter.rank);
+  }
+}

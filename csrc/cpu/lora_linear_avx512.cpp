@@ -1,0 +1,26 @@
+#include "cpu/lora_linear.h"
+
+#include "cpu/target.h"
+
+LORA_KERNELS_TARGET_BEGIN(LORA_KERNELS_TARGET_AVX512)
+namespace lora_kernels {
+namespace {
+
+#include "cpu/simd/avx512.h"
+#include "cpu/simd/math.inl"
+
+#include "cpu/gemm.inl"
+#include "cpu/lora.inl"
+#include "cpu/epilogue.inl"
+#include "cpu/lora_linear.inl"
+#include "cpu/lora_linear_backward.inl"
+
+}  // namespace
+
+const LoraLinearImplementation kLoraLinearAvx512 = {
+    "avx512", kIsaAvx2 | kIsaAvx512, configure, run_forward, configure_backward, run_backward,
+};
+
+}  // namespace lora_kernels
+
+LORA_KERNELS_TARGET_END

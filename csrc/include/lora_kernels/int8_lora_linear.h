@@ -1,0 +1,59 @@
+// int8_lora_linear: y = act(s_x[m] s_w[n] (q_x q_wt) + bias + s (x At) B) + residual with W in INT8 per output channel
+// and x quantized to INT8 per row on the fly (dynamic) or by a calibrated scale (static).
+//   q_x = clamp(round_half_even(x * (127 / amax(row))), -127, 127); integer sums are exact, so they are equal in every
+//   implementation. The LoRA branch sees x before quantization. A row with a non-finite element gives NaN.
+#pragma once
+
+#include <string>
+
+#include "lora_kernels/device.h"
+#include "lora_kernels/executor.h"
+#include "lora_kernels/int8_packing.h"
+#include "lora_kernels/lora_bank.h"
+#include "lora_kernels/status.h"
+#include "lora_kernels/types.h"
+
+namespace lora_kernels {
+
+struct Int8LoraLinearImplementation;
+
+struct Int8LoraLinearProblem {
+  int64_t rows = 0;          // M
+  int64_t in_features = 0;   // K
+  int64_t out_features = 0;  // N
+  DType dtype = DType::kFloat32;       // of x, residual and y
+  DType bias_dtype = DType::kFloat32;
+  bool has_bias = false;
+  bool has_residual = false;
+  bool static_scale = false;           // x_scale is given
+  Activation activation = Activation::kNone;
+  LoraShape lora;
+};
+
+struct Int8LoraLinearArgs {
+  const void* x = nullptr;                // [M, K], rows of stride x_stride elements
+  int64_t x_stride = 0;
+  const uint8_t* packed_weight = nullptr; // int8_packed_bytes(N, K), aligned to 64 bytes
+  const void* bias = nullptr;             // [N]
+  LoraBank lora;
+  const float* x_scale = nullptr;         // [1], for static quantization
+  const void* residual = nullptr;         // [M, N] contiguous
+  void* y = nullptr;                      // [M, N] contiguous
+  void* workspace = nullptr;              // workspace_bytes(plan), aligned to 64 bytes
+};
+
+struct Int8LoraLinearPlan {
+  Int8LoraLinearProblem problem;
+  const Int8LoraLinearImplementation* implementation = nullptr;
+  int tasks = 1;
+  int64_t workspace = 0;
+};
+
+Status plan(const Int8LoraLinearProblem& problem, const DeviceInfo& device, Int8LoraLinearPlan* plan);
+int64_t workspace_bytes(const Int8LoraLinearPlan& plan);
+Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor);
+
+std::string to_string(const Int8LoraLinearProblem& problem);
+std::string to_string(const Int8LoraLinearPlan& plan);
+
+}  // namespace lora_kernels
