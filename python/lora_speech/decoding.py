@@ -1,0 +1,389 @@
+"""A lean greedy decode of Whisper over a preallocated key/value cache.
+
+`transformers`' `generate()` rebuilds masks, caches and module calls for every token. Here one step
+is a flat loop over precomputed closures and tensors, about ten operator calls per decoder layer:
+bias, GELU, residual and LoRA ride in the epilogue of the projection they belong to, the cache is
+written in place, and cross-attention keys and values are computed once per utterance. The tokens
+are those of `generate(do_sample=False, num_beams=1)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lora_speech.errors import ModelError
+from lora_speech.projections import AdapterRows, joint_projection, projection
+from lora_speech.prompts import (
+    SpecialTokens,
+    TimestampRules,
+    default_language,
+    prompt_tokens,
+    special_tokens,
+)
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """What was decoded for one batch.
+
+    Attributes
+    ----------
+    tokens : list of list of int
+        Emitted tokens per row, without the prompt and the end of text.
+    languages : list of str or None
+        Language code per row, detected or given; None for an English-only model.
+    steps : int
+        Decoder steps that were run after the prompt.
+    """
+
+    tokens: list[list[int]]
+    languages: list[str | None]
+    steps: int
+
+
+@dataclass
+class DecoderState:
+    """Cache and routing of one batch while it is decoded.
+
+    Attributes
+    ----------
+    self_cache, cross_cache : list of (keys, values)
+        Per layer, [utterances, heads, positions, head size].
+    rows : AdapterRows
+        Adapter of each row that is still decoded.
+    slots : Tensor or None
+        int32 [rows], cache row of each row still decoded; None while all are.
+    """
+
+    self_cache: list[tuple[torch.Tensor, torch.Tensor]]
+    cross_cache: list[tuple[torch.Tensor, torch.Tensor]]
+    rows: AdapterRows
+    slots: torch.Tensor | None = None
+    cross_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class WhisperDecoder:
+    """The decoder of one Whisper, flattened for stepping.
+
+    Parameters
+    ----------
+    model : WhisperForConditionalGeneration
+        Plain, or after `lora_kernels.swap`, `lora_kernels.quantize` or `peft.get_peft_model`.
+    rows : AdapterRows
+        Which adapter each row uses; read at every call.
+    """
+
+    def __init__(self, model: Any, rows: AdapterRows) -> None:
+        whisper = whisper_of(model)
+        decoder = whisper.model.decoder
+        self.encoder = whisper.model.encoder
+        self.rows = rows
+        self.tokens = special_tokens(whisper)
+        self.width = int(whisper.config.d_model)
+        self.embedding = decoder.embed_tokens.weight
+        self.positions = decoder.embed_positions.weight
+        self.embed_scale = 1.0  # Whisper's decoder adds positions to unscaled embeddings
+        self.layers = [_flatten_layer(layer, rows) for layer in decoder.layers]
+        self.cross = [
+            (
+                projection(layer.encoder_attn.k_proj, rows),
+                projection(layer.encoder_attn.v_proj, rows),
+                layer.encoder_attn.num_heads,
+            )
+            for layer in decoder.layers
+        ]
+        norm = decoder.layer_norm
+        self.norm = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        # Suppressed tokens get a bias of minus infinity inside the product: no extra call.
+        bias = torch.zeros(whisper.config.vocab_size, device=self.embedding.device)
+        bias[list(self.tokens.suppressed)] = -math.inf
+        suppress = bias.to(self.embedding.dtype) if self.tokens.suppressed else None
+        self.vocabulary = projection(whisper.proj_out, rows, extra_bias=suppress)
+        self.all_tokens = projection(whisper.proj_out, rows)
+
+    def start(self, encoded: torch.Tensor, capacity: int) -> DecoderState:
+        """Allocate the cache and compute cross-attention's keys and values.
+
+        Parameters
+        ----------
+        encoded : Tensor
+            [batch, frames, width], the encoder's output.
+        capacity : int
+            Decoder positions to make room for, prompt included.
+        """
+        batch, frames, width = encoded.shape
+        own, cross = [], []
+        for keys, values, heads in self.cross:
+            shape = (batch, frames, heads, width // heads)
+            cross.append(
+                tuple(
+                    project(encoded, None).view(shape).transpose(1, 2).contiguous()
+                    for project in (keys, values)
+                )
+            )
+            empty = encoded.new_empty(2, batch, heads, capacity, width // heads)
+            own.append((empty[0], empty[1]))
+        lengths = torch.full((batch,), frames, dtype=torch.int32, device=encoded.device)
+        return DecoderState(own, cross, self.rows, None, lengths)
+
+    def hidden(self, tokens: torch.Tensor, lengths: torch.Tensor, begin: int, state: DecoderState):
+        """Run the layers over new tokens.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            int64 [rows, new tokens].
+        lengths : Tensor
+            int32 [rows], positions already in the cache, all equal to `begin`.
+        begin : int
+            Position of the first new token.
+        state : DecoderState
+            Extended in place.
+
+        Returns
+        -------
+        Tensor
+            [rows, new tokens, width], after the last layer norm.
+        """
+        attend = torch.ops.lora_kernels.kv_attention_step
+        layer_norm = torch.layer_norm
+        count = tokens.shape[1]
+        x = F.embedding(tokens, self.embedding) + self.positions[begin : begin + count]
+        shape = x.shape
+        slots, cross_lengths = state.slots, state.cross_lengths
+        for layer, (keys, values), (cross_keys, cross_values) in zip(
+            self.layers, state.self_cache, state.cross_cache, strict=True
+        ):
+            n1, qkv, out, n2, cross_q, cross_out, n3, fc1, fc2, split, scale = layer
+            q, k, v = qkv(layer_norm(x, *n1))
+            y, _ = attend(
+                q, k, v, keys, values, None, None, lengths, slots, scale, None
+            )
+            x = out(y.view(shape), x)
+            q = cross_q(layer_norm(x, *n2), None).view(split(shape))
+            y, _ = attend(
+                q, None, None, cross_keys, cross_values, None, None, cross_lengths, slots, scale,
+                None,
+            )
+            x = cross_out(y.view(shape), x)
+            x = fc2(fc1(layer_norm(x, *n3), None), x)
+        return layer_norm(x, *self.norm)
+
+
+@torch.inference_mode()
+def greedy_decode(
+    model: Any,
+    features: torch.Tensor,
+    *,
+    adapters: Any = None,
+    language: str | Sequence[str | None] | None = None,
+    task: str = "transcribe",
+    timestamps: bool = False,
+    max_new_tokens: int | None = None,
+    min_new_tokens: int = 0,
+) -> Hypotheses:
+    """Decode a batch of feature windows greedily.
+
+    Parameters
+    ----------
+    model : WhisperForConditionalGeneration
+        Plain, swapped, quantized, or a PEFT model of one.
+    features : Tensor
+        [batch, mel bands, frames], see `features.extract_features`.
+    adapters : str or sequence of (str or None), optional
+        Adapter for all rows, or one per row (None: the base only).
+    language : str or sequence, optional
+        For all rows, or per row; None detects it (one step from the start token).
+    task : {"transcribe", "translate"}
+        Whisper's task token.
+    timestamps : bool
+        Let the model write timestamps, under Whisper's rules.
+    max_new_tokens : int, optional
+        At most this many tokens per row; by default what `generation_config` allows.
+    min_new_tokens : int
+        The end of text is suppressed before this many.
+
+    Returns
+    -------
+    Hypotheses
+
+    Raises
+    ------
+    ModelError
+        The batch, language, task or lengths do not fit the model.
+    """
+    batch = _batch_size(features)
+    rows = AdapterRows.of(model, adapters, batch)
+    with rows.active():
+        decoder = WhisperDecoder(model, rows)
+        tokens = decoder.tokens
+        encoded = decoder.encoder(features).last_hidden_state
+        languages = _languages(language, batch, tokens)
+        detect = bool(tokens.languages) and any(code is None for code in languages)
+        prompt_length = len(
+            prompt_tokens(tokens, default_language(tokens), task=task, timestamps=timestamps)
+        )
+        limit = _token_limit(tokens, prompt_length, max_new_tokens)
+        state = decoder.start(encoded, prompt_length + limit)
+        if detect:
+            languages = _detect_languages(decoder, state, languages, batch, features.device)
+        prompts = torch.tensor(
+            [prompt_tokens(tokens, code, task=task, timestamps=timestamps) for code in languages],
+            device=features.device,
+        )
+        emitted, steps = _step_to_end(decoder, state, prompts, limit, min_new_tokens, timestamps)
+    return Hypotheses(emitted, languages, steps)
+
+
+def _step_to_end(
+    decoder: WhisperDecoder,
+    state: DecoderState,
+    prompts: torch.Tensor,
+    limit: int,
+    min_new_tokens: int,
+    timestamps: bool,
+) -> tuple[list[list[int]], int]:
+    batch, prompt_length = prompts.shape
+    tokens = decoder.tokens
+    device = prompts.device
+    emitted: list[list[int]] = [[] for _ in range(batch)]
+    active = list(range(batch))
+    rules = TimestampRules(tokens) if timestamps else None
+    first = torch.tensor(tokens.suppressed_first, dtype=torch.int64, device=device)
+    # Every length the cache will have, made in one go, so that no step spends a call on counting.
+    lengths = torch.arange(prompt_length + limit, dtype=torch.int32, device=device)
+    lengths = lengths[:, None].expand(-1, batch).contiguous()
+    hidden = decoder.hidden(prompts, lengths[0], 0, state)[:, -1:]
+    end, vocabulary = tokens.end, decoder.vocabulary
+    for step in range(limit):
+        logits = vocabulary(hidden, None)
+        if step == 0 and first.numel():
+            logits.index_fill_(-1, first, -math.inf)
+        if step < min_new_tokens:
+            logits[..., end] = -math.inf
+        if rules is not None:
+            rules(logits[:, 0], [emitted[row] for row in active])
+        chosen = logits.argmax(-1)
+        finished = False
+        for row, token in zip(active, chosen.view(-1).tolist(), strict=True):
+            if token == end:
+                finished = True
+            else:
+                emitted[row].append(token)
+        if step + 1 == limit:
+            break
+        if finished:
+            keep = (chosen.view(-1) != end).nonzero().view(-1)
+            if not keep.numel():
+                return emitted, step
+            # Finished rows leave the batch; the cache stays where it is, slots say where.
+            active = [active[index] for index in keep.tolist()]
+            chosen = chosen[keep]
+            state.slots = torch.tensor(active, dtype=torch.int32, device=device)
+            state.rows.keep(keep)
+            state.cross_lengths = state.cross_lengths[: len(active)]
+            lengths = lengths[:, : len(active)].contiguous()
+        position = prompt_length + step
+        hidden = decoder.hidden(chosen, lengths[position], position, state)
+    return emitted, limit
+
+
+def _detect_languages(
+    decoder: WhisperDecoder,
+    state: DecoderState,
+    languages: list[str | None],
+    batch: int,
+    device: torch.device,
+) -> list[str | None]:
+    codes, ids = zip(*decoder.tokens.languages.items(), strict=True)
+    start = torch.full((batch, 1), decoder.tokens.start, device=device)
+    nothing = torch.zeros(batch, dtype=torch.int32, device=device)
+    logits = decoder.all_tokens(decoder.hidden(start, nothing, 0, state), None)
+    best = logits[:, 0, list(ids)].argmax(-1).tolist()
+    return [code or codes[index] for code, index in zip(languages, best, strict=True)]
+
+
+def whisper_of(model: Any) -> Any:
+    """Return the `WhisperForConditionalGeneration` inside a model or PEFT model."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(inner, "config", None), "model_type", None) != "whisper" or not hasattr(
+        inner, "proj_out"
+    ):
+        raise ModelError(
+            "model: expected a WhisperForConditionalGeneration, or a PEFT model of one, got "
+            f"{type(inner).__name__}; greedy_decode steps Whisper's decoder only"
+        )
+    return inner
+
+
+def _flatten_layer(layer: Any, rows: AdapterRows) -> tuple[Any, ...]:
+    own, cross = layer.self_attn, layer.encoder_attn
+    gelu = type(layer.activation_fn).__name__ in ("GELUActivation", "GELU")
+    if not gelu:
+        raise ModelError(
+            f"activation_function: expected 'gelu', Whisper's, got "
+            f"{type(layer.activation_fn).__name__}; use model.generate() for this model"
+        )
+    heads, size = own.num_heads, own.head_dim
+    norms = [
+        (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        for norm in (
+            layer.self_attn_layer_norm,
+            layer.encoder_attn_layer_norm,
+            layer.final_layer_norm,
+        )
+    ]
+    return (
+        norms[0],
+        joint_projection([own.q_proj, own.k_proj, own.v_proj], rows, heads),
+        projection(own.out_proj, rows),
+        norms[1],
+        projection(cross.q_proj, rows),
+        projection(cross.out_proj, rows),
+        norms[2],
+        projection(layer.fc1, rows, activation="gelu"),
+        projection(layer.fc2, rows),
+        lambda shape: (shape[0], shape[1], heads, size),
+        own.scaling,
+    )
+
+
+def _batch_size(features: torch.Tensor) -> int:
+    if features.dim() != 3 or not features.shape[0]:
+        raise ModelError(
+            "features: expected a tensor [batch, mel bands, frames] of at least one row, got "
+            f"{list(features.shape)}; make it with features.extract_features"
+        )
+    return int(features.shape[0])
+
+
+def _languages(
+    language: str | Sequence[str | None] | None, batch: int, tokens: SpecialTokens
+) -> list[str | None]:
+    if not tokens.languages:
+        return [None] * batch
+    given = [language] * batch if language is None or isinstance(language, str) else list(language)
+    if len(given) != batch:
+        raise ModelError(
+            f"language: expected one for all or one per row ({batch}), got {len(given)}; "
+            "give as many as there are recordings"
+        )
+    codes = {token: code for code, token in tokens.languages.items()}
+    return [None if code is None else codes[tokens.language_id(code)] for code in given]
+
+
+def _token_limit(tokens: SpecialTokens, prompt_length: int, asked: int | None) -> int:
+    room = tokens.max_positions - prompt_length
+    if asked is None:
+        return max(1, min(tokens.default_max_length, room))
+    if not 1 <= asked <= room:
+        raise ModelError(
+            f"max_new_tokens: expected 1 to {room} ({tokens.max_positions} positions less "
+            f"{prompt_length} of the prompt), got {asked}; ask for fewer"
+        )
+    return asked
