@@ -1,0 +1,80 @@
+"""What every module that can carry live adapters has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..adapters.bank import AdapterBank
+from ..adapters.registry import AdapterRegistry
+from ..errors import AdapterError
+
+
+class AdapterHost(nn.Module):
+    """Mixin of modules with an :class:`AdapterBank` and the registry that names its adapters.
+
+    The bank is not part of the module's state: ``state_dict()`` holds the base alone, as before
+    the swap. It follows the module to another device or floating-point dtype.
+    """
+
+    # Class attributes, so that a plain nn.Linear that became a LoraLinear has them too.
+    _bank: AdapterBank | None = None
+    _registry: AdapterRegistry | None = None
+
+    @property
+    def bank(self) -> AdapterBank | None:
+        """The adapters of this layer, or None."""
+        return self._bank
+
+    def set_bank(self, bank: AdapterBank | None, registry: AdapterRegistry | None) -> None:
+        """Replace the bank whole; None removes it.
+
+        Raises
+        ------
+        AdapterError
+            If the bank's sizes are not those of the module.
+        """
+        if bank is not None:
+            expected = self.adapter_features
+            got = (bank.lora_a.shape[1], bank.lora_b.shape[1])
+            if got != expected:
+                raise AdapterError(
+                    f"bank: expected adapters of {expected} (inputs, outputs), got {got}; pack it "
+                    "for this module"
+                )
+        self._bank = bank
+        self._registry = registry if bank is not None else None
+
+    @property
+    def adapter_features(self) -> tuple[int, int]:
+        """(K, N) that an adapter of this module has."""
+        return cast(int, self.in_features), cast(int, self.out_features)
+
+    @property
+    def adapter_device(self) -> torch.device:
+        """Where the module's weights live."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        bank = self._bank
+        if bank is not None:
+            # fn casts floating tensors, and scales must stay fp32: only A and B go through it.
+            lora_a, lora_b = fn(bank.lora_a), fn(bank.lora_b)
+            self._bank = AdapterBank(
+                lora_a,
+                lora_b,
+                bank.offsets.to(lora_a.device),
+                bank.scales.to(lora_a.device),
+                bank.ranks,
+            )
+        return result
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives matrix products on the device of ``x``, or None."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
