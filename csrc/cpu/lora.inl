@@ -57,8 +57,9 @@ inline int64_t down_scratch(const LoraShape& shape, int64_t depth) { return dept
 
 // t[m - begin, :] = scale * x[m] . down rows of m's adapter, for rows [begin, end); zero where a row has none. x is fp32,
 // x + m * x_stride is row m. t has rows of padded_rank floats. Few rows: dot products; many: panels.
+// `packed` (optional, -1 at first) remembers whose panel the scratch holds, for callers that come back with more rows.
 inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_t begin, int64_t end,
-                      int64_t depth, float* t, float* scratch) {
+                      int64_t depth, float* t, float* scratch, int64_t* packed = nullptr) {
   const int64_t width = padded_rank(bank.shape);
   for (int64_t m = begin; m < end;) {
     const int64_t stop = bank.run_end(m, end);
@@ -75,7 +76,10 @@ inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_
             store(rows + i, load(rows + i) * set(adapter.scale));
         } else {
           const int64_t columns = round_up(adapter.rank, kLanes);
-          pack_panel(a, down.rank_stride, down.k_stride, adapter.rank, depth, scratch, columns);
+          const int64_t id = bank.adapter_of(m);
+          if (!packed || *packed != id)
+            pack_panel(a, down.rank_stride, down.k_stride, adapter.rank, depth, scratch, columns);
+          if (packed) *packed = id;
           for (int64_t j = 0; j < columns; j += kLanes)
             narrow_product(x + m * x_stride, x_stride, 1, stop - m, scratch + j, columns, depth,
                            [&](int64_t i, F v) { store(rows + i * width + j, v * set(adapter.scale)); });

@@ -1,0 +1,108 @@
+// int8_lora_linear and the packing of its weight as torch operators on the CPU.
+#include "lora_kernels/int8_lora_linear.h"
+
+#include <cmath>
+#include <tuple>
+
+#include "common.h"
+
+namespace lora_kernels {
+namespace {
+
+// Packed weights as the kernels read them: checked against [N, K], contiguous.
+Tensor packed_weight_of(const char* op, const Tensor& packed, int64_t out_features, int64_t in_features) {
+  expect(out_features >= 0, op, "out_features", "expected at least 0, got " + std::to_string(out_features));
+  const int64_t bytes = int8_packed_bytes(out_features, in_features);
+  expect(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes, op, "packed_weight",
+         "expected uint8 [" + std::to_string(bytes) + "], what int8_pack makes of a weight [" +
+             std::to_string(out_features) + ", " + std::to_string(in_features) + "], got " + shape_of(packed) +
+             (packed.scalar_type() == ScalarType::Byte ? "" : " of another dtype") +
+             "; check out_features and the columns of x");
+  return packed.is_contiguous() ? packed : torch::stable::contiguous(packed);
+}
+
+Tensor int8_lora_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_features, const OptionalTensor& bias,
+                        const OptionalTensor& lora_a, const OptionalTensor& lora_b, const OptionalTensor& scales,
+                        const OptionalTensor& offsets, const OptionalTensor& adapter_ids,
+                        const OptionalTensor& residual, const std::string activation, const OptionalTensor& x_scale) {
+  const char* op = "int8_lora_linear";
+  Int8LoraLinearProblem problem;
+  problem.dtype = dtype_of(op, "x", x);
+  const RowView rows = rows_of(op, "x", x);
+  const Tensor packed = packed_weight_of(op, packed_weight, out_features, rows.columns);
+  const LoraOperands lora = lora_operands(op, lora_a, lora_b, scales, offsets, adapter_ids, rows.columns, out_features);
+  const BiasAndResidual extra = bias_and_residual(op, bias, residual, x, out_features);
+  problem.rows = rows.rows;
+  problem.in_features = rows.columns;
+  problem.out_features = out_features;
+  problem.bias_dtype = extra.bias_dtype;
+  problem.has_bias = extra.bias != nullptr;
+  problem.has_residual = extra.residual != nullptr;
+  problem.activation = activation_of(op, activation);
+  problem.lora = lora.shape;
+  Int8LoraLinearArgs args;
+  if (x_scale) {
+    expect_tensor(op, "x_scale", *x_scale, ScalarType::Float, {1});
+    problem.static_scale = true;
+    args.x_scale = static_cast<const float*>(x_scale->data_ptr());
+  }
+  Int8LoraLinearPlan chosen;
+  raise_if_failed(plan(problem, current_device(), &chosen));
+  Tensor y = torch::stable::new_empty(x, output_sizes(x, out_features));
+  args.x = rows.data;
+  args.x_stride = rows.stride;
+  args.packed_weight = static_cast<const uint8_t*>(packed.data_ptr());
+  args.bias = extra.bias;
+  args.lora = lora.bank;
+  args.residual = extra.residual;
+  args.y = y.data_ptr();
+  args.workspace = workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, args, torch_executor()));
+  return y;
+}
+
+Tensor pack(const Tensor& weight, const Tensor& scales) {
+  const char* op = "int8_pack";
+  expect_tensor(op, "weight", weight, ScalarType::Char, {-1, -1});
+  const int64_t out_features = weight.size(0), in_features = weight.size(1);
+  expect_tensor(op, "scales", scales, ScalarType::Float, {out_features});
+  const Tensor rows = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
+  const Tensor factors = scales.is_contiguous() ? scales : torch::stable::contiguous(scales);
+  const int8_t* q = static_cast<const int8_t*>(rows.data_ptr());
+  const float* s = static_cast<const float*>(factors.data_ptr());
+  for (int64_t i = 0; i < out_features * in_features; ++i) {
+    if (q[i] >= -127) continue;
+    expect(false, op, "weight",
+           "expected values in [-127, 127], got -128 in output channel " + std::to_string(i / in_features) +
+               "; quantize symmetrically (scale = amax / 127)");
+  }
+  for (int64_t n = 0; n < out_features; ++n) {
+    if (std::isfinite(s[n])) continue;
+    expect(false, op, "scales",
+           "expected finite scales, got " + std::to_string(s[n]) + " for output channel " + std::to_string(n) +
+               "; the weight it came from holds a NaN or an infinity");
+  }
+  Tensor packed = torch::stable::new_empty(weight, {int8_packed_bytes(out_features, in_features)}, ScalarType::Byte);
+  int8_pack(q, s, out_features, in_features, static_cast<uint8_t*>(packed.data_ptr()));
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> unpack(const Tensor& packed_weight, int64_t out_features, int64_t in_features) {
+  const char* op = "int8_unpack";
+  expect(in_features >= 0, op, "in_features", "expected at least 0, got " + std::to_string(in_features));
+  const Tensor packed = packed_weight_of(op, packed_weight, out_features, in_features);
+  Tensor weight = torch::stable::new_empty(packed, {out_features, in_features}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(packed, {out_features}, ScalarType::Float);
+  int8_unpack(static_cast<const uint8_t*>(packed.data_ptr()), out_features, in_features,
+              static_cast<int8_t*>(weight.data_ptr()), static_cast<float*>(scales.data_ptr()));
+  return std::make_tuple(weight, scales);
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
+  m.impl("int8_lora_linear", TORCH_BOX(&lora_kernels::int8_lora_linear));
+  m.impl("int8_pack", TORCH_BOX(&lora_kernels::pack));
+  m.impl("int8_unpack", TORCH_BOX(&lora_kernels::unpack));
+}

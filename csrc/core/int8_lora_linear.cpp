@@ -1,0 +1,93 @@
+#include "lora_kernels/int8_lora_linear.h"
+
+#include <sstream>
+
+#include "core/select.h"
+#include "core/validate.h"
+#include "cpu/int8_lora_linear.h"
+
+namespace lora_kernels {
+namespace {
+
+const Table<Int8LoraLinearImplementation> kTable = {
+    "int8_lora_linear",
+#if defined(__x86_64__)
+    3,
+    {&kInt8LoraLinearAvx512, &kInt8LoraLinearAvx2, &kInt8LoraLinearGeneric},
+#else
+    1,
+    {&kInt8LoraLinearGeneric},
+#endif
+};
+
+// 127 * 127 * K and the compensation 128 * 127 * K must fit an int32 (partial sums may wrap around, the last one does
+// not).
+constexpr int64_t kMostInFeatures = 131072;
+
+Status validate(const Int8LoraLinearProblem& p) {
+  Check check("int8_lora_linear");
+  check.that(p.rows >= 0 && p.in_features >= 0 && p.out_features >= 0, "x, out_features: sizes must not be negative");
+  check.that(p.in_features <= kMostInFeatures, "x: expected at most " + std::to_string(kMostInFeatures) +
+                                                   " columns, so that integer sums cannot overflow" +
+                                                   got(p.in_features) + "; split the layer");
+  check.that(is_floating(p.dtype),
+             "x: expected float32, float16 or bfloat16, got int8; x is quantized by the operator");
+  check_lora_shape(&check, p.lora, p.rows);
+  return check.status();
+}
+
+}  // namespace
+
+void report_int8_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
+  report(kTable, device, out);
+}
+
+Status plan(const Int8LoraLinearProblem& problem, const DeviceInfo& device, Int8LoraLinearPlan* plan) {
+  Status status = validate(problem);
+  if (status.ok()) status = select(kTable, device, &plan->implementation);
+  if (!status.ok()) return status;
+  plan->problem = problem;
+  plan->implementation->configure(device, plan);
+  return {};
+}
+
+int64_t workspace_bytes(const Int8LoraLinearPlan& plan) {
+  return plan.workspace;
+}
+
+Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor) {
+  const Int8LoraLinearProblem& p = plan.problem;
+  if (p.rows == 0 || p.out_features == 0) return {};
+  Check check("int8_lora_linear");
+  check_lora_bank(&check, p.lora, args.lora);
+  if (p.static_scale) {
+    const float scale = *args.x_scale;
+    check.that(scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale),
+               "x_scale: expected a positive finite scale, got " + std::to_string(scale) +
+                   "; calibrate again, or pass None to quantize every row by its own maximum");
+  }
+  if (!check.status().ok()) return check.status();
+  kTable.count_run(plan.implementation);
+  plan.implementation->run(plan, args, executor);
+  return {};
+}
+
+std::string to_string(const Int8LoraLinearProblem& p) {
+  std::ostringstream text;
+  text << "int8_lora_linear rows=" << p.rows << " in=" << p.in_features << " out=" << p.out_features << " "
+       << name_of(p.dtype) << (p.static_scale ? " static" : " dynamic") << (p.has_bias ? " bias" : "")
+       << " activation=" << name_of(p.activation) << (p.has_residual ? " residual" : "");
+  if (p.lora.present())
+    text << " adapters=" << p.lora.adapters << " rank=" << p.lora.total_rank << " (largest " << p.lora.max_rank << ") "
+         << name_of(p.lora.dtype);
+  return text.str();
+}
+
+std::string to_string(const Int8LoraLinearPlan& plan) {
+  std::ostringstream text;
+  text << to_string(plan.problem) << " -> " << plan.implementation->name << " tasks=" << plan.tasks
+       << " workspace=" << plan.workspace;
+  return text.str();
+}
+
+}  // namespace lora_kernels

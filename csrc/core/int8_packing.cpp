@@ -1,0 +1,41 @@
+#include "lora_kernels/int8_packing.h"
+
+#include <cstring>
+
+namespace lora_kernels {
+
+void int8_pack(const int8_t* weight, const float* scales, int64_t out_features, int64_t in_features, uint8_t* packed) {
+  const int64_t block_bytes = int8_block_bytes(in_features);
+  const int64_t weight_bytes = kInt8BlockChannels * int8_padded_depth(in_features);
+  for (int64_t n0 = 0; n0 < out_features; n0 += kInt8BlockChannels, packed += block_bytes) {
+    std::memset(packed, 0, static_cast<size_t>(block_bytes));
+    float block_scales[kInt8BlockChannels] = {};
+    int32_t compensation[kInt8BlockChannels] = {};
+    for (int64_t c = 0; c < kInt8BlockChannels && n0 + c < out_features; ++c) {
+      const int8_t* row = weight + (n0 + c) * in_features;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < in_features; ++k) {
+        packed[int8_weight_offset(c, k)] = static_cast<uint8_t>(row[k]);
+        sum += row[k];
+      }
+      block_scales[c] = scales[n0 + c];
+      compensation[c] = -128 * sum;
+    }
+    std::memcpy(packed + weight_bytes, block_scales, sizeof block_scales);
+    std::memcpy(packed + weight_bytes + sizeof block_scales, compensation, sizeof compensation);
+  }
+}
+
+void int8_unpack(const uint8_t* packed, int64_t out_features, int64_t in_features, int8_t* weight, float* scales) {
+  const int64_t block_bytes = int8_block_bytes(in_features);
+  const int64_t weight_bytes = kInt8BlockChannels * int8_padded_depth(in_features);
+  for (int64_t n = 0; n < out_features; ++n) {
+    const uint8_t* block = packed + n / kInt8BlockChannels * block_bytes;
+    const int64_t c = n % kInt8BlockChannels;
+    for (int64_t k = 0; k < in_features; ++k)
+      weight[n * in_features + k] = static_cast<int8_t>(block[int8_weight_offset(c, k)]);
+    std::memcpy(scales + n, block + weight_bytes + c * sizeof(float), sizeof(float));
+  }
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,380 @@
+// int8_lora_linear on a CPU.
+//   y[m, n] = act(sum_k q_x[m, k] q_w[n, k] * (s_x[m] s_w[n]) + bias[n] + t[m] B[:, n]) + residual[m, n], t = s x At
+//   x [M, K]; W packed in blocks of 64 channels (int8_packing.h); 2 M N K integer operations on N K bytes of weights.
+// Few rows are bound by those bytes: every block is read once, in order, and prefetched ahead of its use. Many rows are
+// bound by the integer units: rows are quantized a chunk at a time, which stays in the second cache while every block
+// of weights passes over it. Either way a task owns a range of rows and a range of blocks and does all of its work, so
+// that a call forks once: quantizing a few rows once per task costs less than a second fork.
+//   LoRA-up is r more steps over k on the sums, once they are fp32; bias, activation and residual follow before y is
+//   written.
+
+constexpr int64_t kBlockBytesPerStep = kInt8BlockChannels * kInt8StepDepth;
+constexpr int kPanelsPerBlock = static_cast<int>(kInt8BlockChannels / kPanel);
+// A chunk of quantized rows takes at most this of the second cache (1 to 2 MB; weights, x and y pass through the rest)
+// ...
+constexpr int64_t kChunkBytes = 192 * 1024;
+// ... but has enough rows to pay for reading all weights again, and no more than x in fp32 allows to stay there as
+// well.
+constexpr int64_t kFewestChunkRows = 48, kMostChunkRows = 96;
+// From here on rows are split over the tasks before columns are: quantizing all rows in every task would cost more than
+// reading all weights in every task.
+constexpr int64_t kSplitRows = 48;
+// Weights in flight between memory and the registers: latency times the bandwidth of one core.
+constexpr int64_t kStreamBytes = 4096;
+
+// Tasks are a grid of row ranges and block ranges.
+struct Int8Grid {
+  int64_t row_parts, block_parts;
+};
+inline int64_t int8_blocks(const Int8LoraLinearProblem& p) {
+  return round_up(p.out_features, kInt8BlockChannels) / kInt8BlockChannels;
+}
+inline Int8Grid int8_grid(const Int8LoraLinearProblem& p, int64_t tasks) {
+  int64_t row_parts = p.rows / kSplitRows;
+  row_parts = row_parts < 1 ? 1 : row_parts < tasks ? row_parts : tasks;
+  const int64_t block_parts = tasks / row_parts, blocks = int8_blocks(p);
+  return {row_parts, block_parts < blocks ? block_parts : blocks > 0 ? blocks : 1};
+}
+
+// Rows of a chunk: as equal as can be.
+inline int64_t int8_chunk_rows(const Int8LoraLinearProblem& p, int64_t rows) {
+  int64_t most = kChunkBytes / (p.in_features > 0 ? p.in_features : 1);
+  most = most < kFewestChunkRows ? kFewestChunkRows : most > kMostChunkRows ? kMostChunkRows : most;
+  most -= most % kInt8TileRows;
+  const int64_t chunks = (rows + most - 1) / most;
+  return chunks > 1 ? round_up((rows + chunks - 1) / chunks, kInt8TileRows) : rows;
+}
+
+// Scratch of one task, in floats; one description serves the size and the pointers.
+struct Int8Scratch {
+  int64_t used = 0;
+  float* base;
+  int64_t rows, q_stride;
+  uint8_t* q;     // [rows][q_stride], quantized rows
+  float* scales;  // [rows], s_x
+  float* x;       // [rows][K], x as fp32 where it is stored otherwise and LoRA wants it
+  float* t;       // [rows][padded rank]
+  float* down;    // the panel of A
+  float* up;      // [kPanelsPerBlock] panels of B
+
+  Int8Scratch(float* memory, const Int8LoraLinearProblem& p, const Int8Grid& grid) : base(memory) {
+    const bool lora = p.lora.present();
+    rows = int8_chunk_rows(p, (p.rows + grid.row_parts - 1) / grid.row_parts);
+    // One cache line more than a multiple: rows of a power of two do not share the sets of the first cache.
+    q_stride = round_up(p.in_features, 64) + 64;
+    q = reinterpret_cast<uint8_t*>(take(rows * q_stride / 4));
+    scales = take(rows);
+    x = take(lora && p.dtype != DType::kFloat32 ? rows * p.in_features : 0);
+    t = take(lora ? rows * padded_rank(p.lora) : 0);
+    down = take(lora ? down_scratch(p.lora, p.in_features) : 0);
+    up = take(lora ? p.lora.max_rank * kInt8BlockChannels : 0);
+  }
+  float* take(int64_t floats) {
+    float* p = base + used;
+    used += round_up(floats, 16);
+    return p;
+  }
+};
+
+// ---------- Quantization of a row
+
+template <class T>
+inline F load_at(const T* x, int64_t k, int64_t depth) {
+  return k + kLanes <= depth ? load(x + k) : k < depth ? load_n(x + k, static_cast<int>(depth - k)) : zero();
+}
+
+// max |x| as bits: among the bits of magnitudes, infinities and NaNs are the largest, so they always win.
+template <class T>
+inline int32_t magnitude_bits(const T* x, int64_t depth) {
+  I most[4] = {set_int(0), set_int(0), set_int(0), set_int(0)};
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= depth; k += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) most[j] = max_int(most[j], bits_of(abs(load(x + k + j * kLanes))));
+  for (; k < depth; k += kLanes) most[0] = max_int(most[0], bits_of(abs(load_at(x, k, depth))));
+  return reduce_max_int(max_int(max_int(most[0], most[1]), max_int(most[2], most[3])));
+}
+
+// q[k] = clamp(round_half_even(x[k] * inverse), -127, 127), up to a multiple of 4 k; what follows K meets zero weights.
+template <class T>
+inline void quantize_row(const T* x, int64_t depth, float inverse, uint8_t* q) {
+  const F factor = set(inverse), low = set(-127.0f), high = set(127.0f);
+  const auto quantized = [&](F v) { return to_int(min(max(v * factor, low), high)); };
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= depth; k += 4 * kLanes) {
+    const T* v = x + k;
+    store_activations(q + k, quantized(load(v)), quantized(load(v + kLanes)), quantized(load(v + 2 * kLanes)),
+                      quantized(load(v + 3 * kLanes)));
+  }
+  if (k < depth) {
+    alignas(64) uint8_t tail[4 * kLanes];
+    store_activations(tail, quantized(load_at(x, k, depth)), quantized(load_at(x, k + kLanes, depth)),
+                      quantized(load_at(x, k + 2 * kLanes, depth)), quantized(load_at(x, k + 3 * kLanes, depth)));
+    memcpy(q + k, tail, static_cast<size_t>(int8_padded_depth(depth) - k));
+  }
+}
+
+// Quantizes a row and returns its scale; NaN for a row with a non-finite element, whose outputs are then NaN.
+template <class T>
+inline float quantize(const T* x, int64_t depth, const float* x_scale, uint8_t* q) {
+  const int32_t bits = magnitude_bits(x, depth);
+  float most;
+  memcpy(&most, &bits, sizeof most);
+  const bool finite = bits < 0x7f800000;
+  float inverse = x_scale ? 1.0f / *x_scale : 127.0f / most, scale = x_scale ? *x_scale : most / 127.0f;
+  if (!finite) inverse = 0, scale = __builtin_nanf("");
+  if (!__builtin_isfinite(inverse)) inverse = 0, scale = 0;  // zeros, or too small for 127 / most to be a float
+  quantize_row(x, depth, inverse, q);
+  return scale;
+}
+
+// ---------- Integer products
+
+enum class Ahead {
+  kNothing,
+  kStream,     // the weights that this tile will need soon: it is the first to read them
+  kNextBlock,  // one line of the next block per step, into the second cache
+};
+
+// sum[i][j] += q[i] . vector j of the block, over `steps` steps of four k
+template <Ahead kAhead, int MR, int NV>
+inline void int8_dots(I (&sum)[MR][NV], const uint8_t* q, int64_t q_stride, const uint8_t* w, int64_t steps,
+                      const uint8_t* next) {
+#pragma GCC unroll 2
+  for (int64_t step = 0; step < steps; ++step, q += kInt8StepDepth, w += kBlockBytesPerStep) {
+    if constexpr (kAhead == Ahead::kStream) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlockBytesPerStep; j += 64) prefetch(w + kStreamBytes + j);
+    } else if constexpr (kAhead == Ahead::kNextBlock) {
+      __builtin_prefetch(next, 0, 2);
+      next += 64;
+    }
+    Weights b[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) b[j] = load_weights(w + j * sizeof(I));
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      int32_t four;
+      memcpy(&four, q + i * q_stride, sizeof four);
+      const I x = set_int(four);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) int8_dot_into(sum[i][j], x, b[j]);
+    }
+  }
+}
+
+// ---------- Outputs
+
+// The last steps for `rows` rows of up to 64 columns, whose sums are in `sums` (rows of 64): activation, residual,
+// storage.
+template <class T>
+inline void finish_rows(const Epilogue& e, int64_t m, int64_t column, int64_t columns, int64_t rows, float* sums) {
+  if (e.activation != Activation::kNone)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        float* v = sums + i * kInt8BlockChannels + j;
+        store(v, activate(load(v), e.activation));
+      }
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* v = sums + i * kInt8BlockChannels;
+    const int64_t at = (m + i) * e.out_features + column;
+    T* y = static_cast<T*>(e.y) + at;
+    const T* residual = e.residual ? static_cast<const T*>(e.residual) + at : nullptr;
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) store(y + j, residual ? load(v + j) + load(residual + j) : load(v + j));
+    if (const int rest = static_cast<int>(columns - j))
+      store_n(y + j, residual ? load(v + j) + load_n(residual + j, rest) : load(v + j), rest);
+  }
+}
+
+// What the tiles of one task share.
+struct Int8Task {
+  const Bank* bank;  // null: no LoRA branch
+  Epilogue epilogue;
+  int64_t steps;  // of four k
+  Int8Scratch s;
+  int64_t first_row;  // of the chunk
+  // of the block at hand
+  const uint8_t* weights;
+  const float *weight_scales, *bias;
+  const int32_t* compensation;
+  int64_t column;                 // its first
+  int64_t last[kPanelsPerBlock];  // whose panel of B each part of s.up holds
+  UpPanel up[kPanelsPerBlock];
+};
+
+// MR rows (from row i of the chunk on) times NV vectors of the block (from channel c on)
+template <int MR, int NV>
+__attribute__((noinline)) void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ahead, const uint8_t* next) {
+  I sum[MR][NV];
+#pragma GCC unroll 8
+  for (int j = 0; j < NV; ++j) {
+    const I start = kUnsignedActivations ? load_int(task.compensation + c + j * kLanes) : set_int(0);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) sum[r][j] = start;
+  }
+  const Int8Scratch& s = task.s;
+  const uint8_t *q = s.q + i * s.q_stride, *w = task.weights + c * kInt8StepDepth;
+  if (ahead == Ahead::kStream)
+    int8_dots<Ahead::kStream>(sum, q, s.q_stride, w, task.steps, next);
+  else if (ahead == Ahead::kNextBlock)
+    int8_dots<Ahead::kNextBlock>(sum, q, s.q_stride, w, task.steps, next);
+  else
+    int8_dots<Ahead::kNothing>(sum, q, s.q_stride, w, task.steps, next);
+
+  alignas(64) float sums[MR * kInt8BlockChannels];
+  const int64_t m = task.first_row + i;
+#pragma GCC unroll 8
+  for (int part = 0; part < NV; part += kTileVectors) {
+    Tile<MR, kTileVectors> tile;
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileVectors; ++j) {
+      const int64_t channel = c + (part + j) * kLanes;
+      const F scale = load(task.weight_scales + channel), bias = load(task.bias + channel);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) tile.sum[r][j] = to_float(sum[r][part + j]) * (set(s.scales[i + r]) * scale) + bias;
+    }
+    const int64_t left = task.epilogue.out_features - task.column - c - part * kLanes;
+    if (task.bank && left > 0) {
+      const int64_t panel = (c + part * kLanes) / kPanel;
+      add_lora(tile, *task.bank, m, s.t + i * padded_rank(task.bank->shape), task.column + panel * kPanel,
+               left < kPanel ? left : kPanel, s.up + panel * kPanel * task.bank->shape.max_rank, &task.last[panel],
+               &task.up[panel]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileVectors; ++j) store(sums + r * kInt8BlockChannels + (part + j) * kLanes, tile.sum[r][j]);
+  }
+  const int64_t left = task.epilogue.out_features - task.column - c, columns = left < NV * kLanes ? left : NV * kLanes;
+  if (columns <= 0) return;
+  with_type(task.epilogue.dtype, task.epilogue.y, [&](auto* y) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(y)>>;
+    finish_rows<T>(task.epilogue, m, task.column + c, columns, MR, sums);
+  });
+}
+
+// One block of 64 channels for all rows of the chunk.
+inline void int8_block(Int8Task& task, int64_t rows, int64_t block_bytes) {
+  const uint8_t* next = task.weights + block_bytes;
+  if (rows == 1) {
+    for (int64_t c = 0; c < kInt8BlockChannels; c += kInt8RowVectors * kLanes)
+      int8_tile<1, kInt8RowVectors>(task, 0, c, Ahead::kStream, nullptr);
+    return;
+  }
+  constexpr int64_t kWidth = kInt8TileVectors * kLanes;
+  const int64_t tiles = (rows + kInt8TileRows - 1) / kInt8TileRows, calls = tiles * (kInt8BlockChannels / kWidth);
+  int64_t call = 0;
+  for (int64_t c = 0; c < kInt8BlockChannels; c += kWidth)
+    for (int64_t i = 0; i < rows; ++call) {
+      const int64_t count = tile_rows(rows - i, kInt8TileRows);
+      // With four tiles or more each of the first four fetches a quarter of the next block.
+      const Ahead ahead = calls >= 4 ? (call < 4 ? Ahead::kNextBlock : Ahead::kNothing)
+                                     : (call == 0 ? Ahead::kStream : Ahead::kNothing);
+      with_rows<kInt8TileRows>(count, [&](auto tag) {
+        int8_tile<decltype(tag)::value, kInt8TileVectors>(task, i, c, ahead, next + call * task.steps * 64);
+      });
+      i += count;
+    }
+}
+
+// ---------- A task
+
+// Quantizes rows [begin, end) of x and computes their t.
+inline void int8_prepare(const Int8LoraLinearProblem& p, const Int8LoraLinearArgs& args, const Int8Task& task,
+                         int64_t begin, int64_t end, int64_t* packed_adapter) {
+  const int64_t K = p.in_features;
+  const Int8Scratch& s = task.s;
+  const float* x_scale = p.static_scale ? args.x_scale : nullptr;
+  with_type(p.dtype, args.x, [&](auto* x) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t i = m - begin;
+      const T* row = x + m * args.x_stride;
+      if (std::is_same<T, float>::value || !task.bank) {
+        s.scales[i] = quantize(row, K, x_scale, s.q + i * s.q_stride);
+      } else {
+        convert_row(row, K, s.x + i * K);
+        s.scales[i] = quantize(s.x + i * K, K, x_scale, s.q + i * s.q_stride);
+      }
+    }
+  });
+  if (!task.bank) return;
+  if (p.dtype == DType::kFloat32)
+    down_rows(*task.bank, static_cast<const float*>(args.x), args.x_stride, begin, end, K, s.t, s.down, packed_adapter);
+  else
+    down_rows(*task.bank, s.x - begin * K, K, begin, end, K, s.t, s.down, packed_adapter);
+}
+
+inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Bank& bank,
+                          const Int8Grid& grid, int64_t index) {
+  const Int8LoraLinearProblem& p = plan.problem;
+  float* memory = static_cast<float*>(args.workspace) + index * (plan.workspace / 4 / plan.tasks);
+  const int64_t blocks = int8_blocks(p), block_bytes = int8_block_bytes(p.in_features);
+  const int64_t row_part = index / grid.block_parts, block_part = index % grid.block_parts;
+  const int64_t first = p.rows * row_part / grid.row_parts, end = p.rows * (row_part + 1) / grid.row_parts;
+  const int64_t first_block = blocks * block_part / grid.block_parts;
+  const int64_t last_block = blocks * (block_part + 1) / grid.block_parts;
+  const Epilogue epilogue = {p.has_bias ? args.bias : nullptr,
+                             p.bias_dtype,
+                             p.activation,
+                             p.has_residual ? args.residual : nullptr,
+                             args.y,
+                             p.dtype,
+                             p.out_features};
+  alignas(64) float bias[kInt8BlockChannels] = {};
+  Int8Task task{bank.present() ? &bank : nullptr,
+                epilogue,
+                int8_padded_depth(p.in_features) / kInt8StepDepth,
+                Int8Scratch(memory, p, grid),
+                0,
+                nullptr,
+                nullptr,
+                bias,
+                nullptr,
+                0,
+                {},
+                {}};
+  // The first weights travel while the rows are quantized.
+  for (int64_t j = 0; j < kStreamBytes; j += 64) prefetch(args.packed_weight + first_block * block_bytes + j);
+  int64_t packed_adapter = -1;
+  for (int64_t m = first; m < end; m += task.s.rows) {
+    const int64_t stop = m + task.s.rows < end ? m + task.s.rows : end;
+    int8_prepare(p, args, task, m, stop, &packed_adapter);
+    task.first_row = m;
+    for (int64_t block = first_block; block < last_block; ++block) {
+      task.weights = args.packed_weight + block * block_bytes;
+      task.weight_scales = reinterpret_cast<const float*>(task.weights + task.steps * kBlockBytesPerStep);
+      task.compensation = reinterpret_cast<const int32_t*>(task.weight_scales + kInt8BlockChannels);
+      task.column = block * kInt8BlockChannels;
+      for (int64_t& last : task.last) last = -1;
+      if (p.has_bias)
+        with_type(p.bias_dtype, args.bias, [&](auto* values) {
+          for (int64_t c = 0; c < kInt8BlockChannels; c += kLanes)
+            store(bias + c, load_at(values + task.column, c, p.out_features - task.column));
+        });
+      int8_block(task, stop - m, block_bytes);
+    }
+  }
+}
+
+// ---------- The implementation's functions
+
+inline void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
+  const Int8LoraLinearProblem& p = plan->problem;
+  // A fork and join costs a few microseconds, in which one core reads about 100 KB or does two million multiply-adds.
+  const double bytes = static_cast<double>(p.out_features) * static_cast<double>(p.in_features);
+  const double by_bytes = bytes / 100e3, by_work = bytes * static_cast<double>(p.rows) / 2e6;
+  const double worth = by_bytes > by_work ? by_bytes : by_work;
+  int64_t tasks = device.threads;
+  if (worth < static_cast<double>(tasks)) tasks = static_cast<int64_t>(worth) + 1;
+  const Int8Grid grid = int8_grid(p, tasks);
+  plan->tasks = static_cast<int>(grid.row_parts * grid.block_parts);
+  plan->workspace = Int8Scratch(nullptr, p, grid).used * plan->tasks * static_cast<int64_t>(sizeof(float));
+}
+
+inline void run_forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor) {
+  const Bank bank = Bank::forward(plan.problem.lora, args.lora, plan.problem.rows);
+  const Int8Grid grid = int8_grid(plan.problem, plan.tasks);
+  for_each_task(executor, plan.tasks, [&](int64_t index) { int8_run_task(plan, args, bank, grid, index); });
+}

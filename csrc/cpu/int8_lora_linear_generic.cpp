@@ -1,0 +1,27 @@
+#include "cpu/int8_lora_linear.h"
+#include "cpu/target.h"
+
+namespace lora_kernels {
+namespace {
+
+// clang-format off: each file uses what the ones before it define
+#include "cpu/simd/generic.h"
+#include "cpu/simd/int8_generic.h"
+#include "cpu/simd/math.inl"
+
+#include "cpu/gemm.inl"
+#include "cpu/lora.inl"
+#include "cpu/epilogue.inl"
+#include "cpu/int8_lora_linear.inl"
+// clang-format on
+
+}  // namespace
+
+const Int8LoraLinearImplementation kInt8LoraLinearGeneric = {
+    "generic",
+    0,
+    configure,
+    run_forward,
+};
+
+}  // namespace lora_kernels

@@ -1,0 +1,30 @@
+// The integer vocabulary (see simd/int8_generic.h) in AVX-512 with VNNI.
+
+constexpr bool kUnsignedActivations = true;  // vpdpbusd takes u8 times s8
+// 6 x 4 accumulators + 4 vectors of weights + 1 or 2 broadcasts = 29 or 30 of 32 registers
+constexpr int kInt8TileRows = 6, kInt8TileVectors = 4, kInt8RowVectors = 4;
+
+typedef __m512i Weights;
+inline Weights load_weights(const uint8_t* p) {
+  return _mm512_loadu_si512(p);
+}
+// As an instruction on purpose: with intrinsics g++ 12 copies accumulators and spills them.
+inline void int8_dot_into(I& c, I x, const Weights& w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
+}
+
+inline I max_int(I a, I b) {
+  return (I)_mm512_max_epi32((__m512i)a, (__m512i)b);
+}
+inline int32_t reduce_max_int(I v) {
+  return _mm512_reduce_max_epi32((__m512i)v);
+}
+
+inline void store_activations(uint8_t* q, I a, I b, I c, I d) {
+  // The packs work within 128-bit lanes: dwords a0 b0 c0 d0, a1 b1 ... are put in order afterwards.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i packed =
+      _mm512_packs_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b), _mm512_packs_epi32((__m512i)c, (__m512i)d));
+  const __m512i bytes = _mm512_permutexvar_epi32(order, packed);
+  _mm512_storeu_si512(q, _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80))));
+}
