@@ -60,7 +60,7 @@ def load_audio(
     else:
         path = Path(source)
         name = name or str(path)
-        _check_file(path, name)
+        check_audio_file(path, name)
         handle = str(path)
     try:
         samples, rate = soundfile.read(handle, dtype="float32", always_2d=True)
@@ -148,7 +148,9 @@ def _resample(samples: np.ndarray, from_rate: int, to_rate: int, name: str) -> n
     return resampled
 
 
-def _check_file(path: Path, name: str) -> None:
+def check_audio_file(path: Path, name: str | None = None) -> None:
+    """Raise `AudioError` unless a readable, non-empty file is there; its content is not read."""
+    name = name or str(path)
     if not path.exists():
         raise AudioError(
             f"{name}: no such audio file; check the path (relative paths are taken from the "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from lora_speech.errors import TrainingError
 from lora_speech.features import extract_features
 from lora_speech.manifest import Utterance

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lora_speech.errors import TrainingError
 
 FOLDER = "checkpoints"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from lora_speech.errors import ModelError
 from lora_speech.projections import AdapterRows, joint_projection, projection
 from lora_speech.prompts import (
@@ -161,13 +162,20 @@ class WhisperDecoder:
         ):
             n1, qkv, out, n2, cross_q, cross_out, n3, fc1, fc2, split, scale = layer
             q, k, v = qkv(layer_norm(x, *n1))
-            y, _ = attend(
-                q, k, v, keys, values, None, None, lengths, slots, scale, None
-            )
+            y, _ = attend(q, k, v, keys, values, None, None, lengths, slots, scale, None)
             x = out(y.view(shape), x)
             q = cross_q(layer_norm(x, *n2), None).view(split(shape))
             y, _ = attend(
-                q, None, None, cross_keys, cross_values, None, None, cross_lengths, slots, scale,
+                q,
+                None,
+                None,
+                cross_keys,
+                cross_values,
+                None,
+                None,
+                cross_lengths,
+                slots,
+                scale,
                 None,
             )
             x = cross_out(y.view(shape), x)

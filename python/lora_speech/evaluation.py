@@ -138,9 +138,7 @@ def evaluate(
         ):
             text = " ".join(segment.text for segment in segments)
             audio_seconds += info.duration
-            scored.append(
-                _score(model, utterance, text, used, code, normalization, info.duration)
-            )
+            scored.append(_score(model, utterance, text, used, code, normalization, info.duration))
         if progress is not None:
             progress(len(scored), len(utterances))
     return Evaluation(

@@ -196,7 +196,7 @@ def _parse_line(line: str, folder: Path) -> Utterance:
     except json.JSONDecodeError as error:
         raise ManifestError(
             f"expected a JSON object, got text that is not JSON ({error.msg} at column "
-            f"{error.colno}); write e.g. {{\"audio\": \"a.wav\", \"text\": \"hello\"}}"
+            f'{error.colno}); write e.g. {{"audio": "a.wav", "text": "hello"}}'
         ) from error
     if not isinstance(record, dict):
         raise ManifestError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from lora_speech.batching import Batch, ExampleStore, epoch_batches, hash_seed, spec_augment
 from lora_speech.checkpoints import (
     FOLDER,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
 from lora_speech.audio import load_audio, prepare_samples
 from lora_speech.decoding import greedy_decode
 from lora_speech.errors import ModelError, SpeechError

@@ -205,7 +205,9 @@ def _model_type(location: str, transformers: Any) -> str:
             return str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
         return str(transformers.AutoConfig.from_pretrained(location).model_type)
     except json.JSONDecodeError as error:
-        raise ModelError(f"base {location}: config.json is not JSON ({error}); save it again") from error
+        raise ModelError(
+            f"base {location}: config.json is not JSON ({error}); save it again"
+        ) from error
     except Exception as error:  # offline, unknown name, unknown architecture: all end here
         raise ModelError(
             f"base {location!r}: no such folder here, and it cannot be had from the Hugging Face "

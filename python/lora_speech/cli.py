@@ -1,0 +1,410 @@
+"""The command line, `lora-speech`: results on standard output, progress and messages on error.
+
+Anything wrong with what was given ends in one message on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_speech.errors import SpeechError
+
+app = typer.Typer(
+    name="lora-speech",
+    help="Adapt speech recognition to a voice, accent or domain with LoRA, and transcribe with "
+    "many adapters on one INT8 base. Start with: lora-speech demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Base = Annotated[
+    str,
+    typer.Option(
+        help="The model to start from: 'shipped' (a small one inside this package), a folder in "
+        "the Hugging Face layout, or a hub name such as openai/whisper-tiny.",
+        show_default=True,
+    ),
+]
+Language = Annotated[
+    str | None,
+    typer.Option(help="Language of the speech, e.g. en or es.", metavar="CODE"),
+]
+BatchSize = Annotated[int, typer.Option(help="Recordings decoded at once.", min=1, max=1024)]
+
+
+class Format(str, Enum):
+    """What `transcribe` writes."""
+
+    text = "text"
+    json = "json"
+    srt = "srt"
+    vtt = "vtt"
+
+
+class Normalizer(str, Enum):
+    """What `evaluate` does to texts before counting."""
+
+    auto = "auto"
+    whisper = "whisper"
+    basic = "basic"
+    none = "none"
+
+
+class TrainingDefaults:
+    """Defaults of `TrainingConfig`, so that help and library never disagree."""
+
+    steps, batch_size, accumulation, learning_rate = 400, 8, 1, 1e-3
+    rank, alpha, dropout, seed = 16, 32.0, 0.05, 0
+    validate_every = checkpoint_every = 100
+
+
+@app.command()
+def finetune(
+    train: Annotated[
+        str,
+        typer.Option(
+            help="Recordings to learn from: a JSONL file with one {\"audio\": ..., \"text\": ...} "
+            "per line, a folder saved by Hugging Face datasets, or a hub name (owner/name:split).",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the adapter (PEFT layout), the log and checkpoints.")
+    ],
+    base: Base = "shipped",
+    validation: Annotated[
+        str | None,
+        typer.Option(help="Recordings to choose the best adapter by; the same kinds as --train."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = TrainingDefaults.steps,
+    batch_size: Annotated[
+        int, typer.Option(help="Recordings per step.")
+    ] = TrainingDefaults.batch_size,
+    accumulation: Annotated[
+        int, typer.Option(help="Batches whose gradients are added up for one step.")
+    ] = TrainingDefaults.accumulation,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate.")
+    ] = TrainingDefaults.learning_rate,
+    rank: Annotated[
+        int, typer.Option(help="LoRA rank: the adapter's size.")
+    ] = TrainingDefaults.rank,
+    alpha: Annotated[
+        float, typer.Option(help="LoRA alpha: the update is scaled by alpha / rank.")
+    ] = TrainingDefaults.alpha,
+    dropout: Annotated[
+        float, typer.Option(help="Dropout on the adapter's input.")
+    ] = TrainingDefaults.dropout,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the linears to adapt, repeatable; by default all of them."),
+    ] = None,
+    augment: Annotated[
+        bool, typer.Option(help="Mask bands and stretches of the features (SpecAugment).")
+    ] = True,
+    validate_every: Annotated[
+        int, typer.Option(help="Steps between validations.")
+    ] = TrainingDefaults.validate_every,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints.")
+    ] = TrainingDefaults.checkpoint_every,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = TrainingDefaults.seed,
+    language: Language = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in --output.")
+    ] = False,
+) -> None:
+    """Train a LoRA adapter on your recordings and keep the best one.
+
+    Example: lora-speech finetune --train train.jsonl --validation dev.jsonl --output adapters/me
+    """
+    from lora_speech.progress import STDERR, progress_bars, training_bars
+    from lora_speech.training import TrainingConfig
+    from lora_speech.training import finetune as run
+
+    given = locals()
+    settings = {f.name: given[f.name] for f in fields(TrainingConfig) if f.name in given}
+    config = TrainingConfig(**settings, targets=tuple(target) if target else None)
+    with progress_bars() as bars:
+        result = run(
+            base,
+            train,
+            validation,
+            output,
+            config,
+            resume=resume,
+            overwrite=overwrite,
+            progress=training_bars(bars, "finetune"),
+        )
+    if result.skipped:
+        STDERR.print(
+            f"left out {len(result.skipped)} recordings that do not fit the model: "
+            + "; ".join(result.skipped[:3]),
+            markup=False,
+        )
+    best = "" if result.best_wer is None else f", validation WER {result.best_wer:.2%}"
+    typer.echo(f"adapter: {result.output} (step {result.best_step}{best})")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        str, typer.Option(help="Recordings with transcripts: JSONL, saved data set or hub name.")
+    ],
+    base: Base = "shipped",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Adapter folder, or NAME=FOLDER, repeatable. One adapter is used for every "
+            "recording; of several, each recording uses the one its manifest line names.",
+            metavar="[NAME=]FOLDER",
+        ),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the totals (wer, cer, ...) here.")
+    ] = None,
+    utterances: Annotated[
+        Path | None, typer.Option(help="Write every utterance with its errors here, as JSONL.")
+    ] = None,
+    normalizer: Annotated[
+        Normalizer,
+        typer.Option(
+            help="How texts are evened out before counting. auto: Whisper's rules, digit strings "
+            "counted digit by digit; whisper: exactly Whisper's; basic: case and punctuation; "
+            "none: as they are."
+        ),
+    ] = Normalizer.auto,
+    language: Language = None,
+    batch_size: BatchSize = 8,
+) -> None:
+    """Measure word and character error rates.
+
+    Example: lora-speech evaluate --adapter adapters/me --data test.jsonl --json result.json
+    """
+    from lora_speech.evaluation import evaluate as run
+    from lora_speech.evaluation import write_evaluation
+    from lora_speech.manifest import load_utterances
+    from lora_speech.models.loading import load_for_serving
+    from lora_speech.progress import counter, progress_bars
+
+    folders = _named_folders(adapter)
+    listed = load_utterances(data)
+    model = load_for_serving(base, folders, int8=int8)
+    only = next(iter(folders)) if len(folders) == 1 else None
+    with progress_bars() as bars:
+        result = run(
+            model,
+            listed,
+            adapter=only,
+            language=language,
+            normalization=normalizer.value,
+            batch_size=batch_size,
+            progress=counter(bars, "evaluate", len(listed)),
+        )
+    if json_path is not None:
+        write_evaluation(result, json_path, utterances)
+    elif utterances is not None:
+        from lora_speech.files import write_jsonl
+
+        write_jsonl(utterances, (vars(item) for item in result.utterances))
+    rates = result.rates
+    typer.echo(f"WER {rates.wer:.2%}   CER {rates.cer:.2%}   ({rates.words} words)")
+    typer.echo(f"raw WER {rates.wer_raw:.2%}   raw CER {rates.cer_raw:.2%}")
+
+
+@app.command()
+def transcribe(
+    files: Annotated[
+        list[Path], typer.Argument(help="Audio files: wav, flac, ogg or mp3.", metavar="FILE...")
+    ],
+    base: Base = "shipped",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Load an adapter under a name; repeatable.", metavar="NAME=FOLDER"),
+    ] = None,
+    use: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which adapter: once for all files, or once per file in their order; 'base' means "
+            "none. Not needed with a single adapter.",
+            metavar="NAME",
+        ),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")] = False,
+    format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Write one file per recording here instead of printing."),
+    ] = None,
+    language: Language = None,
+    task: Annotated[str, typer.Option(help="transcribe, or translate (into English).")] = (
+        "transcribe"
+    ),
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Let the model write times within a window.")
+    ] = False,
+    batch_size: BatchSize = 8,
+) -> None:
+    """Turn recordings into text or subtitles.
+
+    Example: lora-speech transcribe --adapter me=adapters/me --int8 talk.mp3 --format srt
+    """
+    from lora_speech.formats import render
+    from lora_speech.models.loading import load_for_serving
+    from lora_speech.transcription import transcribe_many
+
+    folders = _named_folders(adapter)
+    chosen = _choose(list(folders), use or [], len(files))
+    for file in files:  # before the model takes its time to load
+        _check_audio(file)
+    model = load_for_serving(base, folders, int8=int8)
+    results = transcribe_many(
+        model,
+        list(files),
+        adapters=chosen,
+        language=language,
+        task=task,
+        timestamps=timestamps,
+        batch_size=batch_size,
+    )
+    texts = [render(segments, info, format.value) for segments, info in results]
+    if output_dir is not None:
+        from lora_speech.files import write_text
+
+        suffix = "txt" if format is Format.text else format.value
+        for file, text in zip(files, texts, strict=True):
+            typer.echo(write_text(output_dir / f"{file.stem}.{suffix}", text))
+        return
+    if format is Format.json and len(texts) > 1:
+        typer.echo("[\n" + ",\n".join(text.rstrip() for text in texts) + "\n]")
+        return
+    for file, text in zip(files, texts, strict=True):
+        if len(texts) > 1:
+            header = f"NOTE {file}\n\n" if format is Format.vtt else f"{file}: "
+            header = f"{file}\n" if format is Format.srt else header
+            typer.echo(header, nl=False)
+        typer.echo(text, nl=False)
+
+
+@app.command()
+def demo(
+    base: Base = "shipped",
+    output: Annotated[
+        Path, typer.Option(help="Folder for demo_report.json and demo_report.html.")
+    ] = Path(),
+    seed: Annotated[int, typer.Option(help="Seed of voices, sentences and training.")] = 0,
+) -> None:
+    """Watch a model learn an accent, become INT8 and mix adapters, in a few minutes."""
+    from lora_speech.demo import DemoSettings, run_demo
+    from lora_speech.demo_terminal import TerminalProgress, print_table
+    from lora_speech.progress import progress_bars
+
+    output.mkdir(parents=True, exist_ok=True)
+    with progress_bars() as bars:
+        report = run_demo(base, output, DemoSettings(seed=seed), TerminalProgress(bars))
+    print_table(report)
+    typer.echo(f"report: {output / 'demo_report.html'} and {output / 'demo_report.json'}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, which kernels this machine runs, and why."""
+    from lora_speech.doctor import report
+
+    typer.echo(report())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; the entry point `lora-speech`."""
+    # Bars of libraries underneath would run into ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(args=arguments, standalone_mode=True)
+    except (ValueError, ImportError) as error:
+        if not isinstance(error, _expected_errors()):
+            raise
+        typer.echo(f"lora-speech: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("lora-speech: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (e.g. `| head`): nothing more to say, and nobody to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose text is meant for the user, as far as their modules are loaded at all."""
+    kernels = sys.modules.get("lora_kernels.errors")
+    return (SpeechError, kernels.LoraKernelsError) if kernels else (SpeechError,)
+
+
+def _named_folders(options: list[str] | None) -> dict[str, Path]:
+    """Read `NAME=FOLDER` (or `FOLDER`, named after itself) and check that the folders are there."""
+    folders: dict[str, Path] = {}
+    for option in options or []:
+        name, separator, folder = option.partition("=")
+        if not separator:
+            name, folder = Path(option).name or option, option
+        if not name or not folder:
+            raise SpeechError(
+                f"--adapter: expected NAME=FOLDER, got {option!r}; e.g. medical=adapters/medical"
+            )
+        if name in folders:
+            raise SpeechError(
+                f"--adapter: expected different names, got {name!r} twice; name them NAME=FOLDER"
+            )
+        if not Path(folder).is_dir():
+            raise SpeechError(
+                f"--adapter {name}: expected a folder with adapter_config.json and "
+                f"adapter_model.safetensors, got {folder!r}, which is not there; check the path"
+            )
+        folders[name] = Path(folder)
+    return folders
+
+
+def _choose(names: list[str], use: list[str], count: int) -> list[str | None]:
+    """Settle which adapter each of `count` files uses."""
+    if not use:
+        if len(names) > 1:
+            raise SpeechError(
+                f"--use: expected the adapter to use, because {len(names)} are loaded "
+                f"({', '.join(names)}); give --use NAME once, or once per file"
+            )
+        use = names or ["base"]
+    unknown = [name for name in use if name not in names and name != "base"]
+    if unknown:
+        raise SpeechError(
+            f"--use: expected one of {', '.join([*names, 'base'])}, got {unknown[0]!r}; load it "
+            "with --adapter NAME=FOLDER"
+        )
+    if len(use) not in (1, count):
+        raise SpeechError(
+            f"--use: expected one name, or one per file ({count}), got {len(use)}; correct it"
+        )
+    use = use * count if len(use) == 1 else use
+    return [name if name in names else None for name in use]
+
+
+def _check_audio(path: Path) -> None:
+    from lora_speech.audio import check_audio_file
+
+    check_audio_file(path)
+
+
+if __name__ == "__main__":
+    main()
