@@ -1,5 +1,7 @@
 #include "lora_kernels/implementations.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <mutex>
 
@@ -58,6 +60,10 @@ std::string missing_isa(uint32_t required, const DeviceInfo& device) {
 
 DeviceInfo host_device() {
   DeviceInfo device;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (l2 > 0) device.l2_bytes = l2;
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const auto has = [&](bool present, uint32_t bit) {

@@ -133,8 +133,14 @@ inline void clear(Tile<MR, NV>& c) {
 // c[i] += sum over k of a[i * a_stride + k * k_stride] * panel[k]. Panel rows are panel_stride floats apart. With kPairs
 // every "float" of a and panel is a pair of bf16.
 template <bool kPairs = false, int MR, int NV>
-inline void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride,
-                       const float* panel, int64_t panel_stride, int64_t depth) {
+inline void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride, const float* panel,
+                       int64_t panel_stride, int64_t depth) {
+  // A local array whose indices are all constants after unrolling: only so does g++ keep the sums in registers.
+  F sum[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sum[i][j] = c.sum[i][j];
   for (int64_t k = 0; k < depth; ++k, a += k_stride, panel += panel_stride) {
     F b[NV];
 #pragma GCC unroll 4
@@ -145,12 +151,16 @@ inline void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         if constexpr (kPairs)
-          bf16_dot_into(c.sum[i][j], x, b[j]);
+          bf16_dot_into(sum[i][j], x, b[j]);
         else
-          fma_into(c.sum[i][j], x, b[j]);
+          fma_into(sum[i][j], x, b[j]);
       }
     }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) c.sum[i][j] = sum[i][j];
 }
 
 // One row of a tile alone, for rows that do not share a panel (each its own adapter).
@@ -158,17 +168,15 @@ template <int MR, int NV>
 inline void accumulate_row(Tile<MR, NV>& c, int row, const float* a, const float* panel, int64_t panel_stride,
                            int64_t depth) {
   F sum[NV];
-  for (int i = 0; i < MR; ++i)
-    if (i == row)
-      for (int j = 0; j < NV; ++j) sum[j] = c.sum[i][j];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) sum[j] = c.sum[row][j];
   for (int64_t k = 0; k < depth; ++k, panel += panel_stride) {
     const F x = set(a[k]);
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) fma_into(sum[j], x, load(panel + j * kLanes));
   }
-  for (int i = 0; i < MR; ++i)
-    if (i == row)
-      for (int j = 0; j < NV; ++j) c.sum[i][j] = sum[j];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) c.sum[row][j] = sum[j];
 }
 
 // Calls body(std::integral_constant<int, n>) for n = count in [1, Max].

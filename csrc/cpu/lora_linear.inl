@@ -2,47 +2,115 @@
 //
 // kDot, few rows. Bound by the bytes of W. Tasks own ranges of columns; each computes the (small) t = s x At for itself,
 //   which costs r K bytes per task and saves a fork. W is read once, as it lies: rows of W against rows of x.
-// kPanel, many rows. Bound by arithmetic. First all tasks compute t (and x in fp32, if it is stored otherwise), then each
-//   packs panels of W to [K][kPanel] and runs register tiles over the rows. Packing costs as much as a few rows; LoRA-up
-//   is r more steps over k on the same sums; bias, activation and residual happen before the sums leave the registers.
+// kPanel, many rows. Bound by arithmetic. W is repacked to panels [K][kPanel], which costs as much as a few rows; then
+//   register tiles run over blocks of rows that stay in the second cache: t = s x At of the block first, then every
+//   panel. LoRA-up is r more steps over k on the same sums; bias, activation and residual happen before the sums leave
+//   the core. Tried and lost: t of all rows first, then panels outside and rows inside: x came from memory twice.
 
-constexpr int64_t kDotRows = 12;    // up to here the dot path wins: beyond, packing W pays for itself
+constexpr int64_t kDotRows = 8;     // up to here the dot path wins: beyond, packing W pays for itself
 constexpr int64_t kChunkRows = 48;  // rows converted at a time for the down-projection: they stay in the second cache
 
-// What a panel product multiplies: y = finish(a w + t up).
+// ---------- Workspace: floats, each part rounded to a cache line. One description serves the size and the pointers.
+struct Workspace {
+  float* base;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* p = base + used;
+    used += round_up(floats, 16);
+    return p;
+  }
+};
+
+// What a panel product multiplies: y = finish(x w + t up) with t = s dropout(x) down.
 struct PanelProduct {
   int64_t rows, depth, columns;
-  const float* a;         // [rows, depth], or pairs of bf16 as floats
-  int64_t a_stride;       // in floats
-  bool pairs;
+  const void* x;          // [rows, depth], rows of stride x_stride
+  DType x_dtype;
+  int64_t x_stride;
   const void* w;          // element (column, k) at column * column_stride + k * k_stride
   DType w_dtype;
   int64_t column_stride, k_stride;
+  bool pairs;             // x and w are bf16 with k_stride 1: two k per step
   const Bank* bank;       // null: no LoRA branch
-  const float* t;         // [rows, padded rank]
-  Dropout up_dropout;     // of the branch's result (dx), by element index row * columns + column
+  Dropout down_dropout;   // of x on its way into t (forward)
+  Dropout up_dropout;     // of t up (dx), by element index row * columns + column
   Epilogue epilogue;
 };
 
-inline int64_t panel_scratch(int64_t depth, int64_t max_rank) { return (depth + max_rank) * kPanel; }
+// How it is cut: tasks own ranges of rows, and of panels where there are too few rows. A task takes a block of rows at a
+// time that stays in its second cache, with t, for all panels. W is packed once for all tasks if there are several
+// blocks, else panel by panel on the way.
+struct PanelCut {
+  int row_tasks, panel_tasks;
+  int64_t block_rows;
+  bool shared_pack;
 
+  PanelCut(int tasks, int64_t rows, int64_t depth, int64_t l2_bytes) {
+    constexpr int64_t kFewRows = 4 * kTileRows;  // fewer rows per task would pack and read W for too little work
+    const int64_t most = (rows + kFewRows - 1) / kFewRows;
+    row_tasks = static_cast<int>(most < tasks ? most : tasks);
+    if (row_tasks < 1) row_tasks = 1;
+    panel_tasks = tasks / row_tasks;
+    // Half of the second cache for the rows; the panel and what the tiles write take the rest.
+    block_rows = l2_bytes / 2 / (depth * static_cast<int64_t>(sizeof(float)) + 1) / kTileRows * kTileRows;
+    if (block_rows < kFewRows) block_rows = kFewRows;
+    const int64_t task_rows = (rows + row_tasks - 1) / row_tasks;
+    if (block_rows > task_rows) block_rows = task_rows;
+    shared_pack = row_tasks > 1 || task_rows > block_rows;
+  }
+};
+
+struct PanelScratch {
+  float *packed, *t, *panels, *up, *down, *blocks, *chunks;
+  int64_t panel_size, up_size, down_size, block_size, chunk_size;
+  // depth, columns of the product; `converts`: x is not fp32 and has to be; `lora` may be absent
+  PanelScratch(Workspace& w, const PanelCut& cut, int tasks, int64_t rows, int64_t depth, int64_t columns,
+               const LoraShape& lora, bool converts, bool chunked) {
+    const bool present = lora.present();
+    const int64_t panels_of_w = (columns + kPanel - 1) / kPanel;
+    packed = w.take(cut.shared_pack ? panels_of_w * depth * kPanel : 0);
+    t = w.take(present ? rows * padded_rank(lora) * cut.panel_tasks : 0);
+    panel_size = cut.shared_pack ? 0 : round_up(depth * kPanel, 16);
+    up_size = present ? round_up(lora.max_rank * kPanel, 16) : 0;
+    down_size = present ? round_up(down_scratch(lora, depth), 16) : 0;
+    block_size = converts ? round_up(cut.block_rows * depth, 16) : 0;
+    chunk_size = present && chunked ? round_up(kChunkRows * depth, 16) : 0;
+    panels = w.take(tasks * panel_size);
+    up = w.take(tasks * up_size);
+    down = w.take(tasks * down_size);
+    blocks = w.take(tasks * block_size);
+    chunks = w.take(tasks * chunk_size);
+  }
+};
+
+inline void pack_one_panel(const PanelProduct& p, int64_t n, float* panel) {
+  const int64_t columns = p.columns - n < kPanel ? p.columns - n : kPanel;
+  if (p.pairs) {  // a pair of bf16 moves as one float
+    pack_panel(static_cast<const float*>(p.w) + n * p.column_stride / 2, p.column_stride / 2, 1, columns, p.depth / 2,
+               panel, kPanel);
+    return;
+  }
+  with_type(p.w_dtype, p.w, [&](auto* w) {
+    pack_panel(w + n * p.column_stride, p.column_stride, p.k_stride, columns, p.depth, panel, kPanel);
+  });
+}
+
+// One tile: rows m ... m + MR of the product. `a` and `t` point to row m of x (fp32, or pairs) and of t.
 template <int MR>
-inline void panel_tile(const PanelProduct& p, int64_t m, int64_t n, const float* panel, float* up_scratch,
-                       int64_t* last, UpPanel* up) {
+inline void panel_tile(const PanelProduct& p, int64_t m, int64_t n, const float* a, int64_t a_stride, const float* t,
+                       const float* panel, float* up_scratch, int64_t* last, UpPanel* up) {
   Tile<MR, kTileVectors> c;
   clear(c);
-  const float* a = p.a + m * p.a_stride;
   if constexpr (kHasBf16Dot) {
     if (p.pairs)
-      accumulate<true>(c, a, p.a_stride, 1, panel, kPanel, p.depth);
+      accumulate<true>(c, a, a_stride, 1, panel, kPanel, p.depth / 2);
     else
-      accumulate(c, a, p.a_stride, 1, panel, kPanel, p.depth);
+      accumulate(c, a, a_stride, 1, panel, kPanel, p.depth);
   } else {
-    accumulate(c, a, p.a_stride, 1, panel, kPanel, p.depth);
+    accumulate(c, a, a_stride, 1, panel, kPanel, p.depth);
   }
-  const int64_t columns = p.columns - n < kPanel ? p.columns - n : kPanel;
   if (p.bank) {
-    const float* t = p.t + m * padded_rank(p.bank->shape);
+    const int64_t columns = p.columns - n < kPanel ? p.columns - n : kPanel;
     if (!p.up_dropout) {
       add_lora(c, *p.bank, m, t, n, columns, up_scratch, last, up);
     } else {
@@ -58,39 +126,6 @@ inline void panel_tile(const PanelProduct& p, int64_t m, int64_t n, const float*
     }
   }
   finish(p.epilogue, m, n, c);
-}
-
-// Units of (panel, block of rows), split evenly over the tasks; a task packs a panel once for its consecutive blocks.
-inline void panel_product(const PanelProduct& p, const Executor& executor, int tasks, float* scratch) {
-  const int64_t panels = (p.columns + kPanel - 1) / kPanel;
-  const int64_t blocks = panels % tasks == 0 ? 1 : tasks;  // rows are split only where panels do not divide evenly
-  const int64_t block_rows = (p.rows + blocks - 1) / blocks, units = panels * blocks;
-  const int64_t max_rank = p.bank ? p.bank->shape.max_rank : 0;
-  for_each_task(executor, tasks, [&](int64_t task) {
-    float* panel = scratch + task * panel_scratch(p.depth, max_rank);
-    float* up_scratch = panel + p.depth * kPanel;
-    UpPanel up;
-    int64_t packed = -1, last = -1;
-    for (int64_t unit = units * task / tasks; unit < units * (task + 1) / tasks; ++unit) {
-      const int64_t n = unit / blocks * kPanel, first = unit % blocks * block_rows;
-      const int64_t end = first + block_rows < p.rows ? first + block_rows : p.rows;
-      if (packed != n) {
-        const int64_t columns = p.columns - n < kPanel ? p.columns - n : kPanel;
-        with_type(p.pairs ? DType::kFloat32 : p.w_dtype, p.w, [&](auto* w) {
-          pack_panel(w + n * p.column_stride, p.column_stride, p.k_stride, columns, p.depth, panel, kPanel);
-        });
-        packed = n;
-        last = -1;
-      }
-      for (int64_t m = first; m < end;) {
-        const int64_t count = tile_rows(end - m, kTileRows);
-        with_rows<kTileRows>(count, [&](auto tag) {
-          panel_tile<decltype(tag)::value>(p, m, n, panel, up_scratch, &last, &up);
-        });
-        m += count;
-      }
-    }
-  });
 }
 
 // Rows [begin, end) of x as fp32, with dropout: x itself where nothing has to be done, else a copy in `copy`.
@@ -120,20 +155,60 @@ inline void down_chunks(const Bank& bank, const void* x, DType dtype, int64_t x_
   for (int64_t m = begin; m < end; m += step) {
     const int64_t stop = m + step < end ? m + step : end;
     const Rows rows = fp32_rows(x, dtype, x_stride, m, stop, depth, dropout, chunk);
-    down_rows(bank, rows.data - m * rows.stride, rows.stride, m, stop, depth, t + m * width, scratch);
+    down_rows(bank, rows.data - m * rows.stride, rows.stride, m, stop, depth, t + (m - begin) * width, scratch);
   }
 }
 
-// ---------- Workspace: floats, each part rounded to a cache line. One description serves the size and the pointers.
-struct Workspace {
-  float* base;
-  int64_t used = 0;
-  float* take(int64_t floats) {
-    float* p = base + used;
-    used += round_up(floats, 16);
-    return p;
+// The rows [first, end) of a task against its panels; `t` receives their t, rows of padded_rank floats from `first` on.
+inline void panel_block(const PanelProduct& p, const PanelCut& cut, const PanelScratch& s, int64_t task, int64_t first,
+                        int64_t end, int64_t panel_begin, int64_t panel_end, float* t) {
+  const int64_t width = p.bank ? padded_rank(p.bank->shape) : 0;
+  Rows a{static_cast<const float*>(p.x) + first * p.x_stride / 2, p.x_stride / 2};  // pairs
+  if (!p.pairs)
+    a = fp32_rows(p.x, p.x_dtype, p.x_stride, first, end, p.depth, Dropout(), s.blocks + task * s.block_size);
+  if (p.bank) {
+    float *chunk = s.chunks + task * s.chunk_size, *scratch = s.down + task * s.down_size;
+    if (p.pairs || p.down_dropout)
+      down_chunks(*p.bank, p.x, p.x_dtype, p.x_stride, first, end, p.depth, p.down_dropout, t, chunk, scratch);
+    else
+      down_rows(*p.bank, a.data - first * a.stride, a.stride, first, end, p.depth, t, scratch);
   }
-};
+  for (int64_t index = panel_begin; index < panel_end; ++index) {
+    const int64_t n = index * kPanel;
+    float* panel = cut.shared_pack ? s.packed + index * p.depth * kPanel : s.panels + task * s.panel_size;
+    if (!cut.shared_pack) pack_one_panel(p, n, panel);
+    UpPanel up;
+    int64_t last = -1;
+    for (int64_t m = first; m < end;) {
+      const int64_t count = tile_rows(end - m, kTileRows);
+      with_rows<kTileRows>(count, [&](auto tag) {
+        panel_tile<decltype(tag)::value>(p, m, n, a.data + (m - first) * a.stride, a.stride, t + (m - first) * width,
+                                         panel, s.up + task * s.up_size, &last, &up);
+      });
+      m += count;
+    }
+  }
+}
+
+// Where row m's t is found after panel_product: s.t + m * padded_rank (the copy of the first group of panels).
+inline void panel_product(const PanelProduct& p, const PanelCut& cut, const PanelScratch& s, const Executor& executor,
+                          int tasks) {
+  const int64_t panels = (p.columns + kPanel - 1) / kPanel;
+  const int64_t width = p.bank ? padded_rank(p.bank->shape) : 0;
+  if (cut.shared_pack)
+    for_each_task(executor, tasks, [&](int64_t task) {
+      for (int64_t i = panels * task / tasks; i < panels * (task + 1) / tasks; ++i)
+        pack_one_panel(p, i * kPanel, s.packed + i * p.depth * kPanel);
+    });
+  for_each_task(executor, static_cast<int64_t>(cut.row_tasks) * cut.panel_tasks, [&](int64_t task) {
+    const int64_t row_task = task / cut.panel_tasks, panel_task = task % cut.panel_tasks;
+    const int64_t last = p.rows * (row_task + 1) / cut.row_tasks;
+    for (int64_t first = p.rows * row_task / cut.row_tasks; first < last; first += cut.block_rows)
+      panel_block(p, cut, s, task, first, first + cut.block_rows < last ? first + cut.block_rows : last,
+                  panels * panel_task / cut.panel_tasks, panels * (panel_task + 1) / cut.panel_tasks,
+                  s.t + (panel_task * p.rows + first) * width);
+  });
+}
 
 struct DotScratch {
   float *x, *dropped, *t, *down, *sums, *up;
@@ -147,25 +222,18 @@ struct DotScratch {
   }
 };
 
-struct PanelScratch {
-  float *x, *t, *panels, *down, *chunks;
-  int64_t down_size, chunk_size;
-  PanelScratch(Workspace& w, const LoraLinearPlan& plan) {
-    const LoraLinearProblem& p = plan.problem;
-    const bool lora = p.lora.present();
-    const bool converts = p.dtype != DType::kFloat32 || p.dropout_p > 0;
-    x = w.take(p.dtype == DType::kFloat32 || plan.bf16_dot ? 0 : p.rows * p.in_features);
-    t = w.take(lora ? p.rows * padded_rank(p.lora) : 0);
-    panels = w.take(plan.tasks * panel_scratch(p.in_features, lora ? p.lora.max_rank : 0));
-    down_size = lora ? round_up(down_scratch(p.lora, p.in_features), 16) : 0;
-    chunk_size = lora && converts ? round_up(kChunkRows * p.in_features, 16) : 0;
-    down = w.take(plan.tasks * down_size);
-    chunks = w.take(plan.tasks * chunk_size);
-  }
-};
+inline PanelCut forward_cut(const LoraLinearPlan& plan) {
+  return PanelCut(plan.tasks, plan.problem.rows, plan.problem.in_features, plan.l2_bytes);
+}
+inline PanelScratch forward_scratch(Workspace& w, const LoraLinearPlan& plan) {
+  const LoraLinearProblem& p = plan.problem;
+  return PanelScratch(w, forward_cut(plan), plan.tasks, p.rows, p.in_features, p.out_features, p.lora,
+                      p.dtype != DType::kFloat32 && !plan.bf16_dot, plan.bf16_dot || p.dropout_p > 0);
+}
 
 inline void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   const LoraLinearProblem& p = plan->problem;
+  plan->l2_bytes = device.l2_bytes;
   plan->path = p.rows <= kDotRows ? LoraLinearPath::kDot : LoraLinearPath::kPanel;
   plan->bf16_dot = kHasBf16Dot && plan->path == LoraLinearPath::kPanel && p.dtype == DType::kBFloat16 &&
                    p.in_features % 2 == 0 && (device.isa & kIsaAvx512Bf16);
@@ -182,7 +250,7 @@ inline void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
     DotScratch scratch(w, p);
     plan->workspace = w.used * plan->tasks * static_cast<int64_t>(sizeof(float));
   } else {
-    PanelScratch scratch(w, *plan);
+    forward_scratch(w, *plan);
     plan->workspace = w.used * static_cast<int64_t>(sizeof(float));
   }
 }
@@ -227,38 +295,25 @@ inline void run_dot(const LoraLinearPlan& plan, const LoraLinearArgs& args, cons
 
 inline void run_panel(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor) {
   const LoraLinearProblem& p = plan.problem;
-  const int64_t M = p.rows, K = p.in_features;
-  const Bank bank = Bank::forward(p.lora, args.lora, M);
+  const Bank bank = Bank::forward(p.lora, args.lora, p.rows);
   Workspace w{static_cast<float*>(args.workspace)};
-  const PanelScratch s(w, plan);
-  const bool convert = p.dtype != DType::kFloat32 && !plan.bf16_dot;
-  const Dropout dropout{p.dropout_p, args.dropout_seed};
-  if (bank.present() || convert) {
-    for_each_task(executor, plan.tasks, [&](int64_t task) {
-      const int64_t begin = M * task / plan.tasks, end = M * (task + 1) / plan.tasks;
-      if (convert) fp32_rows(args.x, p.dtype, args.x_stride, begin, end, K, Dropout(), s.x + begin * K);
-      if (!bank.present()) return;
-      const bool use_copy = convert && !dropout;
-      down_chunks(bank, use_copy ? s.x : args.x, use_copy ? DType::kFloat32 : p.dtype, use_copy ? K : args.x_stride,
-                  begin, end, K, dropout, s.t, s.chunks + task * s.chunk_size, s.down + task * s.down_size);
-    });
-  }
+  const PanelScratch s = forward_scratch(w, plan);
   PanelProduct product{};
-  product.rows = M;
+  product.rows = p.rows;
+  product.depth = p.in_features;
   product.columns = p.out_features;
-  product.pairs = plan.bf16_dot;
-  const int64_t elements = plan.bf16_dot ? 2 : 1;  // per float of a and of W
-  product.depth = K / elements;
-  product.a = convert ? s.x : static_cast<const float*>(args.x);
-  product.a_stride = convert ? K : args.x_stride / elements;
+  product.x = args.x;
+  product.x_dtype = p.dtype;
+  product.x_stride = args.x_stride;
   product.w = args.weight;
   product.w_dtype = p.dtype;
-  product.column_stride = args.weight_stride / elements;
+  product.column_stride = args.weight_stride;
   product.k_stride = 1;
+  product.pairs = plan.bf16_dot;
   product.bank = bank.present() ? &bank : nullptr;
-  product.t = s.t;
+  product.down_dropout = {p.dropout_p, args.dropout_seed};
   product.epilogue = epilogue_of(p, args);
-  panel_product(product, executor, plan.tasks, s.panels);
+  panel_product(product, forward_cut(plan), s, executor, plan.tasks);
 }
 
 inline void run_forward(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor) {

@@ -74,17 +74,23 @@ inline void row_sums(const RowSum& s, int64_t rows, int64_t out_rows, const Bank
   });
 }
 
+inline PanelCut backward_cut(const LoraLinearBackwardPlan& plan) {
+  const LoraLinearProblem& p = plan.problem.forward;
+  return PanelCut(plan.tasks, p.rows, p.out_features, plan.l2_bytes);
+}
+
 struct BackwardScratch {
-  float *dy, *t, *u, *panels, *down, *chunks, *sums;
+  float *dy, *t, *down, *chunks, *sums;
   int64_t down_size, chunk_size;
-  BackwardScratch(Workspace& w, const LoraLinearBackwardPlan& plan) {
+  PanelScratch dx;  // its t is u
+  BackwardScratch(Workspace& w, const LoraLinearBackwardPlan& plan)
+      : dx(w, backward_cut(plan), plan.tasks, plan.problem.forward.rows, plan.problem.forward.out_features,
+           plan.problem.forward.in_features, plan.problem.forward.lora, false, false) {
     const LoraLinearProblem& p = plan.problem.forward;
     const bool lora = p.lora.present();
-    const int64_t deepest = p.in_features > p.out_features ? p.in_features : p.out_features;
     dy = w.take(p.dtype == DType::kFloat32 ? 0 : p.rows * p.out_features);
     t = w.take(lora ? p.rows * padded_rank(p.lora) : 0);
-    u = w.take(lora ? p.rows * padded_rank(p.lora) : 0);
-    panels = w.take(plan.tasks * panel_scratch(p.out_features, lora ? p.lora.max_rank : 0));
+    const int64_t deepest = p.in_features > p.out_features ? p.in_features : p.out_features;
     down_size = lora ? round_up(down_scratch(p.lora, deepest), 16) : 0;
     chunk_size = lora ? round_up(kChunkRows * p.in_features, 16) : 0;
     down = w.take(plan.tasks * down_size);
@@ -97,6 +103,7 @@ inline void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan*
   const LoraLinearProblem& p = plan->problem.forward;
   const double work = static_cast<double>(p.rows * p.out_features) * p.in_features / 500e3;
   plan->tasks = work < device.threads ? static_cast<int>(work) + 1 : device.threads;
+  plan->l2_bytes = device.l2_bytes;
   Workspace w{nullptr};
   BackwardScratch scratch(w, *plan);
   plan->workspace = w.used * static_cast<int64_t>(sizeof(float));
@@ -126,35 +133,35 @@ inline void run_backward(const LoraLinearBackwardPlan& plan, const LoraLinearBac
   for_each_task(executor, plan.tasks, [&](int64_t task) {
     const int64_t begin = M * task / plan.tasks, end = M * (task + 1) / plan.tasks;
     if (dy == s.dy) fp32_rows(args.dy, p.dtype, N, begin, end, N, Dropout(), s.dy + begin * N);
-    if (!lora) return;
+    if (!lora || !b.needs_dlora) return;
     float* down = s.down + task * s.down_size;
-    down_chunks(backward, dy, DType::kFloat32, N, begin, end, N, Dropout(), s.u, nullptr, down);
-    if (b.needs_dlora)
-      down_chunks(forward, args.x, p.dtype, args.x_stride, begin, end, K, dropout, s.t,
-                  s.chunks + task * s.chunk_size, down);
+    down_chunks(forward, args.x, p.dtype, args.x_stride, begin, end, K, dropout, s.t + begin * padded_rank(p.lora),
+                s.chunks + task * s.chunk_size, down);
+    if (!b.needs_dx)  // otherwise u comes with dx
+      down_rows(backward, dy, N, begin, end, N, s.dx.t + begin * padded_rank(p.lora), down);
   });
   if (b.needs_dx) {
     PanelProduct product{};
     product.rows = M;
-    product.columns = K;
     product.depth = N;
-    product.a = dy;
-    product.a_stride = N;
+    product.columns = K;
+    product.x = dy;
+    product.x_dtype = DType::kFloat32;
+    product.x_stride = N;
     product.w = args.weight;
     product.w_dtype = p.dtype;
     product.column_stride = 1;
     product.k_stride = args.weight_stride;
     product.bank = lora ? &backward : nullptr;
-    product.t = s.u;
     product.up_dropout = dropout;
     product.epilogue = {nullptr, p.dtype, Activation::kNone, nullptr, args.dx, p.dtype, K};
-    panel_product(product, executor, plan.tasks, s.panels);
+    panel_product(product, backward_cut(plan), s.dx, executor, plan.tasks);
   }
   if (b.needs_dlora && lora) {
     const int64_t width = padded_rank(p.lora);
     row_sums({s.t, width, dy, DType::kFloat32, N, N, Dropout(), args.dlora_b}, M, p.lora.total_rank, &forward,
              executor, plan.tasks, s.sums);
-    row_sums({s.u, width, args.x, p.dtype, args.x_stride, K, dropout, args.dlora_a}, M, p.lora.total_rank, &forward,
+    row_sums({s.dx.t, width, args.x, p.dtype, args.x_stride, K, dropout, args.dlora_a}, M, p.lora.total_rank, &forward,
              executor, plan.tasks, s.sums);
   }
   if (b.needs_dweight)

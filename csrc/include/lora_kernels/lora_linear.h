@@ -53,6 +53,7 @@ struct LoraLinearPlan {
   const LoraLinearImplementation* implementation = nullptr;
   LoraLinearPath path = LoraLinearPath::kDot;
   int tasks = 1;             // of the executor
+  int64_t l2_bytes = 0;      // of the device: blocks of rows are cut to fit it
   bool bf16_dot = false;     // vdpbf16ps on bf16 storage
   int64_t workspace = 0;     // bytes
 };
@@ -91,6 +92,7 @@ struct LoraLinearBackwardPlan {
   LoraLinearBackwardProblem problem;
   const LoraLinearImplementation* implementation = nullptr;
   int tasks = 1;
+  int64_t l2_bytes = 0;
   int64_t workspace = 0;
 };
 

@@ -1,0 +1,14 @@
+"""The operators, as functions of tensors: ``torch.ops.lora_kernels.*`` with defaults and documentation.
+
+Each stem has its own file, with the public function, the fake kernel (shapes for ``torch.compile`` and export) and the
+gradient.
+"""
+
+from __future__ import annotations
+
+from . import _library as _library
+from .int8_lora_linear import int8_lora_linear, int8_pack, int8_unpack
+from .kv_attention_step import kv_attention_step
+from .lora_linear import lora_linear
+
+__all__ = ["int8_lora_linear", "int8_pack", "int8_unpack", "kv_attention_step", "lora_linear"]

@@ -1,0 +1,58 @@
+"""Finds and loads the compiled operators, once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def _candidates() -> list[Path]:
+    # An editable install may keep the library apart from the sources: every entry of the package's path is searched.
+    import lora_kernels
+
+    folders = [Path(p) for p in lora_kernels.__path__] if hasattr(lora_kernels, "__path__") else []
+    return list(dict.fromkeys([_PACKAGE, *folders]))
+
+
+def library_path() -> Path:
+    """The compiled library's file.
+
+    Raises
+    ------
+    ImportError
+        If it was never built; the text says how to build it.
+    """
+    for folder in _candidates():
+        path = folder / "_torch.so"
+        if path.is_file():
+            return path
+    raise ImportError(
+        "lora_kernels: the compiled operators (_torch.so) were not found in "
+        f"{', '.join(map(str, _candidates()))}. Build them with "
+        "`pip install --no-build-isolation .` (or `-e .`) in the project's folder; torch must be installed first."
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """What CMake wrote about the build: compiler, build type, CUDA and why not."""
+    path = library_path().with_name("build_info.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load() -> None:
+    path = library_path()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"lora_kernels: {path} could not be loaded by torch {torch.__version__}: {error}. "
+            "It needs torch 2.10 or later; rebuild it with `pip install --no-build-isolation --force-reinstall .`"
+        ) from error
+
+
+_load()

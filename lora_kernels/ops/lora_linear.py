@@ -1,0 +1,170 @@
+"""``lora_linear``: base and low-rank product, bias, activation and residual in one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _library as _library
+
+_op = torch.ops.lora_kernels.lora_linear.default
+_backward_op = torch.ops.lora_kernels.lora_linear_backward.default
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    lora_a: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    *,
+    scales: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    adapter_ids: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute ``act(x Wt + bias + s (dropout(x) At) B) + residual``.
+
+    The LoRA term is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), with one adapter
+    per row of ``x`` out of a ragged bank. Differentiable in ``x``, ``weight``, ``bias``, ``lora_a``, ``lora_b`` and
+    ``residual``. Under ``torch.autocast`` the operands are cast as ``F.linear``'s are.
+
+    Parameters
+    ----------
+    x
+        [..., K], fp32, fp16 or bf16. M is the number of its rows.
+    weight
+        [N, K] in the dtype of ``x``.
+    bias
+        [N] in that dtype or fp32.
+    lora_a, lora_b
+        [R, K] and [R, N] by rank row, both fp32, fp16 or bf16; the R rank rows of all adapters one after another.
+        ``lora_b`` may have any strides: PEFT's B, [N, r], is passed as ``B.t()`` without a copy.
+    scales
+        fp32 [n], alpha / rank of each adapter; None: all 1.
+    offsets
+        int32 [n + 1], where each adapter's rank rows begin; None: one adapter of all R rank rows.
+    adapter_ids
+        int32 [G], G a divisor of M: the adapter of rows ``g * M / G`` to ``(g + 1) * M / G - 1``; -1: base only.
+        None: adapter 0 for every row.
+    residual
+        [..., N] in the dtype of ``x``, added after the activation.
+    activation
+        "none", "gelu" (with the error function, as Whisper has it) or "silu".
+    dropout_p, dropout_seed
+        Dropout on the LoRA branch's input, with the mask of a counter-based generator (Philox4x32-10) seeded by
+        ``dropout_seed``, int64 [1]: the same seed gives the same mask, so none is stored for the backward pass.
+
+    Returns
+    -------
+    torch.Tensor
+        [..., N] in the dtype of ``x``; sums in fp32.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape, dtype or value does not fit; the text names the argument, what was expected, what came, and the
+        fix.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    return _op(
+        x, weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual, activation, dropout_p, dropout_seed
+    )
+
+
+@torch.library.register_fake("lora_kernels::lora_linear")
+def _fake(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("lora_kernels::lora_linear_backward")
+def _fake_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    adapter_ids: torch.Tensor | None,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+    needs_dlora: bool,
+) -> tuple[torch.Tensor, ...]:
+    def fp32(*shape: int) -> torch.Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    lora = needs_dlora and lora_a is not None and lora_b is not None
+    return (
+        x.new_empty(x.shape if needs_dx else (0,)),
+        fp32(*(weight.shape if needs_dweight else (0,))),
+        fp32(weight.shape[0] if needs_dbias else 0),
+        fp32(*(lora_a.shape if lora and lora_a is not None else (0,))),
+        fp32(*(lora_b.shape if lora and lora_b is not None else (0,))),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, bias, lora_a, lora_b, scales, offsets, ids, residual, activation, dropout_p, seed = inputs
+    # The bias matters to the gradient only through an activation.
+    kept_bias = bias if activation != "none" else None
+    ctx.save_for_backward(x, weight, kept_bias, lora_a, lora_b, scales, offsets, ids, seed)
+    ctx.activation = activation
+    ctx.dropout_p = dropout_p
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight, bias, lora_a, lora_b, scales, offsets, ids, seed = ctx.saved_tensors
+    dz = dy
+    if ctx.activation != "none":
+        # Recomputing what went into the activation costs one forward pass and saves keeping an [M, N] tensor.
+        z = _op(x, weight, bias, lora_a, lora_b, scales, offsets, ids, None, "none", ctx.dropout_p, seed)
+        derivative = torch.ops.aten.gelu_backward if ctx.activation == "gelu" else torch.ops.aten.silu_backward
+        dz = derivative(dy, z)
+    needs = ctx.needs_input_grad
+    needs_lora = lora_a is not None and (needs[3] or needs[4])
+    dx, dweight, dbias, da, db = _backward_op(
+        dz,
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        scales,
+        offsets,
+        ids,
+        ctx.dropout_p,
+        seed,
+        needs[0],
+        needs[1],
+        needs[2],
+        needs_lora,
+    )
+    return (
+        dx if needs[0] else None,
+        dweight.to(weight.dtype) if needs[1] else None,
+        dbias.to(ctx.bias_dtype) if needs[2] else None,
+        da.to(lora_a.dtype) if needs_lora and needs[3] else None,
+        db.to(lora_b.dtype) if needs_lora and needs[4] else None,
+        None,
+        None,
+        None,
+        dy if needs[8] else None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("lora_kernels::lora_linear", _backward, setup_context=_setup_context)
