@@ -1,0 +1,179 @@
+"""``int8_lora_linear``: INT8 base product, low-rank product, bias, activation and residual in one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _library as _library
+
+_op = torch.ops.lora_kernels.int8_lora_linear.default
+_pack_op = torch.ops.lora_kernels.int8_pack.default
+_unpack_op = torch.ops.lora_kernels.int8_unpack.default
+
+# csrc/include/lora_kernels/int8_packing.h: blocks of 64 channels, steps of 4 k, an fp32 scale and an int32 each
+_BLOCK_CHANNELS = 64
+_STEP_DEPTH = 4
+
+
+def int8_lora_linear(
+    x: torch.Tensor,
+    packed_weight: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+    lora_a: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    *,
+    scales: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    adapter_ids: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    x_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute ``act((q_x q_wt) (s_x s_w) + bias + s (x At) B) + residual``.
+
+    Each row of ``x`` is quantized on the way: ``q_x = clamp(rint(x * inv), -127, 127)``, rounding half to even, with
+    ``inv = 127 / amax`` and ``s_x = amax / 127`` of the row (dynamic), or ``inv = 1 / x_scale`` and ``s_x = x_scale``
+    (static). The sums ``q_x q_wt`` are exact integers, equal in every implementation. The LoRA term sees ``x`` itself.
+    A row of zeros gives zeros; a row with a NaN or an infinity gives NaN, and no other row is touched by it.
+
+    Forward only: it cannot be differentiated.
+
+    Parameters
+    ----------
+    x
+        [..., K], fp32, fp16 or bf16. M is the number of its rows.
+    packed_weight
+        uint8, what :func:`int8_pack` made of a weight [N, K] and its scales.
+    out_features
+        N, which the packed bytes alone do not tell.
+    bias
+        [N] in the dtype of ``x`` or fp32.
+    lora_a, lora_b
+        [R, K] and [R, N] by rank row, both fp32, fp16 or bf16; the R rank rows of all adapters one after another.
+        ``lora_b`` may have any strides: PEFT's B, [N, r], is passed as ``B.t()`` without a copy.
+    scales
+        fp32 [n], alpha / rank of each adapter; None: all 1.
+    offsets
+        int32 [n + 1], where each adapter's rank rows begin; None: one adapter of all R rank rows.
+    adapter_ids
+        int32 [G], G a divisor of M: the adapter of rows ``g * M / G`` to ``(g + 1) * M / G - 1``; -1: base only.
+        None: adapter 0 for every row.
+    residual
+        [..., N] in the dtype of ``x``, added after the activation.
+    activation
+        "none", "gelu" (with the error function, as Whisper has it) or "silu".
+    x_scale
+        fp32 [1], positive: a calibrated scale for every row. None quantizes each row by its own largest magnitude.
+
+    Returns
+    -------
+    torch.Tensor
+        [..., N] in the dtype of ``x``; everything after the integer sums in fp32.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape, dtype or value does not fit (the text names the argument, what was expected, what came, and the
+        fix), or if a gradient is asked for.
+    """
+    return _op(
+        x,
+        packed_weight,
+        out_features,
+        bias,
+        lora_a,
+        lora_b,
+        scales,
+        offsets,
+        adapter_ids,
+        residual,
+        activation,
+        x_scale,
+    )
+
+
+def int8_pack(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Lay out an INT8 weight and its scales the way every implementation reads them.
+
+    Parameters
+    ----------
+    weight
+        int8 [N, K] in [-127, 127] (symmetric: never -128).
+    scales
+        fp32 [N], finite: the weight is ``weight * scales[:, None]``.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8, one dimension: blocks of 64 output channels, each with its weights, scales and sums. The size is
+        ``ceil(N / 64) * 64 * (ceil(K / 4) * 4 + 8)`` bytes.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape, dtype or value does not fit; the text names the argument, what was expected, what came, and the
+        fix.
+    """
+    return _pack_op(weight, scales)
+
+
+def int8_unpack(
+    packed_weight: torch.Tensor, out_features: int, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo :func:`int8_pack`, exactly.
+
+    Parameters
+    ----------
+    packed_weight
+        uint8, what :func:`int8_pack` returned.
+    out_features, in_features
+        N and K of the weight.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        weight int8 [N, K] and scales fp32 [N].
+
+    Raises
+    ------
+    RuntimeError
+        If the size does not fit N and K.
+    """
+    return _unpack_op(packed_weight, out_features, in_features)
+
+
+@torch.library.register_fake("lora_kernels::int8_lora_linear")
+def _fake(x: torch.Tensor, packed_weight: torch.Tensor, out_features: int, *args: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("lora_kernels::int8_pack")
+def _fake_pack(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    out_features, in_features = weight.shape
+    blocks = (out_features + _BLOCK_CHANNELS - 1) // _BLOCK_CHANNELS
+    depth = (in_features + _STEP_DEPTH - 1) // _STEP_DEPTH * _STEP_DEPTH
+    return weight.new_empty(blocks * _BLOCK_CHANNELS * (depth + 8), dtype=torch.uint8)
+
+
+@torch.library.register_fake("lora_kernels::int8_unpack")
+def _fake_unpack(
+    packed_weight: torch.Tensor, out_features: int, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        packed_weight.new_empty(out_features, in_features, dtype=torch.int8),
+        packed_weight.new_empty(out_features, dtype=torch.float32),
+    )
+
+
+def _no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
+    raise RuntimeError(
+        "int8_lora_linear: x, lora_a, lora_b, bias, residual: expected inputs that need no gradient, got a call to "
+        "backward; this operator computes forward only. Run it under torch.no_grad(), or train with lora_linear and "
+        "quantize afterwards."
+    )
+
+
+torch.library.register_autograd("lora_kernels::int8_lora_linear", _no_gradient)
