@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .adapters.adapter import Adapter
+from .adapters.adapter import Adapter, AdapterLayer
 from .adapters.bank import AdapterBank, check_features
 from .adapters.peft_folder import read_peft_folder, unmatched_modules_text, write_peft_folder
 from .adapters.registry import AdapterRegistry
@@ -146,8 +146,8 @@ def add_adapter(model: nn.Module, adapter: Adapter, name: str) -> AdapterInfo:
             if bank is not None:
                 banks[module_name] = bank.replace(index, new)
             else:
-                layers = [None] * capacity
-                layers[index] = new  # type: ignore[call-overload]
+                layers: list[AdapterLayer | None] = [None] * capacity
+                layers[index] = new
                 banks[module_name] = AdapterBank.pack(layers, *_features(module))
         for module_name, bank in banks.items():
             module = candidates[module_name]

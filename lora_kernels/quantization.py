@@ -47,7 +47,9 @@ def register_scheme(scheme: type[Scheme]) -> Callable[[Handler[Scheme]], Handler
 
     def register(handler: Handler[Scheme]) -> Handler[Scheme]:
         if scheme in _HANDLERS:
-            raise SwapError(f"scheme: expected a new class, {scheme.__name__} is registered already")
+            raise SwapError(
+                f"scheme: expected a new class, {scheme.__name__} is registered already"
+            )
         _HANDLERS[scheme] = handler
         return handler
 
@@ -161,14 +163,16 @@ def quantize(
             f"model: expected at least one linear layer to quantize, got none "
             f"({'; '.join(reasons) or 'it has no floating-point linear layers'})"
         )
-    for name, module in new.items():
+    for name, quantized in new.items():
         old = candidates[name]
-        module._forward_hooks = old._forward_hooks
-        module._forward_pre_hooks = old._forward_pre_hooks
-        module._forward_hooks_with_kwargs = old._forward_hooks_with_kwargs
-        module._forward_pre_hooks_with_kwargs = old._forward_pre_hooks_with_kwargs
-        if isinstance(old, (LoraLinear, LoraPointwiseConv1d)) and isinstance(module, Int8LoraLinear):
-            module.set_bank(old.bank, old._registry)
+        quantized._forward_hooks = old._forward_hooks
+        quantized._forward_pre_hooks = old._forward_pre_hooks
+        quantized._forward_hooks_with_kwargs = old._forward_hooks_with_kwargs
+        quantized._forward_pre_hooks_with_kwargs = old._forward_pre_hooks_with_kwargs
+        if isinstance(old, (LoraLinear, LoraPointwiseConv1d)) and isinstance(
+            quantized, Int8LoraLinear
+        ):
+            quantized.set_bank(old.bank, old._registry)
         parent, _, leaf = name.rpartition(".")
-        named[parent]._modules[leaf] = module
+        named[parent]._modules[leaf] = quantized
     return report

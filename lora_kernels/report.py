@@ -43,9 +43,9 @@ def collapse(names: list[str]) -> list[str]:
         numbers = tuple(int(n) for n in re.findall(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", name))
         groups.setdefault(template, []).append(numbers)
     folded = []
-    for template, numbers in groups.items():
+    for template, members in groups.items():
         text = template
-        for column in zip(*numbers, strict=True):
+        for column in zip(*members, strict=True):
             distinct = sorted(set(column))
             contiguous = distinct == list(range(distinct[0], distinct[-1] + 1))
             if len(distinct) == 1:

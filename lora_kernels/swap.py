@@ -183,7 +183,5 @@ def unswap(model: nn.Module) -> SwapReport:
         elif transformers_whisper.unswap_attention(module):
             report.replaced.append(Change(name, "cached step by kv_attention_step", before))
         elif isinstance(module, Int8LoraLinear):
-            report.kept.append(
-                Kept(name, before, "quantized; load the floating-point model again")
-            )
+            report.kept.append(Kept(name, before, "quantized; load the floating-point model again"))
     return report

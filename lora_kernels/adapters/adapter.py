@@ -179,7 +179,7 @@ class Adapter:
             for tensor in (layer.lora_a, layer.lora_b):
                 tensor = tensor.detach().cpu().contiguous()
                 digest.update(f"{tensor.dtype}{tuple(tensor.shape)}\0".encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @classmethod
@@ -232,9 +232,7 @@ class Adapter:
                 f"^{name.replace('.', '[.]')}": r for name, r in ranks.items() if r != common_rank
             },
             "alpha_pattern": {
-                f"^{name.replace('.', '[.]')}": a
-                for name, a in alphas.items()
-                if a != common_alpha
+                f"^{name.replace('.', '[.]')}": a for name, a in alphas.items() if a != common_alpha
             },
             "base_model_name_or_path": base_model,
             "bias": "none",

@@ -19,7 +19,9 @@ def unsupported_reasons(config: Mapping[str, Any]) -> list[str]:
     reasons = []
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        reasons.append(f"peft_type: expected 'LORA', got {peft_type!r}; convert the adapter to LoRA")
+        reasons.append(
+            f"peft_type: expected 'LORA', got {peft_type!r}; convert the adapter to LoRA"
+        )
     merge = "merge it into its own copy of the model with PEFT's merge_and_unload()"
     for key, word in (
         ("use_dora", "DoRA rescales the whole weight, so it has no low-rank difference"),

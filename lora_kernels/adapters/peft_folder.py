@@ -106,7 +106,8 @@ def adapter_from_tensors(
         See :func:`read_peft_folder`.
     """
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    # LoRA's own unsupported tensors first: they explain whole tensors saved beside them.
+    for key, tensor in sorted(tensors.items(), key=lambda item: "lora_" not in item[0]):
         name, label = _split_key(key, path)
         pairs.setdefault(name, {})[label] = tensor
     layers = {}

@@ -153,7 +153,9 @@ class AdapterSelection:
         if batch % len(self.names):
             raise AdapterError(
                 f"adapters: expected a batch that is a multiple of the {len(self.names)} names "
-                f"given to use_adapters(), got {batch}; give one name (or None) per utterance"
+                f"given to use_adapters(), got {batch}; give one name (or None) per utterance; if this "
+                "layer's input is the same for all utterances (relative positions), leave the "
+                "layer out of the adapters or use one name for the whole batch"
             )
         return ids
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..nn.adapter_host import AdapterHost, autocast_dtype
+from ..nn.adapter_host import AdapterHost
 from ..nn.lora_linear import LoraLinear, LoraPointwiseConv1d, is_pointwise
 
 _PLANS = "_lora_kernels_plans"
@@ -154,10 +154,6 @@ def _fused(plan: _Plan, x: torch.Tensor, pointwise: bool) -> torch.Tensor:
     a, b = plan.a._parameters["weight"], plan.b._parameters["weight"]
     if pointwise:
         weight, a, b = weight.squeeze(-1), a.squeeze(-1), b.squeeze(-1)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     dropout = plan.dropout
     if dropout is None or not dropout.training or dropout.p == 0.0:
         return ops.lora_linear(x, weight, bias, lora_a=a, lora_b=b.t(), scales=plan.scales)

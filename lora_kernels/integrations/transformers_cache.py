@@ -29,15 +29,16 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     @classmethod
     def from_layer(cls, layer: DynamicLayer, *, fixed: bool) -> KVCacheLayer:
         """Take over what a DynamicLayer holds; a fixed one is not copied."""
+        assert layer.keys is not None and layer.values is not None, "an initialized layer"
         return cls(KVCache.from_states(layer.keys, layer.values, fixed=fixed))
 
     @property
-    def keys(self) -> torch.Tensor:
+    def keys(self) -> torch.Tensor:  # type: ignore[override]
         """[rows, heads, length, head_size]."""
         return self.cache.gather()[0]
 
     @property
-    def values(self) -> torch.Tensor:
+    def values(self) -> torch.Tensor:  # type: ignore[override]
         """[rows, heads, length, head_size]."""
         return self.cache.gather()[1]
 

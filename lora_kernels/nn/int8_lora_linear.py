@@ -105,7 +105,7 @@ class Int8LoraLinear(AdapterHost):
         self, x: torch.Tensor, batch: int, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The operator over [..., K] for ``batch`` sequences."""
-        bias = self.bias
+        bias: torch.Tensor | None = self.bias
         bank, selection = self._bank, ACTIVE_SELECTION.get()
         ids = None
         if bank is not None and selection is not None:

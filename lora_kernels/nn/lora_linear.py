@@ -10,11 +10,7 @@ from torch import nn
 
 from .. import ops
 from ..adapters.registry import ACTIVE_SELECTION
-from .adapter_host import AdapterHost, autocast_dtype
-
-
-def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+from .adapter_host import AdapterHost
 
 
 class LoraLinear(AdapterHost, nn.Linear):
@@ -74,10 +70,6 @@ class LoraLinear(AdapterHost, nn.Linear):
         else:
             batch = input.shape[0] if input.dim() > 1 else 1
             ids = selection.ids(self._registry, input, batch)  # type: ignore[arg-type]
-        dtype = autocast_dtype(input)
-        if dtype is not None:
-            input, weight = input.to(dtype), weight.to(dtype)
-            bias, residual = _cast(bias, dtype), _cast(residual, dtype)
         if bank is None or ids is None:
             return ops.lora_linear(
                 input, weight, bias, residual=residual, activation=self.activation
@@ -133,14 +125,10 @@ class LoraPointwiseConv1d(AdapterHost, nn.Conv1d):
         ids = selection.ids(self._registry, input, batch)  # type: ignore[arg-type]
         if ids is None:
             return super().forward(input)
-        weight, bias = self.weight.squeeze(-1), self.bias
-        dtype = autocast_dtype(input)
-        if dtype is not None:
-            input, weight, bias = input.to(dtype), weight.to(dtype), _cast(bias, dtype)
         y = ops.lora_linear(
             input.transpose(-1, -2),
-            weight,
-            bias,
+            self.weight.squeeze(-1),
+            self.bias,
             lora_a=bank.lora_a,
             lora_b=bank.lora_b,
             scales=bank.scales,

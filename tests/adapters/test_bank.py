@@ -1,0 +1,73 @@
+"""The ragged bank."""
+
+from __future__ import annotations
+
+import lora_kernels as lk
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+RANKS = st.lists(st.one_of(st.none(), st.integers(1, 6)), min_size=1, max_size=6)
+
+
+def _layer(rank, k, n, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, k, generator=generator).to(dtype)
+    b = torch.randn(n, rank, generator=generator).to(dtype)
+    return lk.AdapterLayer(a, b, float(torch.rand(1, generator=generator)))
+
+
+def _equal(left, right):
+    if left is None or right is None:
+        return left is right
+    same = torch.equal(left.lora_a, right.lora_a) and torch.equal(left.lora_b, right.lora_b)
+    return same and left.scale == right.scale
+
+
+@given(RANKS, st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_unpack_undoes_pack(ranks, k, n, seed):
+    layers = [None if r is None else _layer(r, k, n, seed + i) for i, r in enumerate(ranks)]
+    bank = lk.AdapterBank.pack(layers, k, n)
+    total = sum(r or 0 for r in ranks)
+    assert bank.lora_a.shape == (total, k) and bank.lora_b.shape == (total, n)
+    assert bank.offsets.dtype == torch.int32 and bank.offsets.numel() == len(ranks) + 1
+    assert bank.scales.dtype == torch.float32 and bank.count == len(ranks)
+    assert all(map(_equal, layers, bank.unpack()))
+    again = lk.AdapterBank.pack(bank.unpack(), k, n)
+    assert torch.equal(again.lora_a, bank.lora_a) and torch.equal(again.lora_b, bank.lora_b)
+
+
+@given(RANKS, st.integers(0, 7), st.one_of(st.none(), st.integers(1, 5)))
+@settings(max_examples=40, deadline=None)
+def test_replace_changes_one_adapter(ranks, index, rank):
+    layers = [None if r is None else _layer(r, 4, 3, i) for i, r in enumerate(ranks)]
+    bank = lk.AdapterBank.pack(layers, 4, 3)
+    before = [bank.lora_a.clone(), bank.lora_b.clone()]
+    new = None if rank is None else _layer(rank, 4, 3, 99)
+    changed = bank.replace(index, new)
+    expected = layers + [None] * (index + 1 - len(layers))
+    expected[index] = new
+    assert all(map(_equal, expected, changed.unpack()))
+    assert torch.equal(bank.lora_a, before[0]) and torch.equal(bank.lora_b, before[1])
+
+
+def test_dtypes_promote_without_loss():
+    half, brain = _layer(2, 4, 3, 0, torch.float16), _layer(3, 4, 3, 1, torch.bfloat16)
+    assert lk.AdapterBank.pack([half, None], 4, 3).lora_a.dtype == torch.float16
+    both = lk.AdapterBank.pack([half, brain], 4, 3)
+    assert both.lora_a.dtype == torch.float32
+    assert torch.equal(both.lora_a[:2].half(), half.lora_a)
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(lk.AdapterError, match=r"expected lora_A \[r, 5\]"):
+        lk.AdapterBank.pack([_layer(2, 4, 3, 0)], 5, 3)
+    with pytest.raises(lk.AdapterError, match="at least one module"):
+        lk.Adapter({})
+    bad = lk.AdapterLayer(torch.randn(2, 4), torch.randn(3, 1), 1.0)
+    with pytest.raises(lk.AdapterError, match="one rank"):
+        lk.Adapter({"m": bad})
+    with pytest.raises(lk.AdapterError, match="finite scale"):
+        lk.Adapter({"m": lk.AdapterLayer(torch.randn(2, 4), torch.randn(3, 2), float("nan"))})
