@@ -37,6 +37,11 @@ inline float reduce_max(F v) {
   return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
 }
 
+inline void reduce_add4(F a, F b, F c, F d, float* out) {
+  const F s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
 inline F from_bf16_bits(__m128i v) { return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16); }
 inline __m128i to_bf16_bits(F v) {
@@ -49,6 +54,9 @@ inline __m128i to_bf16_bits(F v) {
 }
 inline F load(const bf16* p) { return from_bf16_bits(_mm_loadu_si128((const __m128i*)p)); }
 inline F load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline F load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
 inline void store(bf16* p, F v) { _mm_storeu_si128((__m128i*)p, to_bf16_bits(v)); }
 inline void store(fp16* p, F v) {

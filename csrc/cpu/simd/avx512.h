@@ -34,6 +34,14 @@ inline F to_float(I v) { return _mm512_cvtepi32_ps((__m512i)v); }
 inline float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
 inline float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
 
+inline void reduce_add4(F a, F b, F c, F d, float* out) {
+  const F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const F s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline F from_bf16_bits(__m256i v) {
   return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16);
@@ -50,9 +58,15 @@ inline __m256i to_bf16_bits(F v) {
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline F load(const bf16* p) { return from_bf16_bits(_mm256_loadu_si256((const __m256i*)p)); }
 inline F load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline F load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 inline F load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline F load_n(const bf16* p, int n) { return from_bf16_bits(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline F load_n(const fp16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline F load_n(const int8_t* p, int n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
+}
 inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 inline void store(bf16* p, F v) { _mm256_storeu_si256((__m256i*)p, to_bf16_bits(v)); }
 inline void store(fp16* p, F v) {

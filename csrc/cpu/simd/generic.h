@@ -38,7 +38,13 @@ inline float reduce_max(F v) {
   return a > b ? a : b;
 }
 
+// The sums of the lanes of a, b, c and d to out[0 ... 3].
+inline void reduce_add4(F a, F b, F c, F d, float* out) {
+  out[0] = reduce_add(a), out[1] = reduce_add(b), out[2] = reduce_add(c), out[3] = reduce_add(d);
+}
+
 inline float float_of(float v) { return v; }
+inline float float_of(int8_t v) { return static_cast<float>(v); }
 inline float float_of(bf16 v) {
   const uint32_t u = static_cast<uint32_t>(v.bits) << 16;
   float f;

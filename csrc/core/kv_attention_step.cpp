@@ -1,0 +1,211 @@
+#include "lora_kernels/kv_attention_step.h"
+
+#include <cmath>
+#include <sstream>
+
+#include "core/select.h"
+#include "cpu/kv_attention_step.h"
+
+namespace lora_kernels {
+namespace {
+
+const Table<KvAttentionStepImplementation> kTable = {
+    "kv_attention_step",
+#if defined(__x86_64__)
+    3,
+    {&kKvAttentionStepAvx512, &kKvAttentionStepAvx2, &kKvAttentionStepGeneric},
+#else
+    1,
+    {&kKvAttentionStepGeneric},
+#endif
+};
+
+// The pieces of a fault's text, put together only when there is a fault: these checks run at every step of every layer.
+template <class... Pieces>
+Status fault(const Pieces&... pieces) {
+  std::ostringstream text;
+  text << "kv_attention_step: ";
+  (text << ... << pieces);
+  return Status::invalid(text.str());
+}
+
+Status validate(const KvAttentionStepProblem& p) {
+  if (p.rows < 0 || p.tokens < 0 || p.heads < 0 || p.cache_rows < 0 || p.capacity < 0)
+    return fault("q, k_cache: sizes must not be negative");
+  if (p.head_size < 1) return fault("q: expected a head size of at least 1, got ", p.head_size);
+  if (!is_floating(p.dtype))
+    return fault("q: expected float32, float16 or bfloat16, got int8; only the caches may be int8");
+  if (p.cache_dtype == DType::kInt8 && p.scales == KvScales::kNone)
+    return fault("k_scales, v_scales: expected float32 scales for int8 caches, got None; give [", p.cache_rows, ", ",
+                 p.heads, ", ", p.capacity, ", 1] (one per position) or [", p.cache_rows, ", ", p.heads, ", 1, ",
+                 p.head_size, "] (one per channel)");
+  if (p.cache_dtype != DType::kInt8 && p.scales != KvScales::kNone)
+    return fault("k_scales, v_scales: expected None for ", name_of(p.cache_dtype),
+                 " caches, got tensors; only int8 caches have scales");
+  if (p.append && p.scales == KvScales::kPerChannel)
+    return fault("k_scales, v_scales: expected one scale per position, [", p.cache_rows, ", ", p.heads, ", ",
+                 p.capacity,
+                 ", 1], to append k and v to an int8 cache, got one per channel; scales per channel are "
+                 "for caches that are quantized beforehand");
+  if (p.slots == KvSlots::kPerPosition && p.scales == KvScales::kPerChannel)
+    return fault("slots: expected one cache row per row of q, [", p.rows, "], with scales per channel, got [", p.rows,
+                 ", ", p.capacity, "]; a table per position needs one scale per position");
+  if (p.slots == KvSlots::kIdentity && p.rows > p.cache_rows)
+    return fault("slots: expected the cache row of each of the ", p.rows, " rows of q, as there are ", p.cache_rows,
+                 " in k_cache, got None; give int32 [", p.rows, "]");
+  if (p.weight_heads < 0) return fault("heads: expected a list of heads, got a negative number of them");
+  if (p.layout != KvLayout::kRowMajor) return fault("k_cache: expected the layout [S, H, C, D]");
+  return {};
+}
+
+// The cache row in which position `position` of row `row` lives.
+int64_t cache_row(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args, int64_t row, int64_t position) {
+  switch (p.slots) {
+    case KvSlots::kIdentity: return row;
+    case KvSlots::kPerRow: return args.slots[row];
+    case KvSlots::kPerPosition: return args.slots[row * p.capacity + position];
+  }
+  return 0;
+}
+
+Status check_lengths(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
+  const int64_t added = p.append ? p.tokens : 0;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const int64_t length = args.lengths[i];
+    if (length >= 0 && length + added <= p.capacity) continue;
+    if (length < 0) return fault("lengths: entry ", i, " is ", length, ", expected 0 to ", p.capacity - added);
+    if (added == 0)
+      return fault("lengths: entry ", i, " is ", length, ", but the cache has ", p.capacity,
+                   " positions; expected at most that");
+    return fault("lengths: entry ", i, " is ", length, ", and ", added, " new token", added == 1 ? "" : "s",
+                 " would end at position ", length + added, " of a cache of ", p.capacity,
+                 "; give a cache with a greater capacity or fewer tokens");
+  }
+  return {};
+}
+
+Status check_slots(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
+  if (p.slots == KvSlots::kIdentity) return {};
+  const uint32_t most = static_cast<uint32_t>(p.cache_rows);  // a negative slot is a great unsigned number
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const bool table = p.slots == KvSlots::kPerPosition;
+    // Entries of positions that nobody reads may hold anything.
+    const int64_t count = table ? args.lengths[i] + (p.append ? p.tokens : 0) : 1;
+    const int32_t* slots = args.slots + i * (table ? p.capacity : 1);
+    bool bad = false;
+    for (int64_t j = 0; j < count; ++j) bad |= static_cast<uint32_t>(slots[j]) >= most;
+    for (int64_t j = 0; bad && j < count; ++j) {
+      if (static_cast<uint32_t>(slots[j]) < most) continue;
+      std::ostringstream where;
+      where << i;
+      if (table) where << ", " << j;
+      return fault("slots: entry [", where.str(), "] is ", slots[j], ", expected a row of k_cache, 0 to ",
+                   p.cache_rows - 1);
+    }
+  }
+  return {};
+}
+
+// Two new tokens in one place: one would be lost, and which one would be chance.
+Status check_appends(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
+  if (!p.append || p.slots == KvSlots::kIdentity) return {};
+  for (int64_t i = 1; i < p.rows; ++i) {
+    const int64_t begin = args.lengths[i], end = begin + p.tokens;
+    for (int64_t j = 0; j < i; ++j) {
+      const int64_t other = args.lengths[j];
+      const int64_t first = begin > other ? begin : other;
+      const int64_t last = end < other + p.tokens ? end : other + p.tokens;
+      for (int64_t position = first; position < last; ++position)
+        if (cache_row(p, args, i, position) == cache_row(p, args, j, position))
+          return fault("slots: rows ", j, " and ", i, " would both write position ", position, " of cache row ",
+                       cache_row(p, args, i, position), "; expected a cache row of its own for each row's new tokens");
+    }
+  }
+  return {};
+}
+
+// Scales per channel are inputs, of the cache rows that are read. Zero is what a buffer holds that nobody has filled.
+Status check_channel_scales(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
+  if (p.scales != KvScales::kPerChannel) return {};
+  const int64_t channels = p.heads * p.head_size;
+  const auto usable = [](float scale) { return scale > 0 && scale <= 3.4028235e38f; };
+  int64_t checked = -1;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const int64_t row = cache_row(p, args, i, 0);
+    if (row == checked) continue;
+    checked = row;
+    for (const float* scales : {args.k_scales, args.v_scales}) {
+      const float* s = scales + row * channels;
+      bool good = true;
+      for (int64_t c = 0; c < channels; ++c) good &= usable(s[c]);
+      for (int64_t c = 0; !good && c < channels; ++c)
+        if (!usable(s[c]))
+          return fault(scales == args.k_scales ? "k_scales" : "v_scales", ": entry [", row, ", ", c / p.head_size,
+                       ", 0, ", c % p.head_size, "] is ", s[c],
+                       ", expected a finite number above 0 (largest magnitude of the channel / 127; 1 where the "
+                       "channel is all zero)");
+    }
+  }
+  return {};
+}
+
+Status check_args(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
+  Status status = check_lengths(p, args);
+  if (status.ok()) status = check_slots(p, args);
+  if (status.ok()) status = check_appends(p, args);
+  if (status.ok()) status = check_channel_scales(p, args);
+  for (int64_t i = 0; status.ok() && i < p.weight_heads; ++i)
+    if (args.weight_heads[i] < 0 || args.weight_heads[i] >= p.heads)
+      return fault("heads: entry ", i, " is ", args.weight_heads[i], ", expected a head, 0 to ", p.heads - 1);
+  return status;
+}
+
+}  // namespace
+
+void report_kv_attention_step(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
+  report(kTable, device, out);
+}
+
+Status plan(const KvAttentionStepProblem& problem, const DeviceInfo& device, KvAttentionStepPlan* plan) {
+  Status status = validate(problem);
+  if (status.ok()) status = select(kTable, device, &plan->implementation);
+  if (!status.ok()) return status;
+  plan->problem = problem;
+  plan->implementation->configure(device, plan);
+  return {};
+}
+
+int64_t workspace_bytes(const KvAttentionStepPlan& plan) {
+  return plan.workspace;
+}
+
+Status run(const KvAttentionStepPlan& plan, const KvAttentionStepArgs& args, const Executor& executor) {
+  const KvAttentionStepProblem& p = plan.problem;
+  if (Status status = check_args(p, args); !status.ok()) return status;
+  if (p.rows == 0 || p.tokens == 0 || p.heads == 0) return {};
+  kTable.count_run(plan.implementation);
+  plan.implementation->run(plan, args, executor);
+  return {};
+}
+
+std::string to_string(const KvAttentionStepProblem& p) {
+  std::ostringstream text;
+  text << "kv_attention_step rows=" << p.rows << " tokens=" << p.tokens << " heads=" << p.heads
+       << " head_size=" << p.head_size << " cache_rows=" << p.cache_rows << " capacity=" << p.capacity << " "
+       << name_of(p.dtype) << " cache=" << name_of(p.cache_dtype);
+  if (p.scales != KvScales::kNone)
+    text << (p.scales == KvScales::kPerPosition ? " scales per position" : " scales per channel");
+  if (p.slots != KvSlots::kIdentity) text << (p.slots == KvSlots::kPerRow ? " slots per row" : " slots per position");
+  if (p.append) text << " append";
+  if (p.weight_heads > 0) text << " weight_heads=" << p.weight_heads;
+  return text.str();
+}
+
+std::string to_string(const KvAttentionStepPlan& plan) {
+  std::ostringstream text;
+  text << to_string(plan.problem) << " -> " << plan.implementation->name << " tasks=" << plan.tasks
+       << " workspace=" << plan.workspace;
+  return text.str();
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,296 @@
+// kv_attention_step on a CPU.
+//   out[i, t, h] = sum_p softmax_p(scale q[i, t, h] . K[p, h]) V[p, h]
+//   FLOPs 4 D per query and position; bytes 2 D * element size per cache row, head and position: bound by reading them.
+//
+// The new tokens are appended first. Then the queries (row, token) are cut into blocks of at most kQueries that read
+// the same cache row: the beams that share cross-K/V, or the tokens of a chunk. Every (block, head) is one unit of
+// work:
+//   - scores: K is read once, four positions against all queries of the block, to scores[query][position];
+//   - softmax, per query, in fp32; scales per position are folded into the scores and the probabilities;
+//   - values: V is read once; the sums of all queries stay in registers, a panel of columns at a time.
+// Scales per channel are folded into q and the result. A row alone, a row in a batch, a chunk and single steps give the
+// same bits (attention.inl).
+//
+// K and V are converted in registers, without copies. Memory is asked for kAheadBytes early, and V while the softmax is
+// computed: the hardware's prefetcher stops at the end of each page, and at each head of a short cache.
+
+constexpr int64_t kTaskBytes = 100000;  // read by one core in the time of a fork and join
+
+// Queries of one cache row: entries [first, first + count) of the list of queries.
+struct QueryBlock {
+  int32_t first, count;
+  int64_t longest;  // positions that its queries see, at most
+};
+
+struct Step {
+  const KvAttentionStepPlan& plan;
+  const KvAttentionStepProblem& p;
+  const KvAttentionStepArgs& args;
+
+  int64_t visible(int64_t row, int64_t token) const { return args.lengths[row] + (p.append ? token + 1 : 0); }
+  int64_t cache_row(int64_t row, int64_t position) const {
+    return p.slots == KvSlots::kIdentity ? row
+           : p.slots == KvSlots::kPerRow ? args.slots[row]
+                                         : args.slots[row * p.capacity + position];
+  }
+};
+
+// Memory of a call: tables that the caller's thread makes, and scratch of each task.
+struct StepMemory {
+  int32_t* order;      // [rows] sorted by cache row; query n is token n % T of row order[n / T]
+  int32_t* counts;     // [cache_rows + 1]
+  QueryBlock* blocks;  // [rows * T]
+  int64_t* before;     // [rows * T + 1]: cost of the blocks before each one
+  float* tasks;        // task_floats each
+  int64_t task_floats;
+  int64_t q_stride;  // of a query's row of q and of acc, in floats
+  int64_t score_stride;
+  int64_t bytes;
+
+  StepMemory(void* base, const KvAttentionStepProblem& p, int tasks_count) {
+    char* at = static_cast<char*>(base);
+    const auto take = [&](int64_t size) {
+      char* piece = at;
+      at += round_up(size, 64);
+      return piece;
+    };
+    const int64_t queries = p.rows * p.tokens;
+    order = reinterpret_cast<int32_t*>(take(p.rows * 4));
+    counts = reinterpret_cast<int32_t*>(take(p.slots == KvSlots::kPerRow ? (p.cache_rows + 1) * 4 : 0));
+    blocks = reinterpret_cast<QueryBlock*>(take(queries * static_cast<int64_t>(sizeof(QueryBlock))));
+    before = reinterpret_cast<int64_t*>(take((queries + 1) * 8));
+    q_stride = round_up(p.head_size, 16);
+    // Not a multiple of 4096 bytes: the scores of a block's queries at one position would share a set of the first
+    // cache.
+    score_stride = round_up(p.capacity + 3, 16) + 16;
+    // q, acc, scores of every query, and a row of gathered scales
+    task_floats = round_up(kQueries * (2 * q_stride + score_stride) + score_stride, 16);
+    tasks = reinterpret_cast<float*>(take(tasks_count * task_floats * 4));
+    bytes = at - static_cast<char*>(base);
+  }
+};
+
+// Rows in the order of their cache rows (stable), so that rows that share one stand together.
+inline void sort_rows(const Step& s, StepMemory& m) {
+  if (s.p.slots != KvSlots::kPerRow) {
+    for (int64_t i = 0; i < s.p.rows; ++i) m.order[i] = static_cast<int32_t>(i);
+    return;
+  }
+  memset(m.counts, 0, static_cast<size_t>(s.p.cache_rows + 1) * sizeof(int32_t));
+  for (int64_t i = 0; i < s.p.rows; ++i) ++m.counts[s.args.slots[i] + 1];
+  for (int64_t i = 0; i < s.p.cache_rows; ++i) m.counts[i + 1] += m.counts[i];
+  for (int64_t i = 0; i < s.p.rows; ++i) m.order[m.counts[s.args.slots[i]]++] = static_cast<int32_t>(i);
+}
+
+// Fills blocks and the cost before each; returns their number.
+inline int64_t make_blocks(const Step& s, StepMemory& m) {
+  const KvAttentionStepProblem& p = s.p;
+  int64_t blocks = 0;
+  m.before[0] = 0;
+  for (int64_t first = 0; first < p.rows;) {
+    int64_t end = first + 1;
+    if (p.slots == KvSlots::kPerRow)
+      while (end < p.rows && s.args.slots[m.order[end]] == s.args.slots[m.order[first]]) ++end;
+    for (int64_t n = first * p.tokens; n < end * p.tokens;) {
+      QueryBlock& block = m.blocks[blocks];
+      block.first = static_cast<int32_t>(n);
+      block.count = static_cast<int32_t>(tile_rows(end * p.tokens - n, kQueries));
+      block.longest = 0;
+      for (int64_t i = n; i < n + block.count; ++i) {
+        const int64_t visible = s.visible(m.order[i / p.tokens], i % p.tokens);
+        if (visible > block.longest) block.longest = visible;
+      }
+      n += block.count;
+      // Bytes of K and V; arithmetic on a second query costs about a quarter of reading them.
+      const int64_t bytes = 2 * block.longest * p.head_size * static_cast<int64_t>(size_of(p.cache_dtype));
+      m.before[blocks + 1] = m.before[blocks] + bytes * (block.count + 3) / 4 + 64;
+      ++blocks;
+    }
+    first = end;
+  }
+  return blocks;
+}
+
+// One row's vectors of one head in a cache.
+template <class T>
+inline Positions<T> positions_of(const Step& s, const void* cache, int64_t row, int64_t head) {
+  const KvAttentionStepProblem& p = s.p;
+  const int64_t head_floats = p.capacity * p.head_size, row_floats = p.heads * head_floats;
+  const T* base = static_cast<const T*>(cache) + head * head_floats;
+  if (p.slots == KvSlots::kPerPosition) return {base, p.head_size, s.args.slots + row * p.capacity, row_floats};
+  return {base + s.cache_row(row, 0) * row_floats, p.head_size, nullptr, 0};
+}
+
+// Scales per position of one row and head as consecutive floats; gathered ones go to `copy`.
+inline const float* position_scales(const Step& s, const float* scales, int64_t row, int64_t head, int64_t count,
+                                    float* copy) {
+  const KvAttentionStepProblem& p = s.p;
+  const float* base = scales + head * p.capacity;
+  const int64_t row_stride = p.heads * p.capacity;
+  if (p.slots != KvSlots::kPerPosition) return base + s.cache_row(row, 0) * row_stride;
+  for (int64_t i = 0; i < count; ++i) copy[i] = base[s.cache_row(row, i) * row_stride + i];
+  return copy;
+}
+
+// One block of NQ queries and one head.
+template <int NQ, class T>
+inline void attend(const Step& s, const StepMemory& m, const QueryBlock& block, int64_t head, float* scratch) {
+  const KvAttentionStepProblem& p = s.p;
+  const int64_t D = p.head_size;
+  float* q = scratch;
+  float* acc = q + kQueries * m.q_stride;
+  float* scores = acc + kQueries * m.q_stride;
+  float* gathered = scores + kQueries * m.score_stride;
+  int64_t row[NQ], token[NQ], visible[NQ], shortest = block.longest;
+  for (int i = 0; i < NQ; ++i) {
+    row[i] = m.order[(block.first + i) / p.tokens];
+    token[i] = (block.first + i) % p.tokens;
+    visible[i] = s.visible(row[i], token[i]);
+    if (visible[i] < shortest) shortest = visible[i];
+  }
+  const float *k_channels = nullptr, *v_channels = nullptr;
+  const Positions<T> keys = positions_of<T>(s, s.args.k_cache, row[0], head);
+  const Positions<T> values = positions_of<T>(s, s.args.v_cache, row[0], head);
+
+  memset(q, 0, static_cast<size_t>(2 * kQueries * m.q_stride) * sizeof(float));
+  with_type(p.dtype, s.args.q, [&](auto* from) {
+    for (int i = 0; i < NQ; ++i) {
+      convert_row(from + ((row[i] * p.tokens + token[i]) * p.heads + head) * D, D, q + i * m.q_stride);
+      for (int64_t d = 0; d < m.q_stride; d += kLanes)
+        store(q + i * m.q_stride + d, load(q + i * m.q_stride + d) * set(s.args.scale));
+    }
+  });
+  if (p.scales == KvScales::kPerChannel && block.longest > 0) {
+    const int64_t at = (s.cache_row(row[0], 0) * p.heads + head) * D;
+    k_channels = s.args.k_scales + at;
+    v_channels = s.args.v_scales + at;
+    for (int i = 0; i < NQ; ++i) scale_by(q + i * m.q_stride, k_channels, D);
+  }
+
+  if (block.longest > 0) score_positions<NQ>(keys, block.longest, q, m.q_stride, scores, m.score_stride);
+  float inverse[NQ];
+  for (int i = 0; i < NQ; ++i) {
+    float* x = scores + i * m.score_stride;
+    inverse[i] = 0;
+    if (visible[i] == 0) continue;
+    if (p.scales == KvScales::kPerPosition)
+      scale_by(x, position_scales(s, s.args.k_scales, row[i], head, visible[i], gathered), visible[i]);
+    inverse[i] = 1.0f / exponentials(x, visible[i], [&](int64_t position) {
+                   if (i == 0 && position * 4 / kLanes < block.longest)
+                     prefetch_row(values.at(position * 4 / kLanes), D);
+                 });
+  }
+  for (int64_t w = 0; w < p.weight_heads; ++w) {
+    if (s.args.weight_heads[w] != head) continue;
+    for (int i = 0; i < NQ; ++i) {
+      float* to = s.args.weights + ((row[i] * p.weight_heads + w) * p.tokens + token[i]) * p.capacity;
+      const float* x = scores + i * m.score_stride;
+      for (int64_t position = 0; position < visible[i]; ++position) to[position] = x[position] * inverse[i];
+      memset(to + visible[i], 0, static_cast<size_t>(p.capacity - visible[i]) * sizeof(float));
+    }
+  }
+  if (p.scales == KvScales::kPerPosition)
+    for (int i = 0; i < NQ; ++i)
+      scale_by(scores + i * m.score_stride, position_scales(s, s.args.v_scales, row[i], head, visible[i], gathered),
+               visible[i]);
+
+  // What all queries see in one pass; what only some see is kept from the others, whatever it holds.
+  add_values<NQ>(values, 0, shortest, scores, m.score_stride, acc, m.q_stride);
+  for (int i = 0; i < NQ; ++i)
+    if (visible[i] > shortest)
+      add_values<1>(values, shortest, visible[i], scores + i * m.score_stride, 0, acc + i * m.q_stride, 0);
+  with_type(p.dtype, s.args.out, [&](auto* type) {
+    auto* out = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(type)>>*>(type);
+    for (int i = 0; i < NQ; ++i) {
+      float* x = acc + i * m.q_stride;
+      if (v_channels) scale_by(x, v_channels, D);
+      auto* to = out + ((row[i] * p.tokens + token[i]) * p.heads + head) * D;
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const F v = load(x + d) * set(inverse[i]);
+        D - d >= kLanes ? store(to + d, v) : store_n(to + d, v, static_cast<int>(D - d));
+      }
+    }
+  });
+}
+
+template <class Body>
+inline void with_cache_type(DType type, const Body& body) {
+  switch (type) {
+    case DType::kFloat32: return body(float());
+    case DType::kFloat16: return body(fp16());
+    case DType::kBFloat16: return body(bf16());
+    case DType::kInt8: return body(int8_t());
+  }
+}
+
+// Appends token n / H, head n % H of the list of all (row, token, head).
+inline void append(const Step& s, int64_t n) {
+  const KvAttentionStepProblem& p = s.p;
+  const int64_t head = n % p.heads, token = n / p.heads % p.tokens, row = n / p.heads / p.tokens;
+  const int64_t position = s.args.lengths[row] + token;
+  const int64_t at = (s.cache_row(row, position) * p.heads + head) * p.capacity + position;
+  with_type(p.dtype, s.args.k, [&](auto* k) {
+    with_cache_type(p.cache_dtype, [&](auto tag) {
+      using T = decltype(tag);
+      const auto* v = static_cast<decltype(k)>(s.args.v);
+      const bool scaled = p.scales == KvScales::kPerPosition;
+      append_vector(k + n * p.head_size, p.head_size, static_cast<T*>(s.args.k_cache) + at * p.head_size,
+                    scaled ? s.args.k_scales + at : nullptr);
+      append_vector(v + n * p.head_size, p.head_size, static_cast<T*>(s.args.v_cache) + at * p.head_size,
+                    scaled ? s.args.v_scales + at : nullptr);
+    });
+  });
+}
+
+inline void configure(const DeviceInfo& device, KvAttentionStepPlan* plan) {
+  const KvAttentionStepProblem& p = plan->problem;
+  const int64_t units = p.rows * p.tokens * p.heads;
+  const int64_t bytes = 2 * units * p.capacity * p.head_size * static_cast<int64_t>(size_of(p.cache_dtype));
+  int64_t tasks = bytes / kTaskBytes + 1;
+  if (tasks > units) tasks = units;
+  if (tasks > device.threads) tasks = device.threads;
+  plan->tasks = static_cast<int>(tasks < 1 ? 1 : tasks);
+  plan->workspace = StepMemory(nullptr, p, plan->tasks).bytes;
+}
+
+inline void run_step(const KvAttentionStepPlan& plan, const KvAttentionStepArgs& args, const Executor& executor) {
+  const KvAttentionStepProblem& p = plan.problem;
+  const Step s{plan, p, args};
+  StepMemory m(args.workspace, p, plan.tasks);
+  sort_rows(s, m);
+  const int64_t blocks = make_blocks(s, m);
+
+  // Every row is written before any row attends: rows may read each other's cache rows.
+  if (p.append) {
+    const int64_t vectors = p.rows * p.tokens * p.heads;
+    int64_t tasks = 2 * vectors * p.head_size * static_cast<int64_t>(size_of(p.dtype)) / kTaskBytes + 1;
+    if (tasks > plan.tasks) tasks = plan.tasks;
+    for_each_task(executor, tasks, [&](int64_t task) {
+      for (int64_t n = vectors * task / tasks; n < vectors * (task + 1) / tasks; ++n) append(s, n);
+    });
+  }
+
+  // Units (block, head) in the order of memory, cut into ranges of equal cost.
+  const int64_t total = m.before[blocks] * p.heads;
+  int64_t tasks = total / kTaskBytes + 1;
+  if (tasks > plan.tasks) tasks = plan.tasks;
+  for_each_task(executor, tasks, [&](int64_t task) {
+    // total fits 2^53 by far, but not total * tasks
+    const int64_t begin = total / tasks * task, end = task + 1 == tasks ? total : total / tasks * (task + 1);
+    float* scratch = m.tasks + task * m.task_floats;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = m.before[b] * p.heads, cost = m.before[b + 1] - m.before[b];
+      if (first + cost * p.heads <= begin) continue;
+      if (first >= end) break;
+      for (int64_t head = 0; head < p.heads; ++head) {
+        const int64_t at = first + head * cost;
+        if (at < begin || at >= end) continue;
+        with_cache_type(p.cache_dtype, [&](auto tag) {
+          with_rows<kQueries>(m.blocks[b].count, [&](auto count) {
+            attend<decltype(count)::value, decltype(tag)>(s, m, m.blocks[b], head, scratch);
+          });
+        });
+      }
+    }
+  });
+}
