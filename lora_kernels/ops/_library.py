@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,12 +34,6 @@ def library_path() -> Path:
         f"{', '.join(map(str, _candidates()))}. Build them with "
         "`pip install --no-build-isolation .` (or `-e .`) in the project's folder; torch must be installed first."
     )
-
-
-def build_info() -> dict[str, Any]:
-    """What CMake wrote about the build: compiler, build type, CUDA and why not."""
-    path = library_path().with_name("build_info.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _load() -> None:

@@ -10,9 +10,11 @@ void force(const std::string name) { raise_if_failed(force_implementation(name))
 
 std::string forced() { return forced_implementation(); }
 
-// One line per implementation: op, name, available, selected, runs, reason, separated by tabs.
+// Lines of fields separated by tabs: "isa" and the instruction sets; "build" with compiler, build type and why CUDA is
+// left out (empty: it is in); then one per implementation: op, name, available, selected, runs, reason.
 std::string describe() {
   std::string text = "isa\t" + isa_names(current_device().isa) + "\n";
+  text += "build\t" LORA_KERNELS_BUILD_COMPILER "\t" LORA_KERNELS_BUILD_TYPE "\t" LORA_KERNELS_BUILD_CUDA "\n";
   for (const ImplementationReport& row : implementations(current_device()))
     text += row.op + "\t" + row.name + "\t" + (row.available ? "1" : "0") + "\t" + (row.selected ? "1" : "0") + "\t" +
             std::to_string(row.runs) + "\t" + row.reason + "\n";

@@ -66,12 +66,14 @@ inline void store(fp16* p, F v) {
 // Tails go through a small buffer: never a byte beyond the end is touched.
 template <class T>
 inline F load_n(const T* p, int n) {
+  if (n < 0 || n > kLanes) __builtin_unreachable();
   T buffer[kLanes] = {};
   memcpy(buffer, p, n * sizeof(T));
   return load(buffer);
 }
 template <class T>
 inline void store_n(T* p, F v, int n) {
+  if (n < 0 || n > kLanes) __builtin_unreachable();
   T buffer[kLanes];
   store(buffer, v);
   memcpy(p, buffer, n * sizeof(T));
