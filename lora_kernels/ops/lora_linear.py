@@ -76,7 +76,18 @@ def lora_linear(
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
     return _op(
-        x, weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual, activation, dropout_p, dropout_seed
+        x,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        scales,
+        offsets,
+        adapter_ids,
+        residual,
+        activation,
+        dropout_p,
+        dropout_seed,
     )
 
 
@@ -116,7 +127,9 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, bias, lora_a, lora_b, scales, offsets, ids, residual, activation, dropout_p, seed = inputs
+    x, weight, bias, lora_a, lora_b, scales, offsets, ids, residual, activation, dropout_p, seed = (
+        inputs
+    )
     # The bias matters to the gradient only through an activation.
     kept_bias = bias if activation != "none" else None
     ctx.save_for_backward(x, weight, kept_bias, lora_a, lora_b, scales, offsets, ids, seed)
@@ -130,8 +143,14 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dz = dy
     if ctx.activation != "none":
         # Recomputing what went into the activation costs one forward pass and saves keeping an [M, N] tensor.
-        z = _op(x, weight, bias, lora_a, lora_b, scales, offsets, ids, None, "none", ctx.dropout_p, seed)
-        derivative = torch.ops.aten.gelu_backward if ctx.activation == "gelu" else torch.ops.aten.silu_backward
+        z = _op(
+            x, weight, bias, lora_a, lora_b, scales, offsets, ids, None, "none", ctx.dropout_p, seed
+        )
+        derivative = (
+            torch.ops.aten.gelu_backward
+            if ctx.activation == "gelu"
+            else torch.ops.aten.silu_backward
+        )
         dz = derivative(dy, z)
     needs = ctx.needs_input_grad
     needs_lora = lora_a is not None and (needs[3] or needs[4])
@@ -167,4 +186,6 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("lora_kernels::lora_linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "lora_kernels::lora_linear", _backward, setup_context=_setup_context
+)

@@ -35,8 +35,9 @@ inline F gelu(F x) {
   p = p * t + set(2.820823575e-01f);
   // exp(-a^2) vanishes beyond a = 9.3; the clamp keeps infinities out of 0 * infinity
   const F tail = set(0.5f) * p * t * exp(zero() - min(a * a, set(100.0f)));
-  const F negative = max(x, set(-3.0e38f)) * tail;  // x Phi(x) for x < 0; -infinity gives 0
-  return select(x != x, x, select(x < zero(), negative, x - x * min(tail, select(x > set(1.0e38f), zero(), tail))));
+  const F negative = max(x, set(-3.0e38f)) * tail;          // x Phi(x) for x < 0; -infinity gives 0
+  const F positive = select(x > set(30.0f), x, x - x * tail);  // beyond, and at infinity, Phi is 1
+  return select(x != x, x, select(x < zero(), negative, positive));
 }
 
 inline F silu(F x) {

@@ -1,0 +1,397 @@
+"""lora_linear and its gradients against the reference, every implementation in turn."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close
+
+from lora_kernels import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (rows, in, out): empty, one row, primes, both sides of every tile, path and panel boundary.
+SHAPES = [
+    (0, 5, 6),
+    (1, 1, 1),
+    (1, 64, 64),
+    (1, 513, 77),
+    (3, 37, 53),
+    (7, 128, 130),
+    (8, 100, 64),
+    (9, 101, 67),
+    (13, 96, 1),
+    (31, 64, 200),
+    (40, 30, 3),
+    (129, 257, 191),
+]
+
+
+def bank(mode: str, rows: int, k: int, n: int, dtype: torch.dtype) -> dict:
+    """LoRA operands: none, PEFT's own layout, a bank of three adapters, dropout, fp32 factors."""
+    if mode == "none":
+        return {}
+    if mode == "bank":
+        ranks = [4, 0, 17]
+        operands = {
+            "lora_a": (torch.randn(21, k) / k**0.5).to(dtype),
+            "lora_b": torch.randn(21, n).to(dtype),
+            "scales": torch.tensor([0.7, 1.0, 2.0]),
+            "offsets": torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32),
+        }
+        if rows:
+            operands["adapter_ids"] = torch.randint(-1, 3, (rows,), dtype=torch.int32)
+        return operands
+    factors = torch.float32 if mode == "fp32" else dtype
+    operands = {
+        "lora_a": (torch.randn(5, k) / k**0.5).to(factors),
+        "lora_b": torch.randn(n, 5).to(factors).t(),
+        "scales": torch.tensor([0.7]),
+    }
+    if mode == "dropout":
+        operands |= {"dropout_p": 0.3, "dropout_seed": torch.tensor([1234567])}
+    return operands
+
+
+def base(rows: int, k: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    x, weight = torch.randn(rows, k), torch.randn(n, k) / k**0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(n).to(dtype), torch.randn(rows, n).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("mode", ["none", "peft", "bank", "dropout", "fp32"])
+def test_forward(implementation: str, dtype: torch.dtype, mode: str) -> None:
+    for (rows, k, n), activation in zip(
+        SHAPES, itertools.cycle(["none", "gelu", "silu"]), strict=False
+    ):
+        x, weight, bias, residual = base(rows, k, n, dtype)
+        operands = bank(mode, rows, k, n, dtype) | {"residual": residual, "activation": activation}
+        got = ops.lora_linear(x, weight, bias, **operands)
+        exact = reference.lora_linear(x, weight, bias, **operands)
+        plain = exact
+        if mode != "fp32":
+            plain = reference.lora_linear(x, weight, bias, **operands, compute_dtype=dtype)
+        assert_close(got, exact, plain.to(dtype), what=f"{rows}x{k}x{n} {activation}")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_activations_over_their_whole_range(implementation: str, activation: str) -> None:
+    special = [0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 88.0, -88.0, 1e4, -1e4, 3e38, -3e38]
+    values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor(special)]).reshape(-1, 1)
+    got = ops.lora_linear(values, torch.ones(1, 1), activation=activation)
+    exact = reference.lora_linear(values, torch.ones(1, 1), activation=activation)
+    error = (got.double() - exact).abs() / values.double().abs().clamp_min(1.0)
+    assert error.max() < 4e-7
+    infinite = torch.tensor([[float("inf")], [float("-inf")], [float("nan")]])
+    y = ops.lora_linear(infinite, torch.ones(1, 1), activation=activation).flatten()
+    assert y[0] == float("inf")
+    assert y[1] == 0
+    assert y[2].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("mode", ["peft", "bank", "dropout"])
+def test_gradients(implementation: str, dtype: torch.dtype, mode: str) -> None:
+    for rows, k, n in [(1, 64, 64), (3, 37, 53), (9, 101, 67), (300, 70, 130)]:
+        x, weight, bias, residual = base(rows, k, n, dtype)
+        operands = bank(mode, rows, k, n, dtype)
+        factors = [operands.pop("lora_a"), operands.pop("lora_b")]
+        dy = torch.randn(rows, n).to(dtype)
+
+        def gradients(function, leaves, dy=dy, operands=operands, **extra):
+            leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+            x, weight, bias, a, b, residual = leaves
+            y = function(
+                x,
+                weight,
+                bias,
+                lora_a=a,
+                lora_b=b,
+                residual=residual,
+                activation="gelu",
+                **operands,
+                **extra,
+            )
+            y.backward(dy.to(y.dtype))
+            return [torch.zeros_like(v) if v.grad is None else v.grad for v in leaves]
+
+        leaves = [x, weight, bias, *factors, residual]
+        got = gradients(ops.lora_linear, leaves)
+        exact = gradients(reference.lora_linear, [v.double() for v in leaves])
+        plain = gradients(reference.lora_linear, leaves, compute_dtype=dtype)
+        for name, *values in zip(
+            "x weight bias lora_a lora_b residual".split(), got, exact, plain, strict=True
+        ):
+            assert_close(*values, what=f"d{name} at {rows}x{k}x{n}")
+
+
+def test_only_wanted_gradients_are_computed(implementation: str) -> None:
+    x, weight, bias, _ = base(6, 8, 10, torch.float32)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(2, 10, requires_grad=True)
+    y = ops.lora_linear(x, weight, bias, a, b)
+    y.sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert weight.grad is None
+    y = ops.lora_linear(x.requires_grad_(), weight, bias)
+    y.sum().backward()
+    assert torch.allclose(x.grad, weight.sum(0).expand(6, 8), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Input #.* requires gradient and is not a double precision")
+def test_gradcheck(implementation: str) -> None:
+    # The operator computes in fp32; it is (multi)linear, so a wide difference quotient loses nothing.
+    x, weight, bias, residual = base(5, 7, 6, torch.float32)
+    a, b = torch.randn(3, 7), torch.randn(3, 6)
+    inputs = [t.requires_grad_() for t in (x, weight, bias, a, b, residual)]
+
+    def function(x, weight, bias, a, b, residual):
+        return ops.lora_linear(x, weight, bias, a, b, residual=residual)
+
+    assert torch.autograd.gradcheck(
+        function, inputs, eps=1e-1, atol=2e-3, rtol=1e-3, nondet_tol=0.0
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 33])
+def test_rows_do_not_see_each_other(implementation: str, rows: int) -> None:
+    """A batch that mixes adapters gives every row what it gets alone."""
+    x, weight, bias, _ = base(rows, 96, 70, torch.float32)
+    operands = bank("bank", rows, 96, 70, torch.float32)
+    together = ops.lora_linear(x, weight, bias, **operands)
+    ids = operands.pop("adapter_ids")
+    for row in range(rows):
+        alone = ops.lora_linear(
+            x[row : row + 1], weight, bias, adapter_ids=ids[row : row + 1], **operands
+        )
+        assert_close(alone[0], together[row].double(), what=f"row {row}")
+
+
+def test_groups_name_whole_utterances(implementation: str) -> None:
+    x = torch.randn(4, 11, 32)
+    weight, a, b = torch.randn(20, 32), torch.randn(6, 32), torch.randn(6, 20)
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
+    ids = torch.tensor([1, -1, 0, 1], dtype=torch.int32)
+    got = ops.lora_linear(x, weight, None, a, b, offsets=offsets, adapter_ids=ids)
+    per_row = ops.lora_linear(
+        x.reshape(-1, 32),
+        weight,
+        None,
+        a,
+        b,
+        offsets=offsets,
+        adapter_ids=ids.repeat_interleave(11),
+    )
+    assert torch.equal(got.reshape(-1, 20), per_row)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    k=st.integers(1, 90),
+    n=st.integers(1, 90),
+    rank=st.integers(0, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_zero_b_is_the_base_and_merged_is_unmerged(
+    rows: int, k: int, n: int, rank: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(rows, k, generator=g), torch.randn(n, k, generator=g)
+    a, b = torch.randn(rank, k, generator=g), torch.randn(rank, n, generator=g)
+    scales = torch.tensor([0.5])
+    plain = ops.lora_linear(x, weight)
+    assert torch.equal(
+        ops.lora_linear(x, weight, None, a, torch.zeros_like(b), scales=scales), plain
+    )
+    merged = weight.double() + 0.5 * (b.double().T @ a.double())
+    got = ops.lora_linear(x, weight, None, a, b, scales=scales)
+    assert_close(got, x.double() @ merged.T, x @ merged.float().T)
+
+
+def test_memory_layouts(implementation: str) -> None:
+    big = torch.randn(40, 203)
+    x, weight = big[::2, 3:100], torch.randn(97, 150).t()[::2, :]
+    assert not x.is_contiguous()
+    got = ops.lora_linear(x, weight)
+    assert_close(got, x.double() @ weight.double().T, x @ weight.T)
+    narrow = torch.randn(9, 2, 4, dtype=torch.bfloat16)[:, :, 1:]  # rows at odd addresses
+    weight = torch.randn(5, 3, dtype=torch.bfloat16)
+    assert_close(ops.lora_linear(narrow, weight), narrow.double() @ weight.double().T)
+
+
+def test_same_bits_twice(implementation: str) -> None:
+    x, weight, bias, residual = base(300, 200, 330, torch.float32)
+    operands = bank("dropout", 300, 200, 330, torch.float32)
+    a = operands["lora_a"].requires_grad_()
+    results = []
+    for _ in range(2):
+        y = ops.lora_linear(x, weight, bias, residual=residual, **operands)
+        results.append((y.detach(), *torch.autograd.grad(y.sin().sum(), [a])))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_thread_count_does_not_change_a_bit(implementation: str) -> None:
+    threads = torch.get_num_threads()
+    x, weight, bias, _ = base(70, 300, 500, torch.float32)
+    operands = bank("bank", 70, 300, 500, torch.float32)
+    try:
+        torch.set_num_threads(1)
+        one = ops.lora_linear(x, weight, bias, **operands)
+        torch.set_num_threads(2)
+        two = ops.lora_linear(x, weight, bias, **operands)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, two)
+
+
+def test_dropout_keeps_the_right_share(implementation: str) -> None:
+    x, eye = torch.ones(64, 256), torch.eye(256)
+    y = ops.lora_linear(
+        x, torch.zeros(256, 256), None, eye, eye, dropout_p=0.25, dropout_seed=torch.tensor([7])
+    )
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert abs((y == 0).float().mean().item() - 0.25) < 0.02
+
+
+def test_autocast_casts_as_linear_does() -> None:
+    x, weight, bias, _ = base(4, 16, 8, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.lora_linear(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+
+
+# ---------- torch's own checks
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_opcheck(rows: int) -> None:
+    x, weight, bias, residual = base(rows, 16, 12, torch.float32)
+    operands = bank("bank", rows, 16, 12, torch.float32)
+    a, b = operands["lora_a"].requires_grad_(), operands["lora_b"].requires_grad_()
+    rest = (operands["scales"], operands["offsets"], operands["adapter_ids"])
+    torch.library.opcheck(
+        torch.ops.lora_kernels.lora_linear.default,
+        (x, weight, bias, a, b, *rest, residual, "gelu", 0.0, None),
+    )
+    torch.library.opcheck(
+        torch.ops.lora_kernels.lora_linear_backward.default,
+        (residual, x, weight, a.detach(), b.detach(), *rest, 0.0, None, True, True, True, True),
+    )
+
+
+def test_compile_and_export() -> None:
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(16, 12)
+            self.a = torch.nn.Parameter(torch.randn(3, 16))
+            self.b = torch.nn.Parameter(torch.randn(12, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = ops.lora_linear(
+                x.relu(),
+                self.linear.weight,
+                self.linear.bias,
+                self.a,
+                self.b.t(),
+                activation="silu",
+            )
+            return y + 1
+
+    module, x = Module(), torch.randn(4, 16)
+    eager = module(x)
+    eager.sum().backward()
+    grad = module.a.grad.clone()
+    module.a.grad = None
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    compiled.sum().backward()
+    assert torch.equal(eager, compiled)
+    assert torch.allclose(grad, module.a.grad)
+    exported = torch.export.export(
+        module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2)}}
+    )
+    more = torch.randn(9, 16)
+    assert torch.equal(exported.module()(more), module(more))
+
+
+# ---------- Bad input
+
+
+def _valid() -> dict:
+    return {
+        "x": torch.randn(4, 8),
+        "weight": torch.randn(6, 8),
+        "bias": torch.randn(6),
+        "lora_a": torch.randn(5, 8),
+        "lora_b": torch.randn(5, 6),
+        "scales": torch.ones(2),
+        "offsets": torch.tensor([0, 2, 5], dtype=torch.int32),
+        "adapter_ids": torch.tensor([0, 1, -1, 0], dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": torch.randn(6, 9)}, ["weight", r"\[out_features, 8\]", r"\[6, 9\]"]),
+        ({"weight": torch.randn(6, 8).double()}, ["weight", "float32"]),
+        ({"weight": torch.randn(6, 8).bfloat16()}, ["weight", "dtype of x", "bfloat16"]),
+        ({"bias": torch.randn(7)}, ["bias", r"\[6\]", r"\[7\]"]),
+        (
+            {"lora_a": torch.randn(5, 9)},
+            ["lora_a", r"\[rank, 8\]", r"\[5, 9\]", "another layer or model"],
+        ),
+        ({"lora_b": torch.randn(6, 5)}, ["lora_b", r"\[5, 6\]", "B.t()"]),
+        ({"lora_b": None}, ["lora_b", "None"]),
+        ({"lora_b": torch.randn(5, 6).half()}, ["lora_b", "dtype of lora_a"]),
+        ({"scales": torch.ones(3)}, ["scales", r"\[2\]", r"\[3\]"]),
+        ({"scales": torch.tensor([1.0, float("nan")])}, ["scales", "entry 1", "not finite"]),
+        ({"scales": torch.tensor([float("inf"), 1.0])}, ["scales", "entry 0", "not finite"]),
+        (
+            {"offsets": torch.tensor([0, 2, 4], dtype=torch.int32)},
+            ["offsets", "5", "got 4", "ranks disagree"],
+        ),
+        ({"offsets": torch.tensor([0, 7, 5], dtype=torch.int32)}, ["offsets", "adapter", "rank"]),
+        ({"offsets": torch.tensor([0, 2, 5])}, ["offsets", "int32"]),
+        (
+            {"adapter_ids": torch.tensor([0, 1, 2, 0], dtype=torch.int32)},
+            ["adapter_ids", "entry 2 is 2", "to 1"],
+        ),
+        (
+            {"adapter_ids": torch.tensor([0, 1, 1], dtype=torch.int32)},
+            ["adapter_ids", "divide", "got 3"],
+        ),
+        ({"residual": torch.randn(4, 7)}, ["residual", "6 columns", r"\[4, 7\]"]),
+        ({"activation": "relu"}, ["activation", "'gelu'", "'relu'"]),
+        ({"dropout_p": 0.1}, ["dropout_seed", "int64", "None"]),
+        ({"dropout_p": 1.0, "dropout_seed": torch.tensor([1])}, ["dropout_p", r"\[0, 1\)", "1.0"]),
+    ],
+)
+def test_bad_input_is_named(change: dict, words: list[str]) -> None:
+    arguments = _valid() | change
+    ops.lora_linear(**_valid())
+    with pytest.raises(RuntimeError) as error:
+        ops.lora_linear(
+            arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias"), **arguments
+        )
+    for word in words:
+        error.match(word)
+    assert "Exception raised from" not in str(error.value)
+
+
+def test_other_devices_are_named() -> None:
+    with pytest.raises(NotImplementedError, match=r"lora_kernels::lora_linear|meta"):
+        torch.ops.lora_kernels.lora_linear.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
+            *(torch.randn(2, 2), torch.randn(2, 2), *[None] * 7, "none", 0.0, None),
+        )
+
+
+def test_forcing_an_unknown_implementation_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"avx1024.*generic"):
+        torch.ops.lora_kernels.force_implementation("avx1024")
+    assert torch.ops.lora_kernels.forced_implementation() == ""
