@@ -136,11 +136,17 @@ enum class Ahead {
   kNextBlock,  // one line of the next block per step, into the second cache
 };
 
-// sum[i][j] += q[i] . vector j of the block, over `steps` steps of four k
+// sums[i][j] = start[j] (or 0) + q[i] . vector j of the block, over `steps` steps of four k, for MR rows and NV vectors.
+// A function of its own on purpose: inlined beside other uses of the sums, g++ 12 keeps them in memory and stores them in
+// every step.
 template <Ahead kAhead, int MR, int NV>
-inline void int8_dots(I (&sum)[MR][NV], const uint8_t* q, int64_t q_stride, const uint8_t* w, int64_t steps,
-                      const uint8_t* next) {
-#pragma GCC unroll 2
+__attribute__((noinline)) void int8_dots(const int32_t* start, const uint8_t* q, int64_t q_stride, const uint8_t* w,
+                                         int64_t steps, const uint8_t* next, int32_t* sums) {
+  I c[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) c[i][j] = kUnsignedActivations ? load_int(start + j * kLanes) : set_int(0);
   for (int64_t step = 0; step < steps; ++step, q += kInt8StepDepth, w += kBlockBytesPerStep) {
     if constexpr (kAhead == Ahead::kStream) {
 #pragma GCC unroll 4
@@ -158,9 +164,13 @@ inline void int8_dots(I (&sum)[MR][NV], const uint8_t* q, int64_t q_stride, cons
       memcpy(&four, q + i * q_stride, sizeof four);
       const I x = set_int(four);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) int8_dot_into(sum[i][j], x, b[j]);
+      for (int j = 0; j < NV; ++j) int8_dot_into(c[i][j], x, b[j]);
     }
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store_int(sums + (i * NV + j) * kLanes, c[i][j]);
 }
 
 // ---------- Outputs
@@ -206,21 +216,16 @@ struct Int8Task {
 // MR rows (from row i of the chunk on) times NV vectors of the block (from channel c on)
 template <int MR, int NV>
 __attribute__((noinline)) void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ahead, const uint8_t* next) {
-  I sum[MR][NV];
-#pragma GCC unroll 8
-  for (int j = 0; j < NV; ++j) {
-    const I start = kUnsignedActivations ? load_int(task.compensation + c + j * kLanes) : set_int(0);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) sum[r][j] = start;
-  }
   const Int8Scratch& s = task.s;
   const uint8_t *q = s.q + i * s.q_stride, *w = task.weights + c * kInt8StepDepth;
+  const int32_t* start = task.compensation + c;
+  alignas(64) int32_t products[MR * NV * kLanes];
   if (ahead == Ahead::kStream)
-    int8_dots<Ahead::kStream>(sum, q, s.q_stride, w, task.steps, next);
+    int8_dots<Ahead::kStream, MR, NV>(start, q, s.q_stride, w, task.steps, next, products);
   else if (ahead == Ahead::kNextBlock)
-    int8_dots<Ahead::kNextBlock>(sum, q, s.q_stride, w, task.steps, next);
+    int8_dots<Ahead::kNextBlock, MR, NV>(start, q, s.q_stride, w, task.steps, next, products);
   else
-    int8_dots<Ahead::kNothing>(sum, q, s.q_stride, w, task.steps, next);
+    int8_dots<Ahead::kNothing, MR, NV>(start, q, s.q_stride, w, task.steps, next, products);
 
   alignas(64) float sums[MR * kInt8BlockChannels];
   const int64_t m = task.first_row + i;
@@ -232,7 +237,8 @@ __attribute__((noinline)) void int8_tile(Int8Task& task, int64_t i, int64_t c, A
       const int64_t channel = c + (part + j) * kLanes;
       const F scale = load(task.weight_scales + channel), bias = load(task.bias + channel);
 #pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) tile.sum[r][j] = to_float(sum[r][part + j]) * (set(s.scales[i + r]) * scale) + bias;
+      for (int r = 0; r < MR; ++r) tile.sum[r][j] =
+            to_float(load_int(products + (r * NV + part + j) * kLanes)) * (set(s.scales[i + r]) * scale) + bias;
     }
     const int64_t left = task.epilogue.out_features - task.column - c - part * kLanes;
     if (task.bank && left > 0) {
