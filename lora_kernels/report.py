@@ -33,7 +33,7 @@ class Kept:
 
 
 def collapse(names: list[str]) -> list[str]:
-    """Names with their layer numbers folded: ``layers.0.fc1``, ``layers.1.fc1`` -> ``layers.0-1.fc1``.
+    """Names with layer numbers folded: ``layers.0.fc1``, ``layers.1.fc1`` -> ``layers.0-1.fc1``.
 
     Order of first appearance is kept.
     """

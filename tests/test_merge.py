@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import lora_kernels as lk
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import adapter, features, labels, whisper
 from torch import nn
+
+import lora_kernels as lk
 
 
 def _model(seed=0):
@@ -29,7 +30,8 @@ def test_merged_equals_unmerged(rank, seed, dtype):
         merged = model(x)
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
     torch.testing.assert_close(merged, live, atol=tolerance, rtol=tolerance)
-    assert set(report.modules) == {"0", "2"} and all(report.modules.values())
+    assert set(report.modules) == {"0", "2"}
+    assert all(report.modules.values())
     assert "2 modules" in str(report)
     assert lk.adapters(model) == {}
 
@@ -38,7 +40,7 @@ def test_merging_whisper_leaves_other_adapters_live():
     model = whisper()
     lk.add_adapter(model, adapter(model, 3, seed=1), "a")
     lk.add_adapter(model, adapter(model, 4, seed=2), "b")
-    inputs = dict(input_features=features(), decoder_input_ids=labels())
+    inputs = {"input_features": features(), "decoder_input_ids": labels()}
     with torch.no_grad():
         with lk.use_adapters("a"):
             expected = model(**inputs).logits
@@ -55,7 +57,8 @@ def test_what_cannot_be_merged_leaves_the_model_unchanged():
     before = model[0].weight.clone()
     with pytest.raises(lk.SwapError, match="merge first, then quantize"):
         lk.merge(model, "a")
-    assert torch.equal(model[0].weight, before) and "a" in lk.adapters(model)
+    assert torch.equal(model[0].weight, before)
+    assert "a" in lk.adapters(model)
 
     model = whisper()
     lk.add_adapter(model, adapter(model, 3, seed=1, names=["proj_out"]), "tied")

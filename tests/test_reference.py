@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lora_kernels import reference
 
 
@@ -116,7 +117,8 @@ def test_lora_linear_gradients():
 def test_quantize_rows_rounds_within_half_a_step(rows, columns, seed):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 3
     q, scale = reference.quantize_rows(x)
-    assert q.dtype == torch.int8 and int(q.min()) >= -127
+    assert q.dtype == torch.int8
+    assert int(q.min()) >= -127
     assert (q.abs().amax(dim=1) == 127).all()
     error = (q.double() * scale.double().unsqueeze(1) - x.double()).abs()
     assert (error <= 0.5001 * scale.double().unsqueeze(1)).all()
@@ -152,9 +154,11 @@ def test_int8_lora_linear_is_close_to_float_and_spreads_nan():
     assert (y - reference.lora_linear(x, w)).abs().max() < 0.3
     x[1, 3] = torch.inf
     y = reference.int8_lora_linear(x, q, s)
-    assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2, 3]]).all()
+    assert torch.isnan(y[1]).all()
+    assert torch.isfinite(y[[0, 2, 3]]).all()
     static = reference.int8_lora_linear(x, q, s, x_scale=torch.tensor([3 / 127]))
-    assert torch.isnan(static[1]).all() and torch.isfinite(static[[0, 2, 3]]).all()
+    assert torch.isnan(static[1]).all()
+    assert torch.isfinite(static[[0, 2, 3]]).all()
 
 
 def test_quantize_weight_refuses_non_finite_values():

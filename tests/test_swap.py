@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import lora_kernels as lk
 import pytest
 import torch
-from lora_kernels.report import collapse
 from tiny_models import adapter, features, generate, labels, whisper
 from torch import nn
+
+import lora_kernels as lk
+from lora_kernels.report import collapse
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_a_padded_prompt_goes_the_old_way(steps):
     model, inputs = whisper(), features()
     prompt = torch.cat((torch.tensor([[0], [3], [3]]), labels(3, 3)), dim=1)
     mask = (prompt != 0).long()
-    settings = dict(decoder_input_ids=prompt, decoder_attention_mask=mask)
+    settings = {"decoder_input_ids": prompt, "decoder_attention_mask": mask}
     expected = generate(model, inputs, **settings)
     lk.swap(model)
     assert torch.equal(generate(model, inputs, **settings), expected)
@@ -68,7 +69,7 @@ def test_a_padded_prompt_goes_the_old_way(steps):
 
 def test_returned_attentions_go_the_old_way():
     model, inputs = whisper(attention="eager"), features()
-    settings = dict(return_dict_in_generate=True, output_attentions=True, max_new_tokens=5)
+    settings = {"return_dict_in_generate": True, "output_attentions": True, "max_new_tokens": 5}
     with torch.no_grad():
         expected = model.generate(inputs, **settings)
         lk.swap(model)
@@ -122,7 +123,8 @@ def test_report_says_what_and_why():
     assert "no cache" in report.reason("model.encoder.layers.0.self_attn")
     assert report.reason("model.encoder.layers.0.fc1") is None
     again = lk.swap(model)
-    assert not again and again.reason("model.encoder.layers.0.fc1") == "swapped already"
+    assert not again
+    assert again.reason("model.encoder.layers.0.fc1") == "swapped already"
 
 
 def test_collapse_folds_layer_numbers():
@@ -136,7 +138,7 @@ def test_choosing_modules():
     assert {change.name.rsplit(".", 1)[-1] for change in report.replaced} == {"fc1"}
     report = lk.swap(model, modules=r"model\.decoder.*\.q_proj", attention=False)
     assert len(report.replaced) == 4
-    with pytest.raises(lk.SwapError, match="nearest are .*q_proj"):
+    with pytest.raises(lk.SwapError, match=r"nearest are .*q_proj"):
         lk.swap(model, modules=["query_proj"])
     with pytest.raises(lk.SwapError, match="empty list"):
         lk.swap(model, modules=[])

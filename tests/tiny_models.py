@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import lora_kernels as lk
 import torch
 from torch import nn
+
+import lora_kernels as lk
 
 FRAMES = 40  # mel frames of the tiny Whisper, two per encoder position
 MELS = 8
@@ -20,25 +21,25 @@ def whisper(seed: int = 0, attention: str = "sdpa", **overrides: Any) -> Any:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     torch.manual_seed(seed)
-    settings: dict[str, Any] = dict(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_source_positions=FRAMES // 2,
-        max_target_positions=64,
-        num_mel_bins=MELS,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=3,
-        init_std=0.3,
-        dropout=0.0,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_source_positions": FRAMES // 2,
+        "max_target_positions": 64,
+        "num_mel_bins": MELS,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 3,
+        "init_std": 0.3,
+        "dropout": 0.0,
+    }
     settings.update(overrides)
     model = WhisperForConditionalGeneration(WhisperConfig(**settings)).eval()
     model.config._attn_implementation = attention
@@ -63,7 +64,7 @@ def generate(model: Any, inputs: torch.Tensor, **settings: Any) -> torch.Tensor:
     """Greedy (or beam, with ``num_beams=``) tokens."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = model.generate(inputs, do_sample=False, max_new_tokens=30, **settings)
+        result = model.generate(inputs, do_sample=False, max_new_tokens=20, **settings)
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -103,7 +104,7 @@ def peft_whisper(model: Any | None = None, **settings: Any) -> Any:
     """A tiny Whisper with PEFT's LoRA, B not zero so that LoRA matters."""
     from peft import LoraConfig, get_peft_model
 
-    defaults: dict[str, Any] = dict(r=4, target_modules=["q_proj", "v_proj", "fc1"])
+    defaults: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj", "fc1"]}
     defaults.update(settings)
     model = get_peft_model(whisper() if model is None else model, LoraConfig(**defaults))
     generator = torch.Generator().manual_seed(5)

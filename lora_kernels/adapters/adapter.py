@@ -101,7 +101,7 @@ def check_layer(name: str, layer: AdapterLayer) -> list[str]:
         )
     if not math.isfinite(layer.scale):
         reasons.append(
-            f"{name}: expected a finite scale, got {layer.scale}; check lora_alpha and alpha_pattern"
+            f"{name}: expected a finite scale, got {layer.scale}; check lora_alpha, alpha_pattern"
         )
     return reasons
 

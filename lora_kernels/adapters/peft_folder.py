@@ -184,7 +184,7 @@ def write_peft_folder(adapter: Adapter, folder: str | os.PathLike[str]) -> Path:
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise AdapterError(
-            f"folder: expected a folder to write to, got the file {str(target)!r}; pass another path"
+            f"folder: expected a folder to write to, got the file {str(target)!r}; pass another"
         )
     tensors = {}
     for name, layer in adapter.layers.items():

@@ -153,8 +153,8 @@ class AdapterSelection:
         if batch % len(self.names):
             raise AdapterError(
                 f"adapters: expected a batch that is a multiple of the {len(self.names)} names "
-                f"given to use_adapters(), got {batch}; give one name (or None) per utterance; if this "
-                "layer's input is the same for all utterances (relative positions), leave the "
+                f"given to use_adapters(), got {batch}; give one name (or None) per utterance; if "
+                "this layer's input is the same for all utterances (relative positions), leave the "
                 "layer out of the adapters or use one name for the whole batch"
             )
         return ids

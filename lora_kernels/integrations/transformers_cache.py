@@ -29,7 +29,8 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     @classmethod
     def from_layer(cls, layer: DynamicLayer, *, fixed: bool) -> KVCacheLayer:
         """Take over what a DynamicLayer holds; a fixed one is not copied."""
-        assert layer.keys is not None and layer.values is not None, "an initialized layer"
+        assert layer.keys is not None, "an initialized layer"
+        assert layer.values is not None, "an initialized layer"
         return cls(KVCache.from_states(layer.keys, layer.values, fixed=fixed))
 
     @property

@@ -251,7 +251,8 @@ class KVCache:
         if self.keys.dtype == torch.int8:
             keys, k_scales = _quantized(keys)
             values, v_scales = _quantized(values)
-            assert self.key_scales is not None and self.value_scales is not None
+            assert self.key_scales is not None
+            assert self.value_scales is not None
             self.key_scales[:, :, places], self.value_scales[:, :, places] = k_scales, v_scales
         self.keys[:, :, places] = keys.detach()
         self.values[:, :, places] = values.detach()

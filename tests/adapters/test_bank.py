@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import lora_kernels as lk
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import lora_kernels as lk
 
 RANKS = st.lists(st.one_of(st.none(), st.integers(1, 6)), min_size=1, max_size=6)
 
@@ -31,12 +32,16 @@ def test_unpack_undoes_pack(ranks, k, n, seed):
     layers = [None if r is None else _layer(r, k, n, seed + i) for i, r in enumerate(ranks)]
     bank = lk.AdapterBank.pack(layers, k, n)
     total = sum(r or 0 for r in ranks)
-    assert bank.lora_a.shape == (total, k) and bank.lora_b.shape == (total, n)
-    assert bank.offsets.dtype == torch.int32 and bank.offsets.numel() == len(ranks) + 1
-    assert bank.scales.dtype == torch.float32 and bank.count == len(ranks)
+    assert bank.lora_a.shape == (total, k)
+    assert bank.lora_b.shape == (total, n)
+    assert bank.offsets.dtype == torch.int32
+    assert bank.offsets.numel() == len(ranks) + 1
+    assert bank.scales.dtype == torch.float32
+    assert bank.count == len(ranks)
     assert all(map(_equal, layers, bank.unpack()))
     again = lk.AdapterBank.pack(bank.unpack(), k, n)
-    assert torch.equal(again.lora_a, bank.lora_a) and torch.equal(again.lora_b, bank.lora_b)
+    assert torch.equal(again.lora_a, bank.lora_a)
+    assert torch.equal(again.lora_b, bank.lora_b)
 
 
 @given(RANKS, st.integers(0, 7), st.one_of(st.none(), st.integers(1, 5)))
@@ -50,7 +55,8 @@ def test_replace_changes_one_adapter(ranks, index, rank):
     expected = layers + [None] * (index + 1 - len(layers))
     expected[index] = new
     assert all(map(_equal, expected, changed.unpack()))
-    assert torch.equal(bank.lora_a, before[0]) and torch.equal(bank.lora_b, before[1])
+    assert torch.equal(bank.lora_a, before[0])
+    assert torch.equal(bank.lora_b, before[1])
 
 
 def test_dtypes_promote_without_loss():

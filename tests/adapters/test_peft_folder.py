@@ -7,24 +7,25 @@ import json
 import os
 import sys
 
-import lora_kernels as lk
 import pytest
 import torch
-from lora_kernels.adapters import resolve_scale
 from safetensors.torch import load_file, save_file
 from tiny_models import peft_whisper, whisper
 
+import lora_kernels as lk
+from lora_kernels.adapters import resolve_scale
+
 CONFIGURATIONS = {
-    "list": dict(target_modules=["q_proj", "fc2"]),
-    "regex": dict(target_modules=r".*decoder.*\.(fc1|v_proj)"),
-    "rslora": dict(target_modules=["v_proj"], use_rslora=True, lora_alpha=20),
-    "patterns": dict(
-        target_modules=["q_proj", "v_proj", "fc1"],
-        rank_pattern={"decoder.*.q_proj": 7, "^model.encoder.layers.0.fc1": 3},
-        alpha_pattern={"encoder.layers.1.fc1": 3, "v_proj": 16},
-        lora_alpha=9,
-    ),
-    "task type and dropout": dict(task_type="SEQ_2_SEQ_LM", lora_dropout=0.1),
+    "list": {"target_modules": ["q_proj", "fc2"]},
+    "regex": {"target_modules": r".*decoder.*\.(fc1|v_proj)"},
+    "rslora": {"target_modules": ["v_proj"], "use_rslora": True, "lora_alpha": 20},
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj", "fc1"],
+        "rank_pattern": {"decoder.*.q_proj": 7, "^model.encoder.layers.0.fc1": 3},
+        "alpha_pattern": {"encoder.layers.1.fc1": 3, "v_proj": 16},
+        "lora_alpha": 9,
+    },
+    "task type and dropout": {"task_type": "SEQ_2_SEQ_LM", "lora_dropout": 0.1},
 }
 
 
@@ -113,11 +114,11 @@ def test_content_hash_follows_what_changes_the_output(saved):
 
 
 REFUSED = {
-    "use_dora": (dict(use_dora=True), "DoRA"),
-    "lora_bias": (dict(lora_bias=True), "lora_bias"),
-    "modules_to_save": (dict(modules_to_save=["proj_out"]), "modules_to_save.*merge_and_unload"),
-    "bias": (dict(bias="all"), "bias='none'"),
-    "embedding": (dict(target_modules=["embed_tokens"]), "embedding"),
+    "use_dora": ({"use_dora": True}, "DoRA"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "modules_to_save": ({"modules_to_save": ["proj_out"]}, "modules_to_save.*merge_and_unload"),
+    "bias": ({"bias": "all"}, "bias='none'"),
+    "embedding": ({"target_modules": ["embed_tokens"]}, "embedding"),
 }
 
 
@@ -143,10 +144,10 @@ def test_all_reasons_at_once(saved):
 def test_pickled_weights_are_never_opened(saved):
     _, folder = saved()
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(lk.AdapterError, match="expected adapter_model.safetensors.*got none"):
+    with pytest.raises(lk.AdapterError, match=r"expected adapter_model.safetensors.*got none"):
         lk.read_peft_folder(folder)
     (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(lk.UnsupportedError, match="pickled.*safe_serialization=True"):
+    with pytest.raises(lk.UnsupportedError, match=r"pickled.*safe_serialization=True"):
         lk.read_peft_folder(folder)
 
 
@@ -164,7 +165,7 @@ def test_missing_and_damaged_configurations(saved, tmp_path):
     _, folder = saved()
     with pytest.raises(lk.AdapterError, match="not a folder"):
         lk.read_peft_folder(tmp_path / "nowhere")
-    with pytest.raises(lk.AdapterError, match="subfolders.*'saved'"):
+    with pytest.raises(lk.AdapterError, match=r"subfolders.*'saved'"):
         lk.read_peft_folder(tmp_path)
     config = folder / "adapter_config.json"
     config.write_text(config.read_text()[:40])

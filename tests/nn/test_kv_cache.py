@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lora_kernels as lk
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import lora_kernels as lk
+
 HEADS, SIZE = 3, 8
 WIDTH = HEADS * SIZE
-TOLERANCE = dict(atol=1e-5, rtol=1e-4)
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def _attention(seed=0, max_positions=None):
@@ -78,10 +79,11 @@ def test_cross_attention_shares_the_utterance_between_beams(dtype):
     x = torch.randn(6, 1, WIDTH)
     with torch.no_grad():
         cache = attention.cross_cache(states, beams=3, dtype=dtype)
-        assert cache.rows == 6 and cache.keys.shape[0] == 2
+        assert cache.rows == 6
+        assert cache.keys.shape[0] == 2
         out, weights = attention(x, cache, heads=[1])
         expected = _whole(attention, x, states.repeat_interleave(3, dim=0))
-        tolerance = TOLERANCE if dtype == torch.float32 else dict(atol=0.03, rtol=0)
+        tolerance = TOLERANCE if dtype == torch.float32 else {"atol": 0.03, "rtol": 0}
         torch.testing.assert_close(out, expected, **tolerance)
         assert weights.shape == (6, 1, 1, 11)
         order = torch.tensor([2, 1, 0, 3, 3, 5])
@@ -96,11 +98,10 @@ def test_int8_self_attention_stays_close():
     cache = attention.new_cache(2, capacity=2, dtype=torch.int8)
     with torch.no_grad():
         parts = [attention(part, cache)[0] for part in x.split(1, dim=1)]
-        torch.testing.assert_close(
-            torch.cat(parts, dim=1), _whole(attention, x), atol=0.03, rtol=0
-        )
+        torch.testing.assert_close(torch.cat(parts, dim=1), _whole(attention, x), atol=0.03, rtol=0)
     keys, values = cache.gather()
-    assert keys.dtype == torch.float32 and keys.shape == values.shape == (2, HEADS, 9, SIZE)
+    assert keys.dtype == torch.float32
+    assert keys.shape == values.shape == (2, HEADS, 9, SIZE)
 
 
 def test_crop_select_and_repeat():

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import io
 
-import lora_kernels as lk
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
+import lora_kernels as lk
 from lora_kernels import reference
 from lora_kernels.adapters import AdapterRegistry
 from lora_kernels.nn.int8_lora_linear import Int8LoraPointwiseConv1d
 from lora_kernels.nn.lora_linear import generalise, specialise
-from torch import nn
 
 K, N = 24, 17
 
@@ -37,7 +38,8 @@ def _bank(module, ranks=(3, 5), seed=0, zero_b=False):
 def test_lora_linear_shares_parameters_and_is_a_linear():
     linear = nn.Linear(K, N)
     module = lk.LoraLinear.from_linear(linear)
-    assert module.weight is linear.weight and isinstance(module, nn.Linear)
+    assert module.weight is linear.weight
+    assert isinstance(module, nn.Linear)
     assert list(module.state_dict()) == ["weight", "bias"]
     x = torch.randn(4, 6, K)
     assert torch.equal(module(x), linear(x))
@@ -48,13 +50,17 @@ def test_specialise_keeps_the_object_and_can_be_undone():
     calls = []
     linear.register_forward_hook(lambda *_: calls.append(1))
     weight = linear.weight
-    assert specialise(linear) and specialise(conv)
-    assert type(linear) is lk.LoraLinear and type(conv) is lk.LoraPointwiseConv1d
+    assert specialise(linear)
+    assert specialise(conv)
+    assert type(linear) is lk.LoraLinear
+    assert type(conv) is lk.LoraPointwiseConv1d
     assert linear.weight is weight
     linear(torch.randn(2, K))
     assert calls == [1]
-    assert generalise(linear) and generalise(conv)
-    assert type(linear) is nn.Linear and type(conv) is nn.Conv1d
+    assert generalise(linear)
+    assert generalise(conv)
+    assert type(linear) is nn.Linear
+    assert type(conv) is nn.Conv1d
     assert not generalise(lk.LoraLinear(K, N)), "what was built as LoraLinear stays so"
     for other in (nn.Conv1d(K, N, 3), nn.Conv1d(K, N, 1, stride=2), nn.Conv1d(4, 4, 1, groups=2)):
         assert not specialise(other)
