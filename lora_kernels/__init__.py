@@ -15,6 +15,7 @@ from .adapters import (
     write_peft_folder,
 )
 from .errors import AdapterError, LoraKernelsError, SwapError, UnsupportedError
+from .implementations import force_implementation
 from .live import (
     AdapterInfo,
     add_adapter,
@@ -56,6 +57,7 @@ __all__ = [
     "adapters",
     "add_adapter",
     "errors",
+    "force_implementation",
     "get_adapter",
     "load_adapter",
     "merge",

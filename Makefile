@@ -1,0 +1,61 @@
+# Everything starts with `make demo` or `make test`; both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+# A CPU build here; for an NVIDIA GPU: make TORCH=torch (or any torch >= 2.10)
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 2>/dev/null)
+
+.PHONY: help setup demo test test-quick bench lint format base-model clean
+
+help:
+	@echo "make setup       create $(VENV) and install everything into it (rebuilds when C++ sources change)"
+	@echo "make demo        the main job, on speech synthesised here: adapt, quantize, serve two adapters in one batch"
+	@echo "make test        all tests (about 15 minutes on two cores)"
+	@echo "make test-quick  the quick ones (under 3 minutes)"
+	@echo "make bench       benchmarks of the operators against torch and PEFT, JSON under benchmarks/results"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make base-model  train the shipped base model again (more than an hour)"
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# torch first: the build needs its headers, and a later install must not fetch another one.
+$(STAMP): $(BIN)/python pyproject.toml setup.py CMakeLists.txt $(CPP)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[speech,test,lint]"
+	@touch $@
+
+demo: setup
+	$(BIN)/lora-speech demo --output demo_output
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-quick: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: setup
+	$(BIN)/python -m benchmarks --output benchmarks/results
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' | xargs $(BIN)/clang-format -i
+
+base-model: setup
+	$(BIN)/python -m lora_speech.pretraining --output python/lora_speech/assets/base_model
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lora_kernels/_torch.so demo_output

@@ -1,0 +1,61 @@
+"""The report of what was built and what runs, and forcing an implementation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels import environment, implementations
+
+
+def test_report_names_every_implementation_and_its_state() -> None:
+    text = environment.report()
+    for op in ("lora_linear", "int8_lora_linear", "kv_attention_step"):
+        rows = [line for line in text.splitlines() if line.startswith(op)]
+        assert sum("selected" in row for row in rows) == 1
+        assert any("generic" in row for row in rows)
+    assert f"torch {torch.__version__}" in text
+    assert "threads" in text
+
+
+def test_command_line_and_environment_variable() -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-m", "lora_kernels.environment"],
+        env=os.environ | {"LORA_KERNELS_FORCE": "generic"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    selected = [line for line in run.stdout.splitlines() if line.endswith(" selected")]
+    assert len(selected) == 3
+    assert all("generic" in line for line in selected)
+
+
+def test_an_unknown_name_in_the_environment_is_an_error() -> None:
+    code = "import torch, lora_kernels as lk; lk.ops.lora_linear(torch.ones(1, 1), torch.ones(1, 1))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"LORA_KERNELS_FORCE": "avx1024"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "LORA_KERNELS_FORCE" in run.stderr
+    assert "avx1024" in run.stderr
+
+
+def test_force_is_a_context() -> None:
+    x = torch.randn(2, 3)
+    before = {row.name: row.runs for row in implementations.describe()[1] if row.op == "lora_linear"}
+    with lk.force_implementation("generic"):
+        lk.ops.lora_linear(x, torch.randn(4, 3))
+    after = {row.name: row.runs for row in implementations.describe()[1] if row.op == "lora_linear"}
+    assert after["generic"] == before["generic"] + 1
+    assert torch.ops.lora_kernels.forced_implementation() == ""
+    with pytest.raises(lk.LoraKernelsError, match=r"name.*avx512.*'sse9'"), lk.force_implementation("sse9"):
+        pass
