@@ -1,4 +1,4 @@
-"""``int8_lora_linear``: INT8 base product, low-rank product, bias, activation and residual in one operator."""
+"""``int8_lora_linear``: INT8 base and low-rank product, bias, activation and residual in one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _op = torch.ops.lora_kernels.int8_lora_linear.default
 _pack_op = torch.ops.lora_kernels.int8_pack.default
 _unpack_op = torch.ops.lora_kernels.int8_unpack.default
 
-# csrc/include/lora_kernels/int8_packing.h: blocks of 64 channels, steps of 4 k, an fp32 scale and an int32 each
+# csrc/include/lora_kernels/int8_packing.h: blocks of 64 channels, steps of 4 k
 _BLOCK_CHANNELS = 64
 _STEP_DEPTH = 4
 
@@ -34,10 +34,11 @@ def int8_lora_linear(
 ) -> torch.Tensor:
     """Compute ``act((q_x q_wt) (s_x s_w) + bias + s (x At) B) + residual``.
 
-    Each row of ``x`` is quantized on the way: ``q_x = clamp(rint(x * inv), -127, 127)``, rounding half to even, with
-    ``inv = 127 / amax`` and ``s_x = amax / 127`` of the row (dynamic), or ``inv = 1 / x_scale`` and ``s_x = x_scale``
-    (static). The sums ``q_x q_wt`` are exact integers, equal in every implementation. The LoRA term sees ``x`` itself.
-    A row of zeros gives zeros; a row with a NaN or an infinity gives NaN, and no other row is touched by it.
+    Each row of ``x`` is quantized on the way: ``q_x = clamp(rint(x * inv), -127, 127)``, rounding
+    half to even, with ``inv = 127 / amax`` and ``s_x = amax / 127`` of the row (dynamic), or
+    ``inv = 1 / x_scale`` and ``s_x = x_scale`` (static). The sums ``q_x q_wt`` are exact integers,
+    equal in every implementation. The LoRA term sees ``x`` itself. A row of zeros gives zeros; a
+    row with a NaN or an infinity gives NaN, and no other row is touched by it.
 
     Forward only: it cannot be differentiated.
 
@@ -52,21 +53,23 @@ def int8_lora_linear(
     bias
         [N] in the dtype of ``x`` or fp32.
     lora_a, lora_b
-        [R, K] and [R, N] by rank row, both fp32, fp16 or bf16; the R rank rows of all adapters one after another.
-        ``lora_b`` may have any strides: PEFT's B, [N, r], is passed as ``B.t()`` without a copy.
+        [R, K] and [R, N] by rank row, both fp32, fp16 or bf16; the R rank rows of all adapters one
+        after another. ``lora_b`` may have any strides: PEFT's B, [N, r], is passed as ``B.t()``
+        without a copy.
     scales
         fp32 [n], alpha / rank of each adapter; None: all 1.
     offsets
-        int32 [n + 1], where each adapter's rank rows begin; None: one adapter of all R rank rows.
+        int32 [n + 1], where each adapter's rank rows begin; None: one adapter of all R rows.
     adapter_ids
-        int32 [G], G a divisor of M: the adapter of rows ``g * M / G`` to ``(g + 1) * M / G - 1``; -1: base only.
-        None: adapter 0 for every row.
+        int32 [G], G a divisor of M: the adapter of rows ``g * M / G`` to ``(g + 1) * M / G - 1``;
+        -1: base only. None: adapter 0 for every row.
     residual
         [..., N] in the dtype of ``x``, added after the activation.
     activation
         "none", "gelu" (with the error function, as Whisper has it) or "silu".
     x_scale
-        fp32 [1], positive: a calibrated scale for every row. None quantizes each row by its own largest magnitude.
+        fp32 [1], positive: a calibrated scale for every row. None quantizes each row by its own
+        largest magnitude.
 
     Returns
     -------
@@ -76,8 +79,8 @@ def int8_lora_linear(
     Raises
     ------
     RuntimeError
-        If a shape, dtype or value does not fit (the text names the argument, what was expected, what came, and the
-        fix), or if a gradient is asked for.
+        If a shape, dtype or value does not fit (the text names the argument, what was expected,
+        what came, and the fix), or if a gradient is asked for.
     """
     return _op(
         x,
@@ -108,14 +111,14 @@ def int8_pack(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        uint8, one dimension: blocks of 64 output channels, each with its weights, scales and sums. The size is
-        ``ceil(N / 64) * 64 * (ceil(K / 4) * 4 + 8)`` bytes.
+        uint8, one dimension: blocks of 64 output channels, each with its weights, scales and sums.
+        The size is ``ceil(N / 64) * 64 * (ceil(K / 4) * 4 + 8)`` bytes.
 
     Raises
     ------
     RuntimeError
-        If a shape, dtype or value does not fit; the text names the argument, what was expected, what came, and the
-        fix.
+        If a shape, dtype or value does not fit; the text names the argument, what was expected,
+        what came, and the fix.
     """
     return _pack_op(weight, scales)
 
@@ -146,7 +149,9 @@ def int8_unpack(
 
 
 @torch.library.register_fake("lora_kernels::int8_lora_linear")
-def _fake(x: torch.Tensor, packed_weight: torch.Tensor, out_features: int, *args: Any) -> torch.Tensor:
+def _fake(
+    x: torch.Tensor, packed_weight: torch.Tensor, out_features: int, *args: Any
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -170,9 +175,9 @@ def _fake_unpack(
 
 def _no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
     raise RuntimeError(
-        "int8_lora_linear: x, lora_a, lora_b, bias, residual: expected inputs that need no gradient, got a call to "
-        "backward; this operator computes forward only. Run it under torch.no_grad(), or train with lora_linear and "
-        "quantize afterwards."
+        "int8_lora_linear: x, lora_a, lora_b, bias, residual: expected inputs that need no "
+        "gradient, got a call to backward; this operator computes forward only. Run it under "
+        "torch.no_grad(), or train with lora_linear and quantize afterwards."
     )
 
 
