@@ -1,0 +1,1 @@
+"""Benchmarks of the operators against the strongest peers, measured in the same run."""

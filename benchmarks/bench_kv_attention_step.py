@@ -1,0 +1,65 @@
+"""kv_attention_step against scaled_dot_product_attention on the same caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_kernels import ops
+
+from .conftest import Work, copies, cycling
+
+HEADS, HEAD_SIZE = 8, 64  # Whisper base
+
+
+def work_of(rows: int, positions: int, element: int, share: int = 1) -> Work:
+    values = rows * HEADS * positions * HEAD_SIZE
+    kind = "float32" if element == 4 else "bfloat16"
+    return Work(2.0 * values * element / share, 4.0 * values, kind)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_cross_attention(compare, rows: int, dtype: torch.dtype) -> None:
+    """1,500 frames of a 30 s window, fixed K/V."""
+    frames = 1500
+    size = torch.empty(0, dtype=dtype).element_size()
+    caches = [
+        tuple(torch.randn(rows, HEADS, frames, HEAD_SIZE).to(dtype) for _ in range(2))
+        for _ in range(copies(2 * rows * HEADS * frames * HEAD_SIZE * size))
+    ]
+    q = torch.randn(rows, 1, HEADS, HEAD_SIZE).to(dtype)
+    q_torch = q.transpose(1, 2).contiguous()
+    lengths = torch.full((rows,), frames, dtype=torch.int32)
+
+    ours = cycling(lambda k, v: ops.kv_attention_step(q, None, None, k, v, lengths), caches)
+    peers = {"sdpa": cycling(lambda k, v: F.scaled_dot_product_attention(q_torch, k, v), caches)}
+    compare("kv_attention_step", ours, peers, work_of(rows, frames, size))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_self_attention(compare, rows: int) -> None:
+    """The 448th token: append, and attend over 447 positions; the peer grows its cache by cat."""
+    length, capacity = 447, 448
+    caches = [
+        tuple(torch.randn(rows, HEADS, capacity, HEAD_SIZE) for _ in range(2))
+        for _ in range(copies(2 * rows * HEADS * capacity * HEAD_SIZE * 4))
+    ]
+    q, k_new, v_new = (torch.randn(rows, 1, HEADS, HEAD_SIZE) for _ in range(3))
+    q_torch, k_torch, v_torch = (t.transpose(1, 2).contiguous() for t in (q, k_new, v_new))
+    lengths = torch.full((rows,), length, dtype=torch.int32)
+
+    def growing(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k = torch.cat([k[:, :, :length], k_torch], 2)
+        v = torch.cat([v[:, :, :length], v_torch], 2)
+        return F.scaled_dot_product_attention(q_torch, k, v)
+
+    def static(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k[:, :, length:] = k_torch
+        v[:, :, length:] = v_torch
+        return F.scaled_dot_product_attention(q_torch, k, v)
+
+    ours = cycling(lambda k, v: ops.kv_attention_step(q, k_new, v_new, k, v, lengths), caches)
+    peers = {"sdpa_growing_cache": cycling(growing, caches), "sdpa_static": cycling(static, caches)}
+    compare("kv_attention_step", ours, peers, work_of(rows, length + 1, 4))

@@ -1,0 +1,70 @@
+"""What this machine can do at all, measured in the same run as the kernels."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+
+
+def _best(function: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of the fastest of some calls: a limit is what the machine can do, not its median."""
+    function()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes per second read from memory, and operations per second by type.
+
+    The arithmetic limits are those of the best library product of 2,048 cubed found here (MKL and
+    oneDNN), so a fraction above 1 is possible and means that the library leaves some behind.
+    """
+
+    read_bytes: float
+    float32: float
+    bfloat16: float
+    int8: float
+
+    def seconds(self, bytes_read: float, operations: float, kind: str) -> float:
+        """The shortest time that the roofline allows for this many bytes and operations."""
+        return max(bytes_read / self.read_bytes, operations / getattr(self, kind))
+
+    def as_dict(self) -> dict[str, float]:
+        return {f"{name}_per_second": value for name, value in asdict(self).items()}
+
+
+@cache
+def measure(threads: int) -> Limits:
+    """Measure the limits with this many threads; cached for the process."""
+    torch.set_num_threads(threads)
+    size = 2048
+    operations = 2 * size**3
+    block = torch.ones(64 * 2**20)  # 256 MiB, far beyond any cache share of one process
+    read = block.numel() * 4 / _best(lambda: block.sum())
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
+    fp32 = min(
+        _best(lambda: a @ b, 3),
+        _best(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""), 3),
+    )
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    bf16 = _best(lambda: a16 @ b16, 3)
+    a8, b8 = (t.mul(20).clamp(-127, 127).to(torch.int8) for t in (a, b))
+    int8 = _best(lambda: torch._int_mm(a8, b8), 3)
+    return Limits(read, operations / fp32, operations / bf16, max(operations / int8, operations / bf16))
+
+
+def percentiles(samples: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 of some seconds, in microseconds."""
+    cuts = statistics.quantiles(samples, n=10) if len(samples) > 1 else samples * 9
+    return {"p20_us": cuts[1] * 1e6, "p50_us": cuts[4] * 1e6, "p80_us": cuts[7] * 1e6}
