@@ -15,6 +15,7 @@ from .adapters.peft_folder import read_peft_folder, unmatched_modules_text, writ
 from .adapters.registry import AdapterRegistry
 from .errors import AdapterError, UnsupportedError
 from .integrations.peft_layers import is_peft_layer
+from .integrations.whisper_generation import follow_rows, unfollow_rows
 from .nn.adapter_host import AdapterHost
 from .nn.lora_linear import is_pointwise, specialise
 
@@ -64,6 +65,7 @@ def drop_registry(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, AdapterHost) and module.bank is not None:
                 module.set_bank(None, None)
+        unfollow_rows(model)
         model.__dict__.pop(_REGISTRY, None)
 
 
@@ -157,6 +159,7 @@ def add_adapter(model: nn.Module, adapter: Adapter, name: str) -> AdapterInfo:
             module.set_bank(bank.to(module.adapter_device), registry)
         registry.put(name, adapter)
         model.__dict__[_REGISTRY] = registry
+        follow_rows(model)
         return _info(registry, name)
 
 

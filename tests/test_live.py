@@ -9,9 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import adapter, features, generate, labels, peft_whisper, whisper
+from tiny_models import (
+    FRAMES,
+    MELS,
+    adapter,
+    features,
+    generate,
+    labels,
+    peft_whisper,
+    whisper,
+)
 
 import lora_kernels as lk
+from lora_kernels.adapters import ACTIVE_SELECTION
+from lora_kernels.integrations.whisper_generation import follow_rows
 
 NAMES = ["a", "b", None]
 
@@ -123,6 +134,71 @@ def test_order_of_loading_does_not_matter(order, removed):
         with lk.use_adapters("only"):
             alone = _logits(fresh, inputs[row : row + 1], tokens[row : row + 1])
         torch.testing.assert_close(mixed[row : row + 1], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_a_shrinking_batch_keeps_each_utterance_s_adapter(served):
+    """Utterances of different lengths, and a second temperature for some of them."""
+    model, config = served, served.generation_config
+    config.no_timestamps_token_id = 50
+    config.lang_to_id, config.task_to_id, config.is_multilingual = {}, {}, False
+    seen = []
+    encoder = model.model.encoder
+
+    def record(module, args, kwargs, output):
+        features_in = args[0] if args else kwargs["input_features"]
+        selection = ACTIVE_SELECTION.get()
+        rows = [int(row[0, 0]) for row in features_in]
+        names = selection.names if len(selection.names) > 1 else selection.names * len(rows)
+        seen.append(list(zip(rows, names, strict=True)))
+
+    encoder.register_forward_hook(record, with_kwargs=True)
+    long = torch.randn(3, MELS, 3 * FRAMES)
+    for row in range(3):
+        long[row, 0] = row  # the first band tells which utterance a row is
+    mask = torch.zeros(3, 3 * FRAMES, dtype=torch.long)
+    for row, frames in enumerate((FRAMES, 3 * FRAMES, 2 * FRAMES)):
+        mask[row, :frames] = 1
+    with lk.use_adapters(["a", "b", None]) as selection, torch.no_grad():
+        model.generate(
+            long,
+            attention_mask=mask,
+            return_timestamps=True,
+            max_new_tokens=4,
+            temperature=(0.0, 0.2),
+            logprob_threshold=-0.9,
+        )
+        assert ACTIVE_SELECTION.get() is selection
+    expected = {0: "a", 1: "b", 2: None}
+    assert all(expected[row] == name for call in seen for row, name in call)
+    assert {len(call) for call in seen} >= {1, 3}
+    lk.unswap(model)
+    assert "generate_with_fallback" not in model.__dict__
+
+
+def test_a_second_temperature_for_some_rows_keeps_their_adapters(served):
+    decoded = []
+
+    class Model(torch.nn.Module):
+        """Decodes as Whisper does: again and again for the rows that are not good enough."""
+
+        def generate_with_fallback(self, *, seek, batch_idx_map):
+            rows = list(batch_idx_map)
+            for attempt in range(3):
+                decoded.append(list(zip(rows, ACTIVE_SELECTION.get().names, strict=True)))
+                again = [self._need_fallback(row, attempt, i) for i, row in enumerate(rows)]
+                rows = [row for row, (needed, _) in zip(rows, again, strict=True) if needed]
+
+        def _need_fallback(self, seek_sequence, seek_outputs, index):
+            return (seek_sequence, seek_outputs) in {(1, 0), (5, 0), (6, 0), (1, 1), (6, 1)}, False
+
+    model = Model()
+    follow_rows(model)
+    names = ["a", "b", None, "b"]
+    with lk.use_adapters(names) as selection:
+        model.generate_with_fallback(seek=torch.zeros(8), batch_idx_map=[0, 1, 3, 5, 6])
+        assert ACTIVE_SELECTION.get() is selection
+    assert [[row for row, _ in call] for call in decoded] == [[0, 1, 3, 5, 6], [1, 5, 6], [1, 6]]
+    assert all(names[row // 2] == name for call in decoded for row, name in call)
 
 
 def test_unknown_names_list_the_known_ones(served):

@@ -117,10 +117,12 @@ def unknown_name_text(name: str, known: dict[str, int] | set[str]) -> str:
 class AdapterSelection:
     """The adapters of one call: one name (or None for the base) per utterance of the batch."""
 
-    __slots__ = ("_resolved", "names")
+    __slots__ = ("_resolved", "again", "names")
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
+        # Rows that a generation loop wants to decode again; see integrations.whisper_generation.
+        self.again: list[int] = []
         self._resolved: tuple[
             AdapterRegistry | None, int, torch.device | None, torch.Tensor | None
         ] = (None, -1, None, None)

@@ -31,7 +31,10 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
         """Take over what a DynamicLayer holds; a fixed one is not copied."""
         assert layer.keys is not None, "an initialized layer"
         assert layer.values is not None, "an initialized layer"
-        return cls(KVCache.from_states(layer.keys, layer.values, fixed=fixed))
+        cache = KVCache.from_states(layer.keys, layer.values, fixed=fixed)
+        if fixed:
+            cache.share_equal_rows()
+        return cls(cache)
 
     @property
     def keys(self) -> torch.Tensor:  # type: ignore[override]

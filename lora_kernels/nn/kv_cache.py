@@ -300,6 +300,26 @@ class KVCache:
             own = torch.arange(self.rows, dtype=torch.int32, device=self.slots.device)
             self.slots[:, self.length :] = own.unsqueeze(1)
 
+    def share_equal_rows(self) -> None:
+        """Keep neighbouring cache rows of a fixed cache once where they are equal.
+
+        ``generate()`` repeats each utterance for its beams before it computes keys and values;
+        one copy per utterance is read from memory per step instead of one per beam. The
+        comparison is exact, so rows with different adapters stay apart.
+        """
+        if not self.fixed or self.slots is not None or self.keys.shape[0] < 2:
+            return
+        keys, values = self.keys, self.values
+        if self.key_scales is not None or not bool((keys[1:, :, 0] == keys[:-1, :, 0]).any()):
+            return
+        equal = (keys[1:] == keys[:-1]).flatten(1).all(1)
+        equal &= (values[1:] == values[:-1]).flatten(1).all(1)
+        first = torch.cat((equal.new_ones(1), ~equal))
+        if bool(first.all()):
+            return
+        self.keys, self.values = keys[first], values[first]
+        self.slots = (first.cumsum(0) - 1).to(torch.int32)
+
     def select(self, rows: torch.Tensor) -> None:
         """Keep (or repeat) the given rows; unlike :meth:`reorder` their number may change.
 

@@ -92,6 +92,24 @@ def test_cross_attention_shares_the_utterance_between_beams(dtype):
     torch.testing.assert_close(again, out, **TOLERANCE)
 
 
+def test_equal_rows_of_a_fixed_cache_are_kept_once():
+    attention = _attention()
+    states = torch.randn(2, 11, WIDTH).repeat_interleave(3, dim=0)
+    states[4, 5] += 1  # differs in the middle, so only rows 0-2 are equal; 3 and 5 are apart
+    x = torch.randn(6, 1, WIDTH)
+    with torch.no_grad():
+        cache = attention.cross_cache(states)
+        expected, _ = attention(x, cache)
+        keys, values = cache.gather()
+        cache.share_equal_rows()
+        assert cache.keys.shape[0] == 4
+        assert cache.slots.tolist() == [0, 0, 0, 1, 2, 3]
+        assert all(map(torch.equal, cache.gather(), (keys, values)))
+        torch.testing.assert_close(attention(x, cache)[0], expected, **TOLERANCE)
+        cache.reorder(torch.tensor([2, 1, 0, 4, 3, 5]))
+        assert cache.slots.tolist() == [0, 0, 0, 2, 1, 3]
+
+
 def test_int8_self_attention_stays_close():
     attention = _attention()
     x = torch.randn(2, 9, WIDTH)
