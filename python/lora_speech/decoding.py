@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from lora_speech.errors import ModelError
 from lora_speech.projections import AdapterRows, joint_projection, projection
 from lora_speech.prompts import (
-    SpecialTokens,
     TimestampRules,
     default_language,
+    language_codes,
     prompt_tokens,
     special_tokens,
+    token_limit,
 )
 
 
@@ -106,6 +107,22 @@ class WhisperDecoder:
         suppress = bias.to(self.embedding.dtype) if self.tokens.suppressed else None
         self.vocabulary = projection(whisper.proj_out, rows, extra_bias=suppress)
         self.all_tokens = projection(whisper.proj_out, rows)
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        """Run the encoder, [batch, mel bands, frames] to [batch, frames, width].
+
+        On the CPU each utterance goes alone: a window fills the cores, and torch's convolutions
+        round differently in batches, which INT8 can make visible; a transcript must not depend on
+        its neighbours in the batch.
+        """
+        if features.shape[0] == 1 or features.device.type != "cpu":
+            with self.rows.active():
+                return self.encoder(features).last_hidden_state
+        encoded = []
+        for index, row in enumerate(features.split(1)):
+            with self.rows.active(index):
+                encoded.append(self.encoder(row).last_hidden_state)
+        return torch.cat(encoded)
 
     def start(self, encoded: torch.Tensor, capacity: int) -> DecoderState:
         """Allocate the cache and compute cross-attention's keys and values.
@@ -227,24 +244,23 @@ def greedy_decode(
     """
     batch = _batch_size(features)
     rows = AdapterRows.of(model, adapters, batch)
-    with rows.active():
-        decoder = WhisperDecoder(model, rows)
-        tokens = decoder.tokens
-        encoded = decoder.encoder(features).last_hidden_state
-        languages = _languages(language, batch, tokens)
-        detect = bool(tokens.languages) and any(code is None for code in languages)
-        prompt_length = len(
-            prompt_tokens(tokens, default_language(tokens), task=task, timestamps=timestamps)
-        )
-        limit = _token_limit(tokens, prompt_length, max_new_tokens)
-        state = decoder.start(encoded, prompt_length + limit)
-        if detect:
-            languages = _detect_languages(decoder, state, languages, batch, features.device)
-        prompts = torch.tensor(
-            [prompt_tokens(tokens, code, task=task, timestamps=timestamps) for code in languages],
-            device=features.device,
-        )
-        emitted, steps = _step_to_end(decoder, state, prompts, limit, min_new_tokens, timestamps)
+    decoder = WhisperDecoder(model, rows)
+    tokens = decoder.tokens
+    encoded = decoder.encode(features)
+    languages = language_codes(language, batch, tokens)
+    detect = bool(tokens.languages) and any(code is None for code in languages)
+    prompt_length = len(
+        prompt_tokens(tokens, default_language(tokens), task=task, timestamps=timestamps)
+    )
+    limit = token_limit(tokens, prompt_length, max_new_tokens)
+    state = decoder.start(encoded, prompt_length + limit)
+    if detect:
+        languages = _detect_languages(decoder, state, languages, batch, features.device)
+    prompts = torch.tensor(
+        [prompt_tokens(tokens, code, task=task, timestamps=timestamps) for code in languages],
+        device=features.device,
+    )
+    emitted, steps = _step_to_end(decoder, state, prompts, limit, min_new_tokens, timestamps)
     return Hypotheses(emitted, languages, steps)
 
 
@@ -368,30 +384,3 @@ def _batch_size(features: torch.Tensor) -> int:
             f"{list(features.shape)}; make it with features.extract_features"
         )
     return int(features.shape[0])
-
-
-def _languages(
-    language: str | Sequence[str | None] | None, batch: int, tokens: SpecialTokens
-) -> list[str | None]:
-    if not tokens.languages:
-        return [None] * batch
-    given = [language] * batch if language is None or isinstance(language, str) else list(language)
-    if len(given) != batch:
-        raise ModelError(
-            f"language: expected one for all or one per row ({batch}), got {len(given)}; "
-            "give as many as there are recordings"
-        )
-    codes = {token: code for code, token in tokens.languages.items()}
-    return [None if code is None else codes[tokens.language_id(code)] for code in given]
-
-
-def _token_limit(tokens: SpecialTokens, prompt_length: int, asked: int | None) -> int:
-    room = tokens.max_positions - prompt_length
-    if asked is None:
-        return max(1, min(tokens.default_max_length, room))
-    if not 1 <= asked <= room:
-        raise ModelError(
-            f"max_new_tokens: expected 1 to {room} ({tokens.max_positions} positions less "
-            f"{prompt_length} of the prompt), got {asked}; ask for fewer"
-        )
-    return asked

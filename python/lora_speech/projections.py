@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
+from lora_speech.errors import ModelError
+
 Projection = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 """`y = f(x, residual)`: x [rows, tokens, K], residual and y [rows, tokens, N]."""
 
@@ -32,18 +34,18 @@ class AdapterRows:
 
     Attributes
     ----------
+    names : list of (str or None), or None
+        One per row, or one for all; None where nobody chose adapters.
     ids : Tensor or None
-        int32 [rows] or [1] (one for all rows), -1 for the base; None where no row has an adapter.
+        The same as int32 [rows] or [1], -1 for the base; None where no row has an adapter.
         Projections read it at every call.
     """
 
-    def __init__(self, names: Sequence[str | None] | str | None, ambient: Any = None) -> None:
-        self.names = names
-        self.ids: torch.Tensor | None = None
-        self._selection = ambient
+    def __init__(self, names: list[str | None] | None, ids: torch.Tensor | None) -> None:
+        self.names, self.ids = names, ids
 
     @classmethod
-    def of(cls, model: Any, adapters: Any, batch: int) -> AdapterRows:
+    def of(cls, model: Any, adapters: str | Sequence[str | None] | None, batch: int) -> AdapterRows:
         """Rows for one call: `adapters` as `greedy_decode` takes them.
 
         None keeps what an enclosing `lora_kernels.use_adapters` chose.
@@ -51,41 +53,47 @@ class AdapterRows:
         from lora_kernels.adapters.registry import ACTIVE_SELECTION, AdapterSelection
 
         if adapters is None:
-            rows = cls(None, ACTIVE_SELECTION.get())
+            ambient = ACTIVE_SELECTION.get()
+            names = None if ambient is None else list(ambient.names)
         else:
             names = [adapters] if isinstance(adapters, str) else list(adapters)
-            if len(names) not in (1, batch):
-                from lora_speech.errors import ModelError
-
-                raise ModelError(
-                    f"adapters: expected one for all rows or one (or None) per row ({batch}), got "
-                    f"{len(names)}; give as many as there are recordings"
-                )
-            rows = cls(names, AdapterSelection(names))
+        if names is None:
+            return cls(None, None)
+        if (
+            not names
+            or batch % len(names)
+            or (adapters is not None and len(names) not in (1, batch))
+        ):
+            raise ModelError(
+                f"adapters: expected one for all rows or one (or None) per row ({batch}), got "
+                f"{len(names)}; give as many as there are recordings"
+            )
+        if len(names) > 1:
+            names = [name for name in names for _ in range(batch // len(names))]
         registry = next(
             (r for m in model.modules() if (r := getattr(m, "_registry", None)) is not None), None
         )
-        if rows._selection is not None and registry is not None:
-            like = next(model.parameters())
-            rows.ids = rows._selection.ids(registry, like, batch)
-            count = 0 if rows.ids is None else rows.ids.numel()
-            if rows.ids is not None and 1 < count < batch:
-                rows.ids = rows.ids.repeat_interleave(batch // count)
-        return rows
+        ids = None
+        if registry is not None:
+            ids = AdapterSelection(names).ids(registry, next(model.parameters()), batch)
+        return cls(names, ids)
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Choose the same adapters for the modules (the encoder's) that run as modules."""
+    def active(self, row: int | None = None) -> Iterator[None]:
+        """Choose the same adapters, or those of one row, for what runs as modules (the encoder)."""
         import lora_kernels as lk
 
         if self.names is None:
             yield
-        else:
-            with lk.use_adapters(self.names):
-                yield
+            return
+        one = row is not None and len(self.names) > 1
+        with lk.use_adapters([self.names[row]] if one else self.names):
+            yield
 
     def keep(self, index: torch.Tensor) -> None:
         """Go on with some of the rows only."""
+        if self.names is not None and len(self.names) > 1:
+            self.names = [self.names[i] for i in index.tolist()]
         if self.ids is not None and self.ids.numel() > 1:
             self.ids = self.ids[index]
 
@@ -174,7 +182,7 @@ def projection(
     """
     parts = linear_parts(module)
     if parts is None:
-        return _module_call(module, activation, extra_bias)
+        return _module_call(module, rows, activation, extra_bias)
     if extra_bias is not None:
         bias = extra_bias if parts.bias is None else parts.bias + extra_bias
         parts = replace(parts, bias=bias)
@@ -237,15 +245,8 @@ def _operator_call(parts: LinearParts, rows: AdapterRows, activation: str) -> Pr
 
         return int8_call
 
-    if parts.lora is None and activation == "none":
-        linear = F.linear
-
-        def plain_call(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-            y = linear(x, weight, bias)
-            return y if residual is None else y.add_(residual)
-
-        return plain_call
-
+    # Also without LoRA: torch's own product rounds differently for one row and for several, and a
+    # row's result must not depend on its neighbours in the batch.
     fused = torch.ops.lora_kernels.lora_linear.default
 
     def call(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -259,9 +260,12 @@ def _operator_call(parts: LinearParts, rows: AdapterRows, activation: str) -> Pr
     return call
 
 
-def _module_call(module: Any, activation: str, extra_bias: torch.Tensor | None) -> Projection:
+def _module_call(
+    module: Any, rows: AdapterRows, activation: str, extra_bias: torch.Tensor | None
+) -> Projection:
     def call(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        y = module(x)
+        with rows.active():
+            y = module(x)
         if extra_bias is not None:
             y = y + extra_bias
         if activation == "gelu":

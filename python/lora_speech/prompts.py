@@ -175,6 +175,35 @@ def default_language(tokens: SpecialTokens) -> str | None:
     return "en" if "en" in tokens.languages else next(iter(tokens.languages))
 
 
+def language_codes(
+    language: str | Sequence[str | None] | None, batch: int, tokens: SpecialTokens
+) -> list[str | None]:
+    """Settle the language code of each row: given for all, per row, or None to be detected."""
+    if not tokens.languages:
+        return [None] * batch
+    given = [language] * batch if language is None or isinstance(language, str) else list(language)
+    if len(given) != batch:
+        raise ModelError(
+            f"language: expected one for all or one per row ({batch}), got {len(given)}; "
+            "give as many as there are recordings"
+        )
+    codes = {token: code for code, token in tokens.languages.items()}
+    return [None if code is None else codes[tokens.language_id(code)] for code in given]
+
+
+def token_limit(tokens: SpecialTokens, prompt_length: int, asked: int | None) -> int:
+    """New tokens at most: what was asked, or what the model's configuration allows."""
+    room = tokens.max_positions - prompt_length
+    if asked is None:
+        return max(1, min(tokens.default_max_length, room))
+    if not 1 <= asked <= room:
+        raise ModelError(
+            f"max_new_tokens: expected 1 to {room} ({tokens.max_positions} positions less "
+            f"{prompt_length} of the prompt), got {asked}; ask for fewer"
+        )
+    return asked
+
+
 class TimestampRules:
     """Whisper's constraints on timestamp tokens, applied to one step's logits in place.
 

@@ -18,7 +18,7 @@ NORMALIZERS = ("auto", "whisper", "basic", "none")
 # Whisper's English normaliser joins spoken digits: "one two three" becomes "123", one word, so a
 # digit string would be all right or all wrong. A word between keeps them apart and goes away again.
 _DIGIT = r"(?:zero|oh|one|two|three|four|five|six|seven|eight|nine)"
-_DIGIT_PAIR = re.compile(rf"\b({_DIGIT})\s+(?={_DIGIT}\b)", re.IGNORECASE)
+_DIGIT_PAIR = re.compile(rf"\b({_DIGIT})[\s,;-]+(?={_DIGIT}\b)", re.IGNORECASE)
 _APART = "digitapart"
 
 

@@ -159,7 +159,7 @@ def transcribe_many(
             batch, hypotheses.tokens, hypotheses.languages, strict=True
         ):
             languages[index] = languages[index] or code
-            segments[index] += _segments(model, tokens, window, emitted, rate)
+            segments[index] += _segments(model, tokens, window, emitted, timestamps)
     results = []
     for index, (name, samples) in enumerate(loaded):
         ordered = sorted(segments[index], key=lambda segment: segment.start)
@@ -181,12 +181,13 @@ def _segments(
     tokens: SpecialTokens,
     window: Window,
     emitted: Sequence[int],
-    rate: int,
+    timestamps: bool,
 ) -> list[Segment]:
     """Split a window's tokens at timestamps; without any, the window's speech is one segment."""
+    rate = model.sampling_rate
     offset, limit = window.begin / rate, window.end / rate
     begin = tokens.first_timestamp
-    if begin is None or not any(token >= begin for token in emitted):
+    if not timestamps or begin is None or not any(token >= begin for token in emitted):
         text = decode_text(model, emitted)
         start, end = window.speech_begin / rate, window.speech_end / rate
         return [Segment(0, start, end, text, tuple(emitted))] if text else []

@@ -15,6 +15,9 @@ def tone(seconds: float = 1.0, rate: int = 16_000, frequency: float = 440.0) -> 
     return (0.3 * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
 
 
+SEED = 1
+"""One of those for which the rows of a batch of tones differ in length."""
+
 WORDS = [
     "zero",
     "one",
@@ -70,13 +73,13 @@ def make_tiny_whisper(folder: Path) -> Path:
         attention_dropout=0.0,
         activation_dropout=0.0,
     )
-    torch.manual_seed(2)
+    torch.manual_seed(SEED)
     model = WhisperForConditionalGeneration(config).eval()
     with torch.no_grad():  # weights this wide make outputs vary with the audio, and some rows end
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "encoder.embed_positions" not in name:
-                parameter.normal_(0.0, 0.04 if "embed" in name else 0.24)
-        model.model.decoder.embed_tokens.weight[config.eos_token_id] *= 2.5
+                parameter.normal_(0.0, 0.04 if "embed" in name else 0.3)
+        model.model.decoder.embed_tokens.weight[config.eos_token_id] *= 2.0
     model.generation_config = GenerationConfig(
         decoder_start_token_id=config.decoder_start_token_id,
         eos_token_id=config.eos_token_id,
@@ -127,3 +130,33 @@ def make_tokenizer(folder: Path, tokenizer_class: type) -> object:
     stamps = [f"<|{0.02 * index:.2f}|>" for index in range(101)]
     tokenizer.add_tokens(stamps)
     return tokenizer
+
+
+def make_adapter(
+    base: Path,
+    folder: Path,
+    *,
+    rank: int,
+    seed: int,
+    alpha: float = 8.0,
+    targets: list[str] | None = None,
+) -> Path:
+    """Write a PEFT adapter with random A and B for the model in `base`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import WhisperForConditionalGeneration
+
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        WhisperForConditionalGeneration.from_pretrained(base),
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=targets or ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        ),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    return folder
