@@ -69,7 +69,8 @@ def report() -> str:
         f"library: {known['library']}",
         f"built with: {known['compiler']}, {known['build_type']}; "
         + ("CUDA kernels" if known["cuda_kernels"] else f"no CUDA kernels: {known['cuda_reason']}"),
-        "versions: " + ", ".join(f"{name} {text}" for name, text in known["versions"].items())
+        "versions: "
+        + ", ".join(f"{name} {text}" for name, text in known["versions"].items())
         + f", Python {known['python']}",
     ]
     if known["forced"]:

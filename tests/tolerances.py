@@ -1,7 +1,8 @@
 """How far a floating-point result may be from the reference: one place, one rule.
 
-A result's error against fp64 may be at most twice that of plain PyTorch in the same dtype, plus rounding of the result
-itself (FlashAttention's rule). Errors are measured relative to the largest magnitude of the reference.
+A result's error against fp64 may be at most twice that of plain PyTorch in the same dtype, plus
+rounding of the result itself (FlashAttention's rule). Errors are measured relative to the largest
+magnitude of the reference.
 """
 
 from __future__ import annotations

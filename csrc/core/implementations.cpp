@@ -75,6 +75,7 @@ DeviceInfo host_device() {
   has(avx512, kIsaAvx512);
   has(avx512 && __builtin_cpu_supports("avx512vnni"), kIsaAvx512Vnni);
   has(avx512 && __builtin_cpu_supports("avx512bf16"), kIsaAvx512Bf16);
+  device.fast_bf16_dot = (device.isa & kIsaAvx512Bf16) && __builtin_cpu_is("amd");
 #endif
   return device;
 }

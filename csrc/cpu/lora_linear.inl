@@ -236,7 +236,7 @@ inline void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   plan->l2_bytes = device.l2_bytes;
   plan->path = p.rows <= kDotRows ? LoraLinearPath::kDot : LoraLinearPath::kPanel;
   plan->bf16_dot = kHasBf16Dot && plan->path == LoraLinearPath::kPanel && p.dtype == DType::kBFloat16 &&
-                   p.in_features % 2 == 0 && (device.isa & kIsaAvx512Bf16);
+                   p.in_features % 2 == 0 && (device.isa & kIsaAvx512Bf16) && device.fast_bf16_dot;
   // A fork and join costs a few microseconds, in which one core reads about 100 KB or does half a million multiply-adds.
   const double work = plan->path == LoraLinearPath::kDot
                           ? static_cast<double>(p.out_features * p.in_features) * size_of(p.dtype) / 100e3

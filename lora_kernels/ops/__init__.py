@@ -1,7 +1,7 @@
-"""The operators, as functions of tensors: ``torch.ops.lora_kernels.*`` with defaults and documentation.
+"""The operators as functions of tensors: ``torch.ops.lora_kernels.*`` with defaults and docs.
 
-Each stem has its own file, with the public function, the fake kernel (shapes for ``torch.compile`` and export) and the
-gradient.
+Each stem has its own file, with the public function, the fake kernel (shapes for
+``torch.compile`` and export) and the gradient.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def _candidates() -> list[Path]:
-    # An editable install may keep the library apart from the sources: every entry of the package's path is searched.
+    # An editable install may keep the library apart from the sources: every entry of the package's
+    # path is searched.
     import lora_kernels
 
     folders = [Path(p) for p in lora_kernels.__path__] if hasattr(lora_kernels, "__path__") else []
@@ -32,7 +33,8 @@ def library_path() -> Path:
     raise ImportError(
         "lora_kernels: the compiled operators (_torch.so) were not found in "
         f"{', '.join(map(str, _candidates()))}. Build them with "
-        "`pip install --no-build-isolation .` (or `-e .`) in the project's folder; torch must be installed first."
+        "`pip install --no-build-isolation .` (or `-e .`) in the project's folder; torch must be "
+        "installed first."
     )
 
 
@@ -43,7 +45,8 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(
             f"lora_kernels: {path} could not be loaded by torch {torch.__version__}: {error}. "
-            "It needs torch 2.10 or later; rebuild it with `pip install --no-build-isolation --force-reinstall .`"
+            "It needs torch 2.10 or later; rebuild it with "
+            "`pip install --no-build-isolation --force-reinstall .`"
         ) from error
 
 

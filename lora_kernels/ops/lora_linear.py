@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from . import _library as _library
+from ._dispatch import forward_only, straight
 
 _op = torch.ops.lora_kernels.lora_linear.default
+_straight = straight(_op)
 _backward_op = torch.ops.lora_kernels.lora_linear_backward.default
 
 
@@ -29,9 +31,10 @@ def lora_linear(
 ) -> torch.Tensor:
     """Compute ``act(x Wt + bias + s (dropout(x) At) B) + residual``.
 
-    The LoRA term is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), with one adapter
-    per row of ``x`` out of a ragged bank. Differentiable in ``x``, ``weight``, ``bias``, ``lora_a``, ``lora_b`` and
-    ``residual``. Under ``torch.autocast`` the operands are cast as ``F.linear``'s are.
+    The LoRA term is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models"
+    (2021), with one adapter per row of ``x`` out of a ragged bank. Differentiable in ``x``,
+    ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``residual``. Under ``torch.autocast`` the
+    operands are cast as ``F.linear``'s are.
 
     Parameters
     ----------
@@ -42,22 +45,24 @@ def lora_linear(
     bias
         [N] in that dtype or fp32.
     lora_a, lora_b
-        [R, K] and [R, N] by rank row, both fp32, fp16 or bf16; the R rank rows of all adapters one after another.
-        ``lora_b`` may have any strides: PEFT's B, [N, r], is passed as ``B.t()`` without a copy.
+        [R, K] and [R, N] by rank row, both fp32, fp16 or bf16; the R rank rows of all adapters
+        one after another. ``lora_b`` may have any strides: PEFT's B, [N, r], is passed as
+        ``B.t()`` without a copy.
     scales
         fp32 [n], alpha / rank of each adapter; None: all 1.
     offsets
-        int32 [n + 1], where each adapter's rank rows begin; None: one adapter of all R rank rows.
+        int32 [n + 1], where each adapter's rank rows begin; None: one adapter of all R rows.
     adapter_ids
-        int32 [G], G a divisor of M: the adapter of rows ``g * M / G`` to ``(g + 1) * M / G - 1``; -1: base only.
-        None: adapter 0 for every row.
+        int32 [G], G a divisor of M: the adapter of rows ``g * M / G`` to
+        ``(g + 1) * M / G - 1``; -1: base only. None: adapter 0 for every row.
     residual
         [..., N] in the dtype of ``x``, added after the activation.
     activation
         "none", "gelu" (with the error function, as Whisper has it) or "silu".
     dropout_p, dropout_seed
-        Dropout on the LoRA branch's input, with the mask of a counter-based generator (Philox4x32-10) seeded by
-        ``dropout_seed``, int64 [1]: the same seed gives the same mask, so none is stored for the backward pass.
+        Dropout on the LoRA branch's input, with the mask of a counter-based generator
+        (Philox4x32-10) seeded by ``dropout_seed``, int64 [1]: the same seed gives the same mask,
+        so none is stored for the backward pass.
 
     Returns
     -------
@@ -67,15 +72,16 @@ def lora_linear(
     Raises
     ------
     RuntimeError
-        If a shape, dtype or value does not fit; the text names the argument, what was expected, what came, and the
-        fix.
+        If a shape, dtype or value does not fit; the text names the argument, what was expected,
+        what came, and the fix.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    return _op(
+    call = _straight if forward_only(x) else _op
+    return call(
         x,
         weight,
         bias,
@@ -127,9 +133,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, bias, lora_a, lora_b, scales, offsets, ids, residual, activation, dropout_p, seed = (
-        inputs
-    )
+    x, weight, bias, lora_a, lora_b, scales, offsets, ids = inputs[:8]
+    activation, dropout_p, seed = inputs[9:]
     # The bias matters to the gradient only through an activation.
     kept_bias = bias if activation != "none" else None
     ctx.save_for_backward(x, weight, kept_bias, lora_a, lora_b, scales, offsets, ids, seed)
@@ -142,16 +147,11 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, lora_a, lora_b, scales, offsets, ids, seed = ctx.saved_tensors
     dz = dy
     if ctx.activation != "none":
-        # Recomputing what went into the activation costs one forward pass and saves keeping an [M, N] tensor.
-        z = _op(
-            x, weight, bias, lora_a, lora_b, scales, offsets, ids, None, "none", ctx.dropout_p, seed
-        )
-        derivative = (
-            torch.ops.aten.gelu_backward
-            if ctx.activation == "gelu"
-            else torch.ops.aten.silu_backward
-        )
-        dz = derivative(dy, z)
+        # Recomputing what went into the activation costs one forward pass and saves keeping it.
+        lora = (lora_a, lora_b, scales, offsets, ids)
+        z = _op(x, weight, bias, *lora, None, "none", ctx.dropout_p, seed)
+        aten = torch.ops.aten
+        dz = (aten.gelu_backward if ctx.activation == "gelu" else aten.silu_backward)(dy, z)
     needs = ctx.needs_input_grad
     needs_lora = lora_a is not None and (needs[3] or needs[4])
     dx, dweight, dbias, da, db = _backward_op(

@@ -1,0 +1,38 @@
+"""Calls of operators without the cost of autograd where there is nothing to differentiate.
+
+An operator with a gradient registered in Python passes through Python once more on every call,
+also under ``torch.no_grad()``: about 5 µs, more than a small projection takes. Decoding makes
+hundreds of such calls per token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def forward_only(x: torch.Tensor) -> bool:
+    """Whether a call on ``x`` may go straight to the CPU kernel.
+
+    True for plain CPU tensors with gradients off, outside of tracing and of every dispatch mode
+    (fake tensors, FLOP counters, ...).
+    """
+    return (
+        not _grad_enabled()
+        and type(x) is torch.Tensor
+        and x.is_cpu
+        and not _is_compiling()
+        and _modes() == 0
+    )
+
+
+def straight(op: Any) -> Any:
+    """A callable that runs the CPU kernel of an operator overload, and nothing else."""
+    return partial(op.redispatch, _CPU)
