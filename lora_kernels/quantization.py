@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import SwapError
-from .integrations.peft_layers import is_peft_layer
+from .integrations.peft_layers import has_foreign_forward, is_peft_layer
 from .nn.int8_lora_linear import Int8LoraLinear, Int8LoraPointwiseConv1d
 from .nn.lora_linear import LoraLinear, LoraPointwiseConv1d, is_pointwise
 from .report import Change, Kept, SwapReport
@@ -93,7 +93,7 @@ def _why_not(
         return "weight computed by a parametrization"
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"weight of {weight.dtype}"
-    if "forward" in module.__dict__:
+    if has_foreign_forward(module):
         return "its forward was replaced by someone else"
     return None
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .errors import SwapError
 from .integrations import peft_layers, transformers_whisper
+from .integrations.peft_layers import has_foreign_forward
 from .live import drop_registry, registry_of
 from .nn.int8_lora_linear import Int8LoraLinear
 from .nn.lora_linear import (
@@ -48,7 +49,7 @@ def _linear_reason(module: nn.Module) -> str | None:
         return "a subclass with its own behaviour"
     if isinstance(module, nn.Conv1d) and not is_pointwise(module):
         return "not a pointwise convolution"
-    if "forward" in module.__dict__:
+    if has_foreign_forward(module):
         return "its forward was replaced by someone else"
     return None
 

@@ -37,7 +37,9 @@ def test_command_line_and_environment_variable() -> None:
 
 
 def test_an_unknown_name_in_the_environment_is_an_error() -> None:
-    code = "import torch, lora_kernels as lk; lk.ops.lora_linear(torch.ones(1, 1), torch.ones(1, 1))"
+    code = (
+        "import torch, lora_kernels as lk; lk.ops.lora_linear(torch.ones(1, 1), torch.ones(1, 1))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"LORA_KERNELS_FORCE": "avx1024"},
@@ -51,11 +53,16 @@ def test_an_unknown_name_in_the_environment_is_an_error() -> None:
 
 def test_force_is_a_context() -> None:
     x = torch.randn(2, 3)
-    before = {row.name: row.runs for row in implementations.describe()[1] if row.op == "lora_linear"}
+    before = {
+        row.name: row.runs for row in implementations.describe()[1] if row.op == "lora_linear"
+    }
     with lk.force_implementation("generic"):
         lk.ops.lora_linear(x, torch.randn(4, 3))
     after = {row.name: row.runs for row in implementations.describe()[1] if row.op == "lora_linear"}
     assert after["generic"] == before["generic"] + 1
     assert torch.ops.lora_kernels.forced_implementation() == ""
-    with pytest.raises(lk.LoraKernelsError, match=r"name.*avx512.*'sse9'"), lk.force_implementation("sse9"):
+    with (
+        pytest.raises(lk.LoraKernelsError, match=r"name.*avx512.*'sse9'"),
+        lk.force_implementation("sse9"),
+    ):
         pass

@@ -28,6 +28,8 @@ ALLOWED = {
     "quantization": {"errors", "integrations", "nn", "report", "selection"},
     "live": {"errors", "adapters", "nn", "integrations"},
     "merge": {"errors", "live", "nn"},
+    "implementations": {"errors", "ops"},
+    "environment": {"implementations", "ops"},
     "swap": {"errors", "integrations", "live", "nn", "report", "selection"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -202,8 +203,8 @@ def test_a_second_temperature_for_some_rows_keeps_their_adapters(served):
 
 
 def test_unknown_names_list_the_known_ones(served):
-    known = r"got 'c'; loaded: .*'a', 'b'"
-    with pytest.raises(lk.AdapterError, match=known), lk.use_adapters(["a", "c"]):
+    known = r"got 'nobody'; loaded: .*'a', .*'b'"
+    with pytest.raises(lk.AdapterError, match=known), lk.use_adapters(["a", "nobody"]):
         pass
     with pytest.raises(lk.AdapterError, match="empty list"), lk.use_adapters([]):
         pass
@@ -252,6 +253,16 @@ def test_copies_and_dtypes_keep_their_adapters(served):
         assert fc1.bank.lora_a.dtype == torch.bfloat16
         assert fc1.bank.scales.dtype == torch.float32
         assert torch.isfinite(_logits(low, inputs.bfloat16(), tokens)).all()
+
+
+def test_a_pickled_model_keeps_its_adapters(served):
+    inputs, tokens = features(), labels()
+    loaded = pickle.loads(pickle.dumps(served))
+    with lk.use_adapters(NAMES):
+        torch.testing.assert_close(_logits(loaded, inputs, tokens), _logits(served, inputs, tokens))
+    lk.add_adapter(loaded, lk.get_adapter(loaded, "a"), "again")
+    assert list(lk.adapters(loaded)) == ["a", "b", "again"]
+    assert list(lk.adapters(served)) == ["a", "b"]
 
 
 def test_selections_do_not_leak_into_other_threads(served):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import filecmp
+import pickle
 
 import pytest
 import torch
@@ -178,6 +179,19 @@ def test_static_reasons_are_reported():
     merged = peft_whisper()
     merged.merge_adapter()
     assert any("merged" in note for note in lk.swap(merged).notes)
+
+
+def test_a_pickled_model_computes_the_same_and_can_be_swapped_again(fused):
+    model = peft_whisper().eval()
+    lk.swap(model)
+    expected = _loss_and_gradients(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    fused.clear()
+    _compare(_loss_and_gradients(loaded), expected)
+    assert not fused
+    assert len([c for c in lk.swap(loaded).replaced if c.before == "peft Linear"]) == 16
+    _compare(_loss_and_gradients(loaded), expected)
+    assert len(fused) == 16
 
 
 def test_swapping_before_peft_wraps_the_model(fused):

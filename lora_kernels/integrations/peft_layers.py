@@ -27,6 +27,12 @@ def is_peft_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer")
 
 
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether someone replaced this instance's forward by another than its class's."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def _kind(module: nn.Module) -> str | None:
     cls = type(module)
     if cls.__module__ == _LAYER_MODULE and cls.__name__ in ("Linear", "Conv1d"):
@@ -55,7 +61,7 @@ def _base_reasons(module: nn.Module, base: nn.Module) -> list[str]:
 
 def _tampered(label: str, module: nn.Module) -> list[str]:
     """Reasons why a submodule must be called as a module rather than read."""
-    if "forward" in module.__dict__:
+    if has_foreign_forward(module):
         return [f"the forward of {label} was replaced by someone else"]
     if module._forward_hooks or module._forward_pre_hooks:
         return [f"{label} has forward hooks"]
@@ -85,7 +91,7 @@ def static_reasons(module: nn.Module) -> list[str]:
         cls = type(module)
         return [f"PEFT's {cls.__module__}.{cls.__name__} has no fused counterpart"]
     reasons = _base_reasons(module, module.base_layer)  # type: ignore[arg-type]
-    if "forward" in module.__dict__ and not is_swapped(module):
+    if has_foreign_forward(module) and not is_swapped(module):
         reasons.append("its forward was replaced by someone else")
     adapters = list(module.lora_A.keys())  # type: ignore[union-attr,operator]
     if not adapters:
@@ -186,6 +192,10 @@ def _conv1d_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
     return _fused(plan, x.transpose(-1, -2), pointwise=True).transpose(-1, -2)
 
 
+# A pickled instance finds its forward by this name, which gives PEFT's own until swapped again.
+_linear_forward.__name__ = _conv1d_forward.__name__ = "forward"
+
+
 def swap_layer(module: nn.Module) -> None:
     """Replace the instance's forward; :func:`static_reasons` must be empty."""
     forward = _linear_forward if _kind(module) == "Linear" else _conv1d_forward
@@ -195,7 +205,8 @@ def swap_layer(module: nn.Module) -> None:
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether :func:`swap_layer` replaced this instance's forward."""
-    return _PLANS in module.__dict__
+    forward = module.__dict__.get("forward")
+    return getattr(forward, "__func__", None) in (_linear_forward, _conv1d_forward)
 
 
 def unswap_layer(module: nn.Module) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .peft_layers import has_foreign_forward
+
 _MARK = "_lora_kernels_cached_step"
 
 
@@ -30,7 +32,7 @@ def static_reasons(module: nn.Module) -> list[str]:
         reasons.append("the encoder's attention has no cache")
     if getattr(module, "layer_idx", None) is None:
         reasons.append("it has no layer_idx")
-    if "forward" in module.__dict__ and _MARK not in module.__dict__:
+    if has_foreign_forward(module) and not is_swapped(module):
         reasons.append("its forward was replaced by someone else")
     return reasons
 
@@ -137,6 +139,10 @@ def _forward(
     return self.out_proj(out.view(rows, tokens, -1)), None
 
 
+# A pickled instance finds its forward by this name, which is transformers' own until swapped again.
+_forward.__name__ = "forward"
+
+
 def swap_attention(module: nn.Module) -> None:
     """Replace the instance's forward; :func:`static_reasons` must be empty."""
     module.__dict__[_MARK] = True
@@ -145,7 +151,7 @@ def swap_attention(module: nn.Module) -> None:
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether :func:`swap_attention` replaced this instance's forward."""
-    return _MARK in module.__dict__
+    return getattr(module.__dict__.get("forward"), "__func__", None) is _forward
 
 
 def unswap_attention(module: nn.Module) -> bool:

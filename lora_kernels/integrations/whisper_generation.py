@@ -15,7 +15,6 @@ from torch import nn
 from ..adapters.registry import ACTIVE_SELECTION, AdapterSelection
 
 _METHODS = ("generate_with_fallback", "_need_fallback")
-_MARK = "_lora_kernels_follows_rows"
 
 
 def narrowed(selection: AdapterSelection, batch: int, rows: list[int]) -> AdapterSelection | None:
@@ -59,11 +58,19 @@ def _need_fallback(
     return result
 
 
+# A pickled instance finds its methods by these names: Whisper's own, until an adapter is added.
+_generate_with_fallback.__name__, _need_fallback.__name__ = _METHODS
+
+
+def _follows(module: nn.Module) -> bool:
+    method = module.__dict__.get("generate_with_fallback")
+    return getattr(method, "__func__", None) is _generate_with_fallback
+
+
 def follow_rows(model: nn.Module) -> None:
     """Install the wrappers on every Whisper generation model in ``model``."""
     for module in model.modules():
-        if _MARK not in module.__dict__ and all(hasattr(type(module), m) for m in _METHODS):
-            module.__dict__[_MARK] = True
+        if not _follows(module) and all(hasattr(type(module), m) for m in _METHODS):
             module.__dict__["generate_with_fallback"] = MethodType(_generate_with_fallback, module)
             module.__dict__["_need_fallback"] = MethodType(_need_fallback, module)
 
@@ -71,6 +78,6 @@ def follow_rows(model: nn.Module) -> None:
 def unfollow_rows(model: nn.Module) -> None:
     """Remove the wrappers."""
     for module in model.modules():
-        if module.__dict__.pop(_MARK, False):
+        if _follows(module):
             for method in _METHODS:
                 module.__dict__.pop(method, None)

@@ -106,8 +106,9 @@ class Int8LoraLinear(AdapterHost):
     ) -> torch.Tensor:
         """The operator over [..., K] for ``batch`` sequences."""
         bias: torch.Tensor | None = self.bias
-        bank, selection = self._bank, ACTIVE_SELECTION.get()
-        ids = None
+        bank, ids = self._bank, None
+        # Without adapters no context variable is read: torch.compile cannot trace one.
+        selection = None if bank is None else ACTIVE_SELECTION.get()
         if bank is not None and selection is not None:
             ids = selection.ids(self._registry, x, batch)  # type: ignore[arg-type]
         dtype = autocast_dtype(x)

@@ -62,7 +62,9 @@ class LoraLinear(AdapterHost, nn.Linear):
             If the batch is not a multiple of the number of names given to ``use_adapters()``.
         """
         weight, bias = self.weight, self.bias
-        bank, selection = self._bank, ACTIVE_SELECTION.get()
+        bank = self._bank
+        # Without adapters no context variable is read: torch.compile cannot trace one.
+        selection = None if bank is None else ACTIVE_SELECTION.get()
         if bank is None or selection is None:
             if residual is None and self.activation == "none":
                 return F.linear(input, weight, bias)
@@ -118,7 +120,8 @@ class LoraPointwiseConv1d(AdapterHost, nn.Conv1d):
         torch.Tensor
             [batch, out_channels, frames].
         """
-        bank, selection = self._bank, ACTIVE_SELECTION.get()
+        bank = self._bank
+        selection = None if bank is None else ACTIVE_SELECTION.get()
         if bank is None or selection is None:
             return super().forward(input)
         batch = input.shape[0] if input.dim() == 3 else 1

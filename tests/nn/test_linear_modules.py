@@ -225,3 +225,23 @@ def test_int8_refuses_what_it_cannot_hold():
     linear.weight.data[3, 2] = torch.nan
     with pytest.raises(ValueError, match="output channel 3"):
         lk.Int8LoraLinear.from_linear(linear)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "int8"])
+def test_compiled_modules(kind):
+    torch.manual_seed(0)
+    module = nn.Conv1d(K, N, 1) if kind == "conv" else nn.Linear(K, N)
+    if kind == "int8":
+        module = lk.Int8LoraLinear.from_linear(module)
+    else:
+        specialise(module)
+    x = torch.randn(2, K, 3) if kind == "conv" else torch.randn(2, 3, K)
+    with torch.no_grad():
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), module(x))
+        _bank(module)
+        # With adapters the choice of the current call is read between two graphs.
+        compiled = torch.compile(module, backend="eager")
+        for names in (["0", "1"], [None, "0"], "1"):
+            with lk.use_adapters(names):
+                torch.testing.assert_close(compiled(x), module(x))
