@@ -72,7 +72,7 @@ def finetune(
     train: Annotated[
         str,
         typer.Option(
-            help="Recordings to learn from: a JSONL file with one {\"audio\": ..., \"text\": ...} "
+            help='Recordings to learn from: a JSONL file with one {"audio": ..., "text": ...} '
             "per line, a folder saved by Hugging Face datasets, or a hub name (owner/name:split).",
         ),
     ],
@@ -292,9 +292,7 @@ def transcribe(
         return
     for file, text in zip(files, texts, strict=True):
         if len(texts) > 1:
-            header = f"NOTE {file}\n\n" if format is Format.vtt else f"{file}: "
-            header = f"{file}\n" if format is Format.srt else header
-            typer.echo(header, nl=False)
+            typer.echo(f"{file}" + (": " if format is Format.text else "\n"), nl=False)
         typer.echo(text, nl=False)
 
 

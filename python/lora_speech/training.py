@@ -217,11 +217,11 @@ def finetune(
         config.language,
         lambda done, total: tell(TrainingEvent("prepare", done, total)),
     )
-    if overwrite:
-        _clear(output)
     # The caller's random state is none of our business, and ours none of theirs.
     with torch.random.fork_rng(devices=[]):
         run = _Run(speech_model, store, held_out, output, config, tell)
+        if overwrite:  # only now: everything given has proved usable
+            _clear(output)
         run.train(resume)
     return run.result(time.perf_counter() - started)
 
