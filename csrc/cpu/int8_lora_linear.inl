@@ -136,9 +136,9 @@ enum class Ahead {
   kNextBlock,  // one line of the next block per step, into the second cache
 };
 
-// sums[i][j] = start[j] (or 0) + q[i] . vector j of the block, over `steps` steps of four k, for MR rows and NV vectors.
-// A function of its own on purpose: inlined beside other uses of the sums, g++ 12 keeps them in memory and stores them in
-// every step.
+// sums[i][j] = start[j] (or 0) + q[i] . vector j of the block, over `steps` steps of four k, for MR rows and NV
+// vectors. A function of its own on purpose: inlined beside other uses of the sums, g++ 12 keeps them in memory and
+// stores them in every step.
 template <Ahead kAhead, int MR, int NV>
 __attribute__((noinline)) void int8_dots(const int32_t* start, const uint8_t* q, int64_t q_stride, const uint8_t* w,
                                          int64_t steps, const uint8_t* next, int32_t* sums) {
@@ -237,7 +237,8 @@ __attribute__((noinline)) void int8_tile(Int8Task& task, int64_t i, int64_t c, A
       const int64_t channel = c + (part + j) * kLanes;
       const F scale = load(task.weight_scales + channel), bias = load(task.bias + channel);
 #pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) tile.sum[r][j] =
+      for (int r = 0; r < MR; ++r)
+        tile.sum[r][j] =
             to_float(load_int(products + (r * NV + part + j) * kLanes)) * (set(s.scales[i + r]) * scale) + bias;
     }
     const int64_t left = task.epilogue.out_features - task.column - c - part * kLanes;

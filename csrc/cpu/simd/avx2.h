@@ -9,6 +9,7 @@ typedef int32_t I __attribute__((vector_size(32)));
 constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kNarrowTileRows = 10;
 constexpr bool kHasBf16Dot = false;
+constexpr bool kHasTables = false;  // lookup() is not as cheap as arithmetic
 
 inline F set(float v) { return _mm256_set1_ps(v); }
 inline F zero() { return _mm256_setzero_ps(); }
@@ -25,6 +26,8 @@ inline void fma_into(F& c, F a, F b) { asm("vfmadd231ps %2, %1, %0" : "+x"(c) : 
 
 inline I to_int(F v) { return (I)_mm256_cvtps_epi32(v); }
 inline F to_float(I v) { return _mm256_cvtepi32_ps((__m256i)v); }
+// table[index & 31] of each lane
+inline F lookup(const float* table, I index) { return _mm256_i32gather_ps(table, (__m256i)(index & 31), 4); }
 
 inline float reduce_add(F v) {
   __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

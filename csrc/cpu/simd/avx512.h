@@ -8,6 +8,7 @@ typedef int32_t I __attribute__((vector_size(64)));
 constexpr int kTileRows = 6, kTileVectors = 4;
 constexpr int kNarrowTileRows = 12;
 constexpr bool kHasBf16Dot = true;
+constexpr bool kHasTables = true;  // lookup() is as cheap as arithmetic
 
 inline F set(float v) { return _mm512_set1_ps(v); }
 inline F zero() { return _mm512_setzero_ps(); }
@@ -31,6 +32,10 @@ inline void bf16_dot_into(F& c, F a, F b) {
 
 inline I to_int(F v) { return (I)_mm512_cvtps_epi32(v); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps((__m512i)v); }
+// table[index & 31] of each lane
+inline F lookup(const float* table, I index) {
+  return _mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
+}
 inline float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
 inline float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
 

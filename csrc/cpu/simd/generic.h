@@ -11,6 +11,7 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 // The same for panels of one vector, where more rows are needed to hide the latency of a multiply-add.
 constexpr int kNarrowTileRows = 6;
 constexpr bool kHasBf16Dot = false;
+constexpr bool kHasTables = false;  // lookup() is not as cheap as arithmetic
 
 inline F set(float v) { return F{v, v, v, v}; }
 inline F zero() { return F{}; }
@@ -31,6 +32,10 @@ inline I to_int(F v) {
   return r;
 }
 inline F to_float(I v) { return __builtin_convertvector(v, F); }
+// table[index & 31] of each lane
+inline F lookup(const float* table, I index) {
+  return F{table[index[0] & 31], table[index[1] & 31], table[index[2] & 31], table[index[3] & 31]};
+}
 
 inline float reduce_add(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float reduce_max(F v) {
