@@ -2,6 +2,10 @@
 // K and V are read as they lie in memory and converted in registers. A query's sums are formed by the same operations
 // in the same order whatever other queries are computed beside it.
 
+// A function of its own: g++ unrolls loops over registers only to a depth of 8, and inlined into a task's loops the
+// sums would live on the stack.
+#define LORA_KERNELS_APART __attribute__((noinline))
+
 constexpr int kQueries = kTileRows;
 // Queries whose sums over four positions fit in the register file beside K: 24 + 4 + 1 of 32, 8 + 4 + 1 of 16.
 constexpr int kScoreQueries = kLanes == 16 ? 6 : 2;
@@ -68,8 +72,8 @@ inline void score_tile(const T* const k[4], int64_t head_size, const float* q, i
 
 // All scores of NQ queries over positions [0, count). Up to three more per query are written beyond.
 template <int NQ, class T>
-inline void score_positions(const Positions<T>& keys, int64_t count, const float* q, int64_t q_stride, float* scores,
-                            int64_t stride) {
+LORA_KERNELS_APART void score_positions(const Positions<T>& keys, int64_t count, const float* q, int64_t q_stride,
+                                        float* scores, int64_t stride) {
   const int64_t head_size = keys.head_size, ahead = rows_ahead<T>(head_size), last = count - 1;
   for (int64_t p = 0; p < count; p += 4) {
     const T* k[4];
@@ -97,7 +101,7 @@ inline void scale_by(float* x, const float* factors, int64_t count) {
 // scores[0 ... count) become exp(score - largest); returns their sum. The rest of the last vector is overwritten. Calls
 // meanwhile(p) for every vector, to have memory work while nothing here needs it.
 template <class Meanwhile>
-inline float exponentials(float* scores, int64_t count, const Meanwhile& meanwhile) {
+LORA_KERNELS_APART float exponentials(float* scores, int64_t count, const Meanwhile& meanwhile) {
   const float infinity = __builtin_inff();
   for (int64_t p = count; p < round_up(count, kLanes); ++p) scores[p] = -infinity;
   F top = set(-infinity);
@@ -116,8 +120,8 @@ inline float exponentials(float* scores, int64_t count, const Meanwhile& meanwhi
 // acc[i, d] += sum over positions [begin, end) of weights[i * stride + p] * V[p, d], for NQ queries and columns d ...
 // of NV vectors, of which the last has `rest` columns when kPartial.
 template <int NQ, int NV, bool kPartial, class T>
-inline void add_panel(const Positions<T>& values, int64_t begin, int64_t end, int64_t last, int64_t d, int rest,
-                      const float* weights, int64_t stride, float* acc, int64_t acc_stride) {
+LORA_KERNELS_APART void add_panel(const Positions<T>& values, int64_t begin, int64_t end, int64_t last, int64_t d,
+                                  int rest, const float* weights, int64_t stride, float* acc, int64_t acc_stride) {
   const int64_t head_size = values.head_size, ahead = rows_ahead<T>(head_size);
   F sum[NQ][NV];
 #pragma GCC unroll 8

@@ -25,16 +25,18 @@ def kv_attention_step(
     scale: float = 1.0,
     heads: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute ``softmax(scale q Kᵀ) V`` of the newest tokens over a cache, after appending their k and v to it.
+    """Append ``k`` and ``v`` to a cache, then compute ``softmax(scale q Kᵀ) V`` over it.
 
-    With ``k`` and ``v`` this is a step of causal self-attention: token t of row i is written at position
-    ``lengths[i] + t`` and attends to the positions up to its own. Without them it is a step of cross-attention: every
-    token attends to the ``lengths[i]`` valid positions. Scaled dot-product attention is that of Vaswani et al.,
-    "Attention Is All You Need" (2017). Scores, softmax and sums are fp32 for every storage type.
+    With ``k`` and ``v`` this is a step of causal self-attention: token t of row i is written at
+    position ``lengths[i] + t`` and attends to the positions up to its own. Without them it is a
+    step of cross-attention: every token attends to the ``lengths[i]`` valid positions. The
+    attention is that of Vaswani et al., "Attention Is All You Need" (2017); scores, softmax and
+    sums are fp32 for every storage type.
 
-    A row of ``q`` is one hypothesis; ``slots`` says where it lives in the cache. Beam search permutes this small table
-    and never the cache; the beams of an utterance share its cross-attention K and V, which are then read once for all
-    of them. Every row is appended before any row attends. Not differentiable.
+    A row of ``q`` is one hypothesis; ``slots`` says where it lives in the cache. Beam search
+    permutes this small table and never the cache; the beams of an utterance share its
+    cross-attention K and V, which are then read once for all of them. All rows are appended before
+    any row attends. Not differentiable.
 
     Parameters
     ----------
@@ -43,17 +45,20 @@ def kv_attention_step(
     k, v
         The shape and dtype of ``q``, or both None.
     k_cache, v_cache
-        Contiguous [S, H, C, D] in fp32, fp16, bf16 or int8, whatever the dtype of ``q``. Written in place when k and v
-        are given. Positions that no row attends to may hold anything.
+        Contiguous [S, H, C, D] in fp32, fp16, bf16 or int8, whatever the dtype of ``q``. Written
+        in place when k and v are given. Positions that no row attends to may hold anything.
     lengths
         int32 [rows], the valid positions before this call; not changed.
     k_scales, v_scales
-        For int8 caches alone, contiguous fp32. [S, H, C, 1], one per position: the append writes them in place, as
-        amax / 127 of each new vector, with values ``clamp(rint(x * (127 / amax)), -127, 127)``. Or [S, H, 1, D], one
-        per channel: finite and above 0, for caches that are quantized beforehand; nothing can be appended.
+        For int8 caches alone, contiguous fp32. [S, H, C, 1], one per position: the append writes
+        them in place, as amax / 127 of each new vector, whose values become
+        ``clamp(rint(x * (127 / amax)), -127, 127)``; a vector that holds a NaN or an infinity gets
+        the scale NaN. Or [S, H, 1, D], one per channel: finite and above 0, for caches that are
+        quantized beforehand; nothing can be appended.
     slots
-        int32 [rows]: row i reads and appends in cache row ``slots[i]``. int32 [rows, C]: position p of row i lives in
-        cache row ``slots[i, p]`` (not with scales per channel). None: row i lives in cache row i.
+        int32 [rows]: row i reads and appends in cache row ``slots[i]``. int32 [rows, C]: position p
+        of row i lives in cache row ``slots[i, p]`` (not with scales per channel). None: row i lives
+        in cache row i.
     scale
         Factor of the scores, usually ``D ** -0.5``.
     heads
@@ -62,16 +67,17 @@ def kv_attention_step(
     Returns
     -------
     tuple of torch.Tensor
-        The result, [rows, T, H, D] in the dtype of ``q``, 0 where there is nothing to attend to; and the weights of the
-        chosen heads, fp32 [rows, len(heads), T, C] with zeros beyond the positions that a token attends to (an empty
-        tensor when ``heads`` is None).
+        The result, [rows, T, H, D] in the dtype of ``q``, 0 where there is nothing to attend to;
+        and the weights of the chosen heads, fp32 [rows, len(heads), T, C], 0 beyond the positions
+        that a token attends to (an empty tensor when ``heads`` is None).
 
     Raises
     ------
     RuntimeError
-        If a shape, dtype or value does not fit: a length beyond the cache, a slot that is no cache row, two rows that
-        would append in the same place, int8 caches without scales, scales per channel that are not finite or not above
-        0. The text names the argument, what was expected, what came, and the fix; nothing has been written then.
+        If a shape, dtype or value does not fit: a length beyond the cache, a slot that is no cache
+        row, two rows that would append in the same place, int8 caches without scales, scales per
+        channel that are not finite or not above 0. The text names the argument, what was expected,
+        what came, and the fix; nothing has been written then.
     """
     return _op(q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, heads)
 
