@@ -13,16 +13,16 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import WhisperProcessor
+from transformers import WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
 
 from lora_speech import synthesis
-from lora_speech.pretraining_data import BatchMaker, batches
+from lora_speech.pretraining_data import Batch, BatchMaker, batches
 from lora_speech.pretraining_evaluation import Report, evaluate, write_model_card
 from lora_speech.pretraining_model import (
     Trainee,
@@ -42,27 +42,34 @@ class Recipe:
     Attributes
     ----------
     steps : int
-        Optimiser steps.
+        Optimiser steps. A run that goes on may be given another number, as long as it has not
+        begun to cool down: until then nothing depends on it.
+    horizon : int
+        Steps in which the learning rate would fall in half a cosine if it were not cooled down.
+    cool_down : float
+        Share of the steps, the last, in which the learning rate falls to nothing.
     batch_size : int
         Utterances of a full 5 s window per step; shorter windows take up to twice as many.
     learning_rate : float
-        Peak, reached after ``warmup`` of the steps and left in half a cosine.
-    warmup : float
-        Share of the steps.
+        Peak, reached after ``warmup`` steps.
+    warmup : int
+        Steps.
     weight_decay, gradient_clip : float
         Of AdamW, and of the gradient's norm.
     ctc_start, ctc_end : float
-        Weight of the encoder's CTC loss, falling linearly.
+        Weight of the encoder's CTC loss, falling with the learning rate.
     width, encoder_layers, decoder_layers : int
         Size of the model.
     seed : int
         Of the weights and of the data.
     """
 
-    steps: int = 8000
+    steps: int = 5000
+    horizon: int = 8000
+    cool_down: float = 0.5
     batch_size: int = 24
     learning_rate: float = 2e-3
-    warmup: float = 0.04
+    warmup: int = 320
     weight_decay: float = 0.02
     gradient_clip: float = 1.0
     ctc_start: float = 1.0
@@ -74,15 +81,21 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        rising = step / max(self.warmup * self.steps, 1.0)
+        rising = step / self.warmup
         if rising < 1.0:
             return self.learning_rate * max(rising, 0.01)
-        done = (step - self.warmup * self.steps) / max((1.0 - self.warmup) * self.steps, 1.0)
-        return self.learning_rate * max(0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))), 0.005)
+        done = min((step - self.warmup) / (self.horizon - self.warmup), 1.0)
+        cosine = max(0.5 * (1.0 + math.cos(math.pi * done)), 0.005)
+        return self.learning_rate * cosine * self._warmth(step)
 
     def ctc_weight(self, step: int) -> float:
         """Weight of the CTC loss at a step."""
-        return self.ctc_start + (self.ctc_end - self.ctc_start) * step / self.steps
+        left = max(1.0 - step / self.horizon, 0.0) * self._warmth(step)
+        return self.ctc_end + (self.ctc_start - self.ctc_end) * left
+
+    def _warmth(self, step: int) -> float:
+        """1 until the cool-down begins, then falling linearly to 0."""
+        return min(1.0, (self.steps - step) / (self.cool_down * self.steps))
 
 
 def train(
@@ -117,14 +130,7 @@ def train(
     torch.manual_seed(recipe.seed)
     tokenizer, extractor = build_tokenizer(recipe.seed), build_extractor()
     processor = WhisperProcessor(feature_extractor=extractor, tokenizer=tokenizer)
-    whisper = build_model(
-        tokenizer,
-        width=recipe.width,
-        encoder_layers=recipe.encoder_layers,
-        decoder_layers=recipe.decoder_layers,
-    )
-    # In bfloat16 the plain products' backward is faster than the fused attention's on CPUs.
-    whisper.set_attn_implementation("eager")
+    whisper = _build(recipe, tokenizer)
     trainee = Trainee(whisper)
     optimizer = torch.optim.AdamW(
         _parameter_groups(trainee, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98)
@@ -146,15 +152,8 @@ def train(
         for step, batch in enumerate(batches(maker, first, recipe.steps), start=first):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
-            # Matrix products in bfloat16 halve a step where the CPU has AMX; the rest is float32.
-            with torch.autocast("cpu", torch.bfloat16):
-                logits, characters = trainee(batch.features, batch.tokens)
-            decoder, encoder = losses(logits, characters, batch)
-            (decoder + recipe.ctc_weight(step) * encoder).backward()
-            torch.nn.utils.clip_grad_norm_(trainee.parameters(), recipe.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            sums = [sums[0] + decoder.item(), sums[1] + encoder.item()]
+            decoder, encoder = _step(trainee, optimizer, batch, recipe, recipe.ctc_weight(step))
+            sums = [sums[0] + decoder, sums[1] + encoder]
             done = step + 1
             if done % 100 == 0:
                 status = f"decoder {sums[0] / 100:.3f}  ctc {sums[1] / 100:.3f}"
@@ -164,7 +163,7 @@ def train(
                     console.print(f"step {done}  {status}  {time.monotonic() - started:.0f} s")
             progress.update(task, completed=done)
             if done % evaluate_every == 0 or done == recipe.steps:
-                report = evaluate(whisper, processor, count=96)
+                report = evaluate(whisper, processor, count=64)
                 console.print(f"step {done}  {report}")
                 if report.seen <= best:
                     best = report.seen
@@ -173,6 +172,37 @@ def train(
                 elapsed = time.monotonic() - started
                 _checkpoint(work / _CHECKPOINT, recipe, trainee, optimizer, done, best, elapsed)
     return _finish(recipe, output, work, time.monotonic() - started)
+
+
+def _build(recipe: Recipe, tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
+    whisper = build_model(
+        tokenizer,
+        width=recipe.width,
+        encoder_layers=recipe.encoder_layers,
+        decoder_layers=recipe.decoder_layers,
+    )
+    # In bfloat16 the plain products' backward is faster than the fused attention's on CPUs.
+    whisper.set_attn_implementation("eager")
+    return whisper
+
+
+def _step(
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    recipe: Recipe,
+    ctc_weight: float,
+) -> tuple[float, float]:
+    """Take one optimiser step; returns the decoder's and the encoder's loss."""
+    # Matrix products in bfloat16 save a third of a step where the CPU has AMX.
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, characters = trainee(batch.features, batch.tokens)
+    decoder, encoder = losses(logits, characters, batch)
+    (decoder + ctc_weight * encoder).backward()
+    torch.nn.utils.clip_grad_norm_(trainee.parameters(), recipe.gradient_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return decoder.item(), encoder.item()
 
 
 def _parameter_groups(trainee: Trainee, decay: float) -> list[dict[str, object]]:
@@ -210,9 +240,12 @@ def _resume(
     path: Path, recipe: Recipe, trainee: Trainee, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float, float]:
     state = torch.load(path, weights_only=True)
-    if state["recipe"] != asdict(recipe):
+    found = Recipe(**state["recipe"])
+    shorter = min(recipe.steps, found.steps)
+    cooling = recipe.steps != found.steps and state["step"] > (1.0 - recipe.cool_down) * shorter
+    if replace(found, steps=recipe.steps) != recipe or cooling:
         raise ValueError(
-            f"{path}: expected a checkpoint of {asdict(recipe)}, got one of {state['recipe']}; "
+            f"{path}: expected a checkpoint of {recipe}, got step {state['step']} of {found}; "
             "give the same options, or another --work folder"
         )
     trainee.load_state_dict(state["trainee"])
@@ -220,12 +253,16 @@ def _resume(
     return state["step"], state["best"], state["seconds"]
 
 
-def _save(folder: Path, whisper: torch.nn.Module, processor: WhisperProcessor) -> None:
+def _save(
+    folder: Path, whisper: WhisperForConditionalGeneration, processor: WhisperProcessor
+) -> None:
     """Write a folder so that nobody ever sees half of it."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     whisper.save_pretrained(partial)
     processor.save_pretrained(partial)
+    # The file that every version of transformers looks for, beside the processor's newer one.
+    processor.feature_extractor.save_pretrained(partial)
     replaced = folder.with_name(folder.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
@@ -236,8 +273,6 @@ def _save(folder: Path, whisper: torch.nn.Module, processor: WhisperProcessor) -
 
 def _finish(recipe: Recipe, output: Path, work: Path, seconds: float) -> Report:
     """Measure the best weights on more sentences, write the model card, and move all in place."""
-    from transformers import WhisperForConditionalGeneration
-
     best = work / "best"
     whisper = WhisperForConditionalGeneration.from_pretrained(best)
     processor = WhisperProcessor.from_pretrained(best)
@@ -250,6 +285,21 @@ def _finish(recipe: Recipe, output: Path, work: Path, seconds: float) -> Report:
     return report
 
 
+def _seconds_per_step(recipe: Recipe, steps: int = 12) -> float:
+    """Time some steps of a throwaway model, without the first, which warms up."""
+    tokenizer, extractor = build_tokenizer(recipe.seed), build_extractor()
+    trainee = Trainee(_build(recipe, tokenizer))
+    optimizer = torch.optim.AdamW(trainee.parameters())
+    maker = BatchMaker(tokenizer, extractor, batch_size=recipe.batch_size, seed=recipe.seed)
+    started = 0.0
+    # Two in three of the steps, or the queue's head start would hide how long batches take.
+    for step, batch in enumerate(batches(maker, recipe.steps, recipe.steps + steps, ahead=1)):
+        if step == steps // 3:
+            started = time.monotonic()
+        _step(trainee, optimizer, batch, recipe, recipe.ctc_end)
+    return (time.monotonic() - started) / (steps - steps // 3)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe from the command line."""
     default = Recipe()
@@ -260,7 +310,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--work", type=Path, help="folder for checkpoints [OUTPUT.work]")
-    parser.add_argument("--steps", type=int, default=default.steps, help="optimiser steps")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=default.steps, help="optimiser steps")
+    length.add_argument(
+        "--minutes", type=float, help="as many steps as this machine takes in that time"
+    )
     parser.add_argument("--seed", type=int, default=default.seed, help="weights and data")
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
@@ -282,6 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         decoder_layers=options.decoder_layers,
     )
     console = Console(soft_wrap=True)
+    if options.minutes is not None:
+        steps = max(round(options.minutes * 60 / _seconds_per_step(recipe)), 100)
+        recipe = replace(recipe, steps=steps)
+        console.print(
+            f"{steps} steps for {options.minutes:g} minutes: --steps {steps} repeats them"
+        )
     report = train(
         recipe,
         options.output,

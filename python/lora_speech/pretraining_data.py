@@ -91,7 +91,7 @@ class Utterance:
     language: str
 
 
-def window_seconds(progress: float, rng: random.Random) -> float:
+def window_seconds(step: int, steps: int, rng: random.Random) -> float:
     """Draw the window of a batch: short first, mostly the model's own in the end.
 
     The decoder finds its alignment on short utterances in a fraction of the steps it needs on long
@@ -99,18 +99,25 @@ def window_seconds(progress: float, rng: random.Random) -> float:
 
     Parameters
     ----------
-    progress : float
-        Share of the training that is done, 0 to 1.
+    step, steps : int
+        Steps done, and steps in all.
     rng : random.Random
         Draws the window.
     """
-    if progress < 0.06:
+    if step < 480:
         return WINDOWS[0]
-    if progress < 0.15:
+    if step < 1200:
         return rng.choice(WINDOWS[:3])
-    if progress < 0.7:
+    if step < 0.8 * steps:
         return rng.choice(WINDOWS[1:])
     return rng.choice((*WINDOWS[2:], WINDOWS[-1], WINDOWS[-1]))
+
+
+def token_id(tokenizer: WhisperTokenizer, token: str) -> int:
+    """Number of one token that the tokenizer has."""
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)
+    return number
 
 
 class BatchMaker:
@@ -145,18 +152,18 @@ class BatchMaker:
         self._fft_size = int(extractor.n_fft)
         self._hann = torch.hann_window(self._fft_size)
         self._ids = {
-            token: tokenizer.convert_tokens_to_ids(token)
+            token: token_id(tokenizer, token)
             for token in (
                 *("<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>", "<|nospeech|>"),
                 *("<|endoftext|>", "<|0.00|>", *(f"<|{name}|>" for name in corpus.LANGUAGES)),
             )
         }
 
-    def make(self, index: int, progress: float) -> Batch:
-        """Make the batch of a step."""
+    def make(self, index: int, steps: int) -> Batch:
+        """Make the batch of step ``index`` in a training of ``steps``."""
         rng = random.Random(f"{self.seed}/{index}")
         noise = np.random.default_rng((self.seed, index))
-        window = window_seconds(progress, rng)
+        window = window_seconds(index, steps, rng)
         count = min(int(self.batch_size * WINDOWS[-1] / window), 2 * self.batch_size)
         utterances = [self._utterance(window, rng) for _ in range(count)]
         waves = np.stack([self._spoil(utterance, noise) for utterance in utterances])
@@ -245,7 +252,7 @@ class BatchMaker:
         # Not abs().square(): the root would be as slow as the whole transform.
         power = torch.view_as_real(spectrum[..., :-1]).square().sum(-1)
         mels = self._filters @ power
-        mels = mels * torch.from_numpy(_equalisers(*mels.shape[:2], rng))
+        mels = mels * torch.from_numpy(_equalisers(mels.shape[0], mels.shape[1], rng))
         logs = mels.clamp(min=1e-10).log10()
         logs = torch.maximum(logs, logs.amax(dim=(1, 2), keepdim=True) - 8.0)
         features = (logs + 4.0) / 4.0
@@ -366,7 +373,7 @@ def _produce(queue: Any, maker: BatchMaker, first: int, steps: int) -> None:
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     for index in range(first, steps):
-        batch = maker.make(index, index / steps)
+        batch = maker.make(index, steps)
         arrays = {name: value.numpy() for name, value in vars(batch).items()}
         arrays["features"] = arrays["features"].astype(np.float16)
         while not _put(queue, arrays):

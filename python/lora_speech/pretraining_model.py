@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from lora_speech import corpus
-from lora_speech.pretraining_data import CHARACTERS, IGNORED, Batch
+from lora_speech.pretraining_data import CHARACTERS, IGNORED, Batch, token_id
 
 CHUNK_SECONDS = 5
 MELS = 80
@@ -91,8 +91,8 @@ def build_model(
     encoder_layers, decoder_layers : int
         Depths.
     """
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    end = token_id(tokenizer, "<|endoftext|>")
+    start = token_id(tokenizer, "<|startoftranscript|>")
     config = WhisperConfig(
         vocab_size=len(tokenizer),
         num_mel_bins=MELS,
@@ -123,7 +123,7 @@ def build_model(
 
 def _generation_config(tokenizer: WhisperTokenizer, start: int, end: int) -> GenerationConfig:
     def identifier(token: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(token))
+        return token_id(tokenizer, token)
 
     return GenerationConfig(
         decoder_start_token_id=start,
