@@ -1,0 +1,267 @@
+// The core without Python or torch: plans are pure and printable, refusals list every reason, and every implementation
+// stays inside its buffers (this program is built with AddressSanitizer and UndefinedBehaviorSanitizer).
+#include <vector>
+
+#include "check.h"
+#include "lora_kernels/implementations.h"
+#include "lora_kernels/int8_lora_linear.h"
+#include "lora_kernels/kv_attention_step.h"
+#include "lora_kernels/lora_linear.h"
+
+using namespace lora_kernels;
+
+namespace {
+
+constexpr uint32_t kAll = kIsaAvx2 | kIsaAvx512 | kIsaAvx512Vnni | kIsaAvx512Bf16;
+
+DeviceInfo device_with(uint32_t isa, int threads = 1) {
+  DeviceInfo device;
+  device.isa = isa;
+  device.threads = threads;
+  return device;
+}
+
+LoraLinearProblem linear_problem(int64_t rows, int64_t in, int64_t out, int64_t rank) {
+  LoraLinearProblem p;
+  p.rows = rows;
+  p.in_features = in;
+  p.out_features = out;
+  p.has_bias = true;
+  p.lora.adapters = rank > 0 ? 1 : 0;
+  p.lora.total_rank = p.lora.max_rank = rank;
+  return p;
+}
+
+void test_plans() {
+  LoraLinearPlan chosen, again;
+  const LoraLinearProblem p = linear_problem(1500, 512, 512, 16);
+  for (uint32_t isa : {uint32_t{0}, uint32_t{kIsaAvx2}, kAll}) {
+    check(plan(p, device_with(isa), &chosen).ok(), "a plan for isa " + isa_names(isa));
+    const char* expected = isa == 0 ? "generic" : isa == kAll ? "avx512" : "avx2";
+    check(contains(to_string(chosen), expected), to_string(chosen) + " should use " + expected);
+    plan(p, device_with(isa), &again);
+    check(to_string(chosen) == to_string(again), "the same problem and device give the same plan");
+  }
+  check(contains(to_string(p), "rows=1500") && contains(to_string(p), "rank=16"), to_string(p));
+
+  plan(p, device_with(kAll, 16), &chosen);
+  plan(linear_problem(1, 64, 64, 0), device_with(kAll, 16), &again);
+  check(chosen.tasks == 16, "a large product uses every thread: " + to_string(chosen));
+  check(again.tasks == 1, "a tiny product does not fork: " + to_string(again));
+
+  LoraLinearProblem half = p;
+  half.dtype = DType::kBFloat16;
+  DeviceInfo amd = device_with(kAll), intel = device_with(kAll);
+  amd.fast_bf16_dot = true;
+  plan(half, amd, &chosen);
+  plan(half, intel, &again);
+  check(chosen.bf16_dot && !again.bf16_dot, "bf16 dot products only where they are the faster ones");
+}
+
+void test_refusals() {
+  LoraLinearPlan chosen;
+  LoraLinearProblem p = linear_problem(4, 8, 8, 0);
+  p.dropout_p = 1.5;
+  check(contains(plan(p, device_with(kAll), &chosen).text, "dropout_p: expected"), "a bad probability is named");
+  p = linear_problem(10, 8, 8, 2);
+  p.lora.groups = 3;
+  check(contains(plan(p, device_with(kAll), &chosen).text, "adapter_ids"), "groups that do not divide are named");
+
+  force_implementation("avx512");
+  const Status refused = plan(linear_problem(1, 8, 8, 0), device_with(kIsaAvx2), &chosen);
+  force_implementation("");
+  check(refused.code == StatusCode::kUnsupported, "a forced implementation that cannot run is an error");
+  for (const char* part : {"avx512: this CPU lacks avx512", "avx2: not the forced one", "generic: not the forced one"})
+    check(contains(refused.text, part), "every reason is listed (" + std::string(part) + "): " + refused.text);
+  check(!force_implementation("sse2").ok(), "an unknown name is an error");
+}
+
+// y = x Wt + bias + 0.5 (x At) B at odd sizes, in a bank of two adapters
+void run_lora_linear(const DeviceInfo& device, DType dtype, int64_t rows, int64_t in, int64_t out) {
+  const int64_t ranks[2] = {3, 5}, total = 8;
+  LoraLinearProblem p = linear_problem(rows, in, out, total);
+  p.dtype = dtype;
+  p.lora.adapters = 2;
+  p.lora.max_rank = 5;
+  p.lora.groups = rows;
+  Buffer<float> bias(out), a(total * in), b(total * out), scales(2);
+  Buffer<int32_t> offsets(3), ids(rows);
+  std::vector<float> x(rows * in), w(out * in);
+  const auto fill = [](float* v, int64_t n, float s) {
+    for (int64_t i = 0; i < n; ++i) v[i] = from_bf16_bits(bf16_bits(normal() * s));
+  };
+  fill(x.data(), rows * in, 1);
+  fill(w.data(), out * in, 0.1f);
+  fill(bias.get(), out, 1);
+  fill(a.get(), total * in, 0.1f);
+  fill(b.get(), total * out, 1);
+  scales[0] = 0.5f, scales[1] = 2;
+  offsets[0] = 0, offsets[1] = 3, offsets[2] = 8;
+  for (int64_t m = 0; m < rows; ++m) ids[m] = static_cast<int32_t>(m % 3) - 1;
+  Buffer<uint16_t> x16(rows * in), w16(out * in), y16(rows * out);
+  Buffer<float> x32(rows * in), w32(out * in), y32(rows * out);
+  for (int64_t i = 0; i < rows * in; ++i) x16[i] = bf16_bits(x[i]), x32[i] = x[i];
+  for (int64_t i = 0; i < out * in; ++i) w16[i] = bf16_bits(w[i]), w32[i] = w[i];
+
+  LoraLinearPlan chosen;
+  check(plan(p, device, &chosen).ok(), "a plan");
+  Buffer<char> workspace = Buffer<char>::aligned(workspace_bytes(chosen));
+  LoraLinearArgs args;
+  const bool wide = dtype == DType::kFloat32;
+  args.x = wide ? static_cast<void*>(x32.get()) : x16.get();
+  args.weight = wide ? static_cast<void*>(w32.get()) : w16.get();
+  args.y = wide ? static_cast<void*>(y32.get()) : y16.get();
+  args.x_stride = args.weight_stride = in;
+  args.bias = bias.get();
+  args.lora.a = a.get();
+  args.lora.a_stride = in;
+  args.lora.b = b.get();
+  args.lora.b_stride_rank = out;
+  args.lora.b_stride_out = 1;
+  args.lora.scales = scales.get();
+  args.lora.offsets = offsets.get();
+  args.lora.adapter_ids = ids.get();
+  args.workspace = workspace.get();
+  const Status status = run(chosen, args, serial_executor());
+  check(status.ok(), status.text);
+  double worst = 0, largest = 1e-9;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < out; ++n) {
+      double y = bias[n];
+      for (int64_t k = 0; k < in; ++k) y += double{x[m * in + k]} * w[n * in + k];
+      for (int64_t r = 0; ids[m] >= 0 && r < ranks[ids[m]]; ++r) {
+        double t = 0;
+        for (int64_t k = 0; k < in; ++k) t += double{x[m * in + k]} * a[(offsets[ids[m]] + r) * in + k];
+        y += scales[ids[m]] * t * b[(offsets[ids[m]] + r) * out + n];
+      }
+      const double got = wide ? y32[m * out + n] : from_bf16_bits(y16[m * out + n]);
+      worst = std::fmax(worst, std::fabs(got - y));
+      largest = std::fmax(largest, std::fabs(y));
+    }
+  check(worst / largest < (wide ? 3e-6 : 1e-2), to_string(chosen) + ": error " + std::to_string(worst / largest));
+}
+
+void run_int8(const DeviceInfo& device, int64_t rows, int64_t in, int64_t out) {
+  Buffer<int8_t> w(out * in);
+  Buffer<float> x(rows * in), scales(out), y(rows * out), bias(out);
+  for (int64_t i = 0; i < out * in; ++i) w[i] = static_cast<int8_t>(static_cast<int>(generator()() % 255) - 127);
+  for (int64_t n = 0; n < out; ++n) scales[n] = 1, bias[n] = static_cast<float>(n);
+  // integer rows that quantize to themselves: the result is the integer sum
+  for (int64_t i = 0; i < rows * in; ++i) x[i] = static_cast<float>(static_cast<int>(generator()() % 255) - 127);
+  for (int64_t m = 0; m < rows; ++m) x[m * in] = 127;
+  Buffer<uint8_t> packed = Buffer<uint8_t>::aligned(int8_packed_bytes(out, in));
+  int8_pack(w.get(), scales.get(), out, in, packed.get());
+  Int8LoraLinearProblem p;
+  p.rows = rows;
+  p.in_features = in;
+  p.out_features = out;
+  p.has_bias = true;
+  Int8LoraLinearPlan chosen;
+  check(plan(p, device, &chosen).ok(), "a plan");
+  Buffer<char> workspace = Buffer<char>::aligned(workspace_bytes(chosen));
+  Int8LoraLinearArgs args;
+  args.x = x.get();
+  args.x_stride = in;
+  args.packed_weight = packed.get();
+  args.bias = bias.get();
+  args.y = y.get();
+  args.workspace = workspace.get();
+  const Status status = run(chosen, args, serial_executor());
+  check(status.ok(), status.text);
+  int64_t wrong = 0;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < out; ++n) {
+      int64_t sum = n;
+      for (int64_t k = 0; k < in; ++k) sum += static_cast<int64_t>(x[m * in + k]) * w[n * in + k];
+      wrong += static_cast<float>(sum) != y[m * out + n];
+    }
+  check(wrong == 0, to_string(chosen) + ": " + std::to_string(wrong) + " integer sums differ");
+}
+
+void run_attention(const DeviceInfo& device, int64_t rows, int64_t heads, int64_t size, int64_t capacity) {
+  const int64_t per_row = heads * size;
+  Buffer<float> q(rows * per_row), k(rows * per_row), v(rows * per_row), out(rows * per_row);
+  Buffer<float> k_cache(rows * per_row * capacity), v_cache(rows * per_row * capacity);
+  Buffer<int32_t> lengths(rows);
+  for (Buffer<float>* b : {&q, &k, &v, &k_cache, &v_cache})
+    for (int64_t i = 0; i < b->size(); ++i) (*b)[i] = normal();
+  for (int64_t i = 0; i < rows; ++i) lengths[i] = static_cast<int32_t>(i % capacity);
+  KvAttentionStepProblem p;
+  p.rows = p.cache_rows = rows;
+  p.heads = heads;
+  p.head_size = size;
+  p.capacity = capacity;
+  p.append = true;
+  KvAttentionStepPlan chosen;
+  const Status planned = plan(p, device, &chosen);
+  check(planned.ok(), planned.text);
+  Buffer<char> workspace = Buffer<char>::aligned(workspace_bytes(chosen));
+  KvAttentionStepArgs args;
+  args.q = q.get();
+  args.k = k.get();
+  args.v = v.get();
+  args.k_cache = k_cache.get();
+  args.v_cache = v_cache.get();
+  args.lengths = lengths.get();
+  args.scale = 0.5f;
+  args.out = out.get();
+  args.workspace = workspace.get();
+  const Status status = run(chosen, args, serial_executor());
+  check(status.ok(), status.text);
+  double worst = 0;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t h = 0; h < heads; ++h) {
+      std::vector<double> score(lengths[i] + 1);
+      double top = -1e300, sum = 0;
+      for (int64_t at = 0; at <= lengths[i]; ++at) {
+        for (int64_t d = 0; d < size; ++d)
+          score[at] += 0.5 * q[(i * heads + h) * size + d] * k_cache[((i * heads + h) * capacity + at) * size + d];
+        top = std::fmax(top, score[at]);
+      }
+      for (double& s : score) sum += s = std::exp(s - top);
+      for (int64_t d = 0; d < size; ++d) {
+        double y = 0;
+        for (int64_t at = 0; at <= lengths[i]; ++at)
+          y += score[at] / sum * v_cache[((i * heads + h) * capacity + at) * size + d];
+        worst = std::fmax(worst, std::fabs(y - out[(i * heads + h) * size + d]));
+      }
+    }
+  check(worst < 1e-5, to_string(chosen) + ": error " + std::to_string(worst));
+  lengths[0] = static_cast<int32_t>(capacity);
+  check(contains(run(chosen, args, serial_executor()).text, "lengths"), "a length beyond the cache is refused");
+}
+
+}  // namespace
+
+int main() {
+  test_plans();
+  test_refusals();
+  DeviceInfo host = host_device();
+  for (const char* name : {"generic", "avx2", "avx512"}) {
+    LoraLinearPlan probe;
+    force_implementation(name);
+    if (!plan(linear_problem(1, 1, 1, 0), host, &probe).ok()) {
+      std::printf("%s: not available on this CPU\n", name);
+      continue;
+    }
+    for (int threads : {1, 3}) {
+      host.threads = threads;
+      for (const auto& s : {std::vector<int64_t>{1, 1, 1}, {1, 33, 65}, {5, 70, 130}, {13, 96, 67}, {50, 130, 129}}) {
+        run_lora_linear(host, DType::kFloat32, s[0], s[1], s[2]);
+        run_lora_linear(host, DType::kBFloat16, s[0], s[1], s[2]);
+        run_int8(host, s[0], s[1], s[2]);
+        run_attention(host, s[0], 3, s[1], 1 + s[2] % 37);
+      }
+    }
+    if (std::string(name) == "avx512" && (host.isa & kIsaAvx512Bf16)) {
+      DeviceInfo fast = host;
+      fast.fast_bf16_dot = true;
+      run_lora_linear(fast, DType::kBFloat16, 50, 130, 129);
+      run_lora_linear(fast, DType::kBFloat16, 13, 96, 67);
+    }
+    std::printf("%s: done\n", name);
+  }
+  force_implementation("");
+  std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
+  return failures ? 1 : 0;
+}
