@@ -21,9 +21,9 @@ _HOME = {
     "Segment": "transcription",
     "SpeechError": "errors",
     "SpeechModel": "models.loading",
-    "TrainingConfig": "training",
+    "TrainingConfig": "training_config",
     "TrainingError": "errors",
-    "TrainingResult": "training",
+    "TrainingResult": "training_config",
     "TranscriptionInfo": "transcription",
     "Utterance": "manifest",
     "evaluate": "evaluation",
@@ -43,7 +43,34 @@ _HOME = {
 }
 """Public name to the module that defines it."""
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "AudioError",
+    "Evaluation",
+    "ManifestError",
+    "ModelError",
+    "Segment",
+    "SpeechError",
+    "SpeechModel",
+    "TrainingConfig",
+    "TrainingError",
+    "TrainingResult",
+    "TranscriptionInfo",
+    "Utterance",
+    "evaluate",
+    "finetune",
+    "greedy_decode",
+    "load_audio",
+    "load_base",
+    "load_for_serving",
+    "load_utterances",
+    "normalizer",
+    "read_manifest",
+    "run_demo",
+    "transcribe",
+    "transcribe_many",
+    "write_evaluation",
+    "write_manifest",
+]
 
 if TYPE_CHECKING:
     from lora_speech.audio import load_audio
@@ -60,7 +87,8 @@ if TYPE_CHECKING:
     from lora_speech.manifest import Utterance, load_utterances, read_manifest, write_manifest
     from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
     from lora_speech.text import normalizer
-    from lora_speech.training import TrainingConfig, TrainingResult, finetune
+    from lora_speech.training import finetune
+    from lora_speech.training_config import TrainingConfig, TrainingResult
     from lora_speech.transcription import (
         Segment,
         TranscriptionInfo,

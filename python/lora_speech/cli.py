@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from lora_speech.cli_options import choose_adapters, named_folders
 from lora_speech.errors import SpeechError
 
 app = typer.Typer(
@@ -130,8 +131,8 @@ def finetune(
     Example: lora-speech finetune --train train.jsonl --validation dev.jsonl --output adapters/me
     """
     from lora_speech.progress import STDERR, progress_bars, training_bars
-    from lora_speech.training import TrainingConfig
     from lora_speech.training import finetune as run
+    from lora_speech.training_config import TrainingConfig
 
     given = locals()
     settings = {f.name: given[f.name] for f in fields(TrainingConfig) if f.name in given}
@@ -199,7 +200,7 @@ def evaluate(
     from lora_speech.models.loading import load_for_serving
     from lora_speech.progress import counter, progress_bars
 
-    folders = _named_folders(adapter)
+    folders = named_folders(adapter)
     listed = load_utterances(data)
     model = load_for_serving(base, folders, int8=int8)
     only = next(iter(folders)) if len(folders) == 1 else None
@@ -261,14 +262,15 @@ def transcribe(
 
     Example: lora-speech transcribe --adapter me=adapters/me --int8 talk.mp3 --format srt
     """
+    from lora_speech.audio import check_audio_file
     from lora_speech.formats import render
     from lora_speech.models.loading import load_for_serving
     from lora_speech.transcription import transcribe_many
 
-    folders = _named_folders(adapter)
-    chosen = _choose(list(folders), use or [], len(files))
+    folders = named_folders(adapter)
+    chosen = choose_adapters(list(folders), use or [], len(files))
     for file in files:  # before the model takes its time to load
-        _check_audio(file)
+        check_audio_file(file)
     model = load_for_serving(base, folders, int8=int8)
     results = transcribe_many(
         model,
@@ -349,59 +351,6 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose text is meant for the user, as far as their modules are loaded at all."""
     kernels = sys.modules.get("lora_kernels.errors")
     return (SpeechError, kernels.LoraKernelsError) if kernels else (SpeechError,)
-
-
-def _named_folders(options: list[str] | None) -> dict[str, Path]:
-    """Read `NAME=FOLDER` (or `FOLDER`, named after itself) and check that the folders are there."""
-    folders: dict[str, Path] = {}
-    for option in options or []:
-        name, separator, folder = option.partition("=")
-        if not separator:
-            name, folder = Path(option).name or option, option
-        if not name or not folder:
-            raise SpeechError(
-                f"--adapter: expected NAME=FOLDER, got {option!r}; e.g. medical=adapters/medical"
-            )
-        if name in folders:
-            raise SpeechError(
-                f"--adapter: expected different names, got {name!r} twice; name them NAME=FOLDER"
-            )
-        if not Path(folder).is_dir():
-            raise SpeechError(
-                f"--adapter {name}: expected a folder with adapter_config.json and "
-                f"adapter_model.safetensors, got {folder!r}, which is not there; check the path"
-            )
-        folders[name] = Path(folder)
-    return folders
-
-
-def _choose(names: list[str], use: list[str], count: int) -> list[str | None]:
-    """Settle which adapter each of `count` files uses."""
-    if not use:
-        if len(names) > 1:
-            raise SpeechError(
-                f"--use: expected the adapter to use, because {len(names)} are loaded "
-                f"({', '.join(names)}); give --use NAME once, or once per file"
-            )
-        use = names or ["base"]
-    unknown = [name for name in use if name not in names and name != "base"]
-    if unknown:
-        raise SpeechError(
-            f"--use: expected one of {', '.join([*names, 'base'])}, got {unknown[0]!r}; load it "
-            "with --adapter NAME=FOLDER"
-        )
-    if len(use) not in (1, count):
-        raise SpeechError(
-            f"--use: expected one name, or one per file ({count}), got {len(use)}; correct it"
-        )
-    use = use * count if len(use) == 1 else use
-    return [name if name in names else None for name in use]
-
-
-def _check_audio(path: Path) -> None:
-    from lora_speech.audio import check_audio_file
-
-    check_audio_file(path)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lora_speech.encoding import FlatEncoder
 from lora_speech.errors import ModelError
 from lora_speech.projections import AdapterRows, joint_projection, projection
 from lora_speech.prompts import (
@@ -83,13 +84,12 @@ class WhisperDecoder:
     def __init__(self, model: Any, rows: AdapterRows) -> None:
         whisper = whisper_of(model)
         decoder = whisper.model.decoder
-        self.encoder = whisper.model.encoder
+        self.encode = FlatEncoder(whisper.model.encoder, rows)
         self.rows = rows
         self.tokens = special_tokens(whisper)
         self.width = int(whisper.config.d_model)
         self.embedding = decoder.embed_tokens.weight
         self.positions = decoder.embed_positions.weight
-        self.embed_scale = 1.0  # Whisper's decoder adds positions to unscaled embeddings
         self.layers = [_flatten_layer(layer, rows) for layer in decoder.layers]
         self.cross = [
             (
@@ -107,22 +107,6 @@ class WhisperDecoder:
         suppress = bias.to(self.embedding.dtype) if self.tokens.suppressed else None
         self.vocabulary = projection(whisper.proj_out, rows, extra_bias=suppress)
         self.all_tokens = projection(whisper.proj_out, rows)
-
-    def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Run the encoder, [batch, mel bands, frames] to [batch, frames, width].
-
-        On the CPU each utterance goes alone: a window fills the cores, and torch's convolutions
-        round differently in batches, which INT8 can make visible; a transcript must not depend on
-        its neighbours in the batch.
-        """
-        if features.shape[0] == 1 or features.device.type != "cpu":
-            with self.rows.active():
-                return self.encoder(features).last_hidden_state
-        encoded = []
-        for index, row in enumerate(features.split(1)):
-            with self.rows.active(index):
-                encoded.append(self.encoder(row).last_hidden_state)
-        return torch.cat(encoded)
 
     def start(self, encoded: torch.Tensor, capacity: int) -> DecoderState:
         """Allocate the cache and compute cross-attention's keys and values.
@@ -177,11 +161,11 @@ class WhisperDecoder:
         for layer, (keys, values), (cross_keys, cross_values) in zip(
             self.layers, state.self_cache, state.cross_cache, strict=True
         ):
-            n1, qkv, out, n2, cross_q, cross_out, n3, fc1, fc2, split, scale = layer
+            n1, qkv, out, n2, cross_q, cross_out, n3, fc1, fc2, scale = layer
             q, k, v = qkv(layer_norm(x, *n1))
             y, _ = attend(q, k, v, keys, values, None, None, lengths, slots, scale, None)
             x = out(y.view(shape), x)
-            q = cross_q(layer_norm(x, *n2), None).view(split(shape))
+            q = cross_q(layer_norm(x, *n2), None).view(q.shape)
             y, _ = attend(
                 q,
                 None,
@@ -353,7 +337,7 @@ def _flatten_layer(layer: Any, rows: AdapterRows) -> tuple[Any, ...]:
             f"activation_function: expected 'gelu', Whisper's, got "
             f"{type(layer.activation_fn).__name__}; use model.generate() for this model"
         )
-    heads, size = own.num_heads, own.head_dim
+    heads = own.num_heads
     norms = [
         (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         for norm in (
@@ -372,7 +356,6 @@ def _flatten_layer(layer: Any, rows: AdapterRows) -> tuple[Any, ...]:
         norms[2],
         projection(layer.fc1, rows, activation="gelu"),
         projection(layer.fc2, rows),
-        lambda shape: (shape[0], shape[1], heads, size),
         own.scaling,
     )
 

@@ -7,11 +7,9 @@ model has never heard the two accents; noise is added on top.
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,15 @@ import numpy as np
 import torch
 
 from lora_speech.decoding import greedy_decode
+from lora_speech.demo_speed import measure_speed, within_window
 from lora_speech.errors import MissingExtraError, ModelError
 from lora_speech.evaluation import Evaluation, evaluate
 from lora_speech.features import extract_features
 from lora_speech.files import write_json, write_text
 from lora_speech.manifest import Utterance
 from lora_speech.models.loading import SHIPPED, SpeechModel, load_base, load_for_serving
-from lora_speech.prompts import special_tokens
-from lora_speech.training import TrainingConfig, TrainingEvent, TrainingResult, finetune
+from lora_speech.training import finetune
+from lora_speech.training_config import TrainingConfig, TrainingEvent, TrainingResult
 
 NORMALIZATION = "basic"
 """Case and punctuation only: the corpus writes numbers as words, and they count word by word."""
@@ -53,14 +52,14 @@ class DemoSettings:
         Of everything.
     """
 
-    train: int = 320
+    train: int = 240
     validation: int = 24
     test: int = 60
-    steps: int = 240
-    second_steps: int = 120
-    batch_size: int = 16
+    steps: int = 200
+    second_steps: int = 100
+    batch_size: int = 8
     rank: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     noise_db: tuple[float, float] = (10.0, 25.0)
     speed_rounds: int = 9
     seed: int = 0
@@ -173,9 +172,8 @@ def run_demo(
 
         progress.stage("One batch with both adapters and the base")
         mixed = first_data.test[:4] + second_data.test[:4]
-        equal = mixed_batch_equal(
-            int8_model, mixed, [first, None, first, None] + [second, None] * 2
-        )
+        names = [(first, second, None)[index % 3] for index in range(len(mixed))]
+        equal = mixed_batch_equal(int8_model, mixed, names)
 
         progress.stage("Decoding speed, in turns with transformers + peft")
         speed = measure_speed(
@@ -269,7 +267,7 @@ def mixed_batch_equal(
     model: SpeechModel, utterances: list[Utterance], adapters: list[str | None]
 ) -> bool:
     """Tell whether a batch of several adapters gives the tokens that each row alone gives."""
-    recordings = [_within_window(model, u) for u in utterances]
+    recordings = [within_window(model, u) for u in utterances]
     features = extract_features(model, recordings)[model.family.features.input_name]
     together = greedy_decode(model.model, features, adapters=adapters, language="en").tokens
     alone = [
@@ -277,75 +275,6 @@ def mixed_batch_equal(
         for i, name in enumerate(adapters)
     ]
     return together == alone
-
-
-def measure_speed(
-    model: SpeechModel,
-    base: str | os.PathLike[str],
-    adapter_folder: Path,
-    adapter: str,
-    utterance: Utterance,
-    rounds: int,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Decode the same features in turns, with `model` and with transformers + peft unfused.
-
-    Both get the same features at batch 1, run the encoder and the decoder, and produce the same
-    number of new tokens (the end of text is suppressed); the first round of each is not counted.
-
-    Returns
-    -------
-    dict
-        Medians `ours` and `transformers_peft` in tokens per second, their `ratio`, `new_tokens`,
-        `threads`, and every measurement in seconds under `rounds`.
-    """
-    from peft import PeftModel
-
-    peer = load_base(base)
-    unfused = PeftModel.from_pretrained(peer.model, str(adapter_folder)).eval()
-    name = model.family.features.input_name
-    features = extract_features(model, [_within_window(model, utterance)])[name]
-    count = min(64, special_tokens(model.model).max_positions - 8)
-
-    def ours() -> int:
-        decoded = greedy_decode(
-            model.model, features, adapters=[adapter], language="en",
-            max_new_tokens=count, min_new_tokens=count,
-        )  # fmt: skip
-        return len(decoded.tokens[0])
-
-    def theirs() -> int:
-        with torch.inference_mode(), _quiet_transformers():
-            tokens = unfused.generate(
-                features, language="en", task="transcribe", num_beams=1, do_sample=False,
-                max_new_tokens=count, min_new_tokens=count,
-            )  # fmt: skip
-        return min(count, int(tokens.shape[-1]))
-
-    times: dict[str, list[float]] = {"ours": [], "transformers_peft": []}
-    for turn in range(rounds + 1):
-        for label, decode in (("ours", ours), ("transformers_peft", theirs)):
-            begin = time.perf_counter()
-            produced = decode()
-            seconds = time.perf_counter() - begin
-            if produced != count:
-                raise ModelError(
-                    f"speed: expected {count} new tokens from {label}, got {produced}; the "
-                    "comparison would not be fair: please report this"
-                )
-            if turn:
-                times[label].append(seconds)
-        progress(turn + 1, rounds + 1)
-    medians = {label: count / statistics.median(seconds) for label, seconds in times.items()}
-    return {
-        "ours": round(medians["ours"], 1),
-        "transformers_peft": round(medians["transformers_peft"], 1),
-        "ratio": round(medians["ours"] / medians["transformers_peft"], 2),
-        "new_tokens": count,
-        "batch_size": 1,
-        "threads": torch.get_num_threads(),
-        "rounds": {k: [round(s, 5) for s in v] for k, v in times.items()},
-    }
 
 
 def _accents() -> tuple[str, str]:
@@ -357,12 +286,6 @@ def _accents() -> tuple[str, str]:
             "install the speech extra: pip install 'lora-kernels[speech]'"
         )
     return synthesis.HELD_OUT_ACCENTS[0], synthesis.HELD_OUT_ACCENTS[1]
-
-
-def _within_window(model: SpeechModel, utterance: Utterance) -> np.ndarray:
-    samples = utterance.samples(model.sampling_rate)
-    limit = model.window_seconds
-    return samples if limit is None else samples[: int(limit * model.sampling_rate)]
 
 
 def _training_record(run: TrainingResult, settings: DemoSettings) -> dict[str, Any]:
@@ -412,16 +335,3 @@ def _environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep generate()'s remarks about its own arguments off the terminal."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

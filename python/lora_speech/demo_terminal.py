@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lora_speech.demo import DemoProgress
 from lora_speech.progress import counter, training_bars
-from lora_speech.training import TrainingEvent
+from lora_speech.training_config import TrainingEvent
 
 
 class TerminalProgress(DemoProgress):

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lora_speech.training import TrainingEvent
+from lora_speech.training_config import TrainingEvent
 
 STDERR = Console(stderr=True, highlight=False)
 """Progress and messages go to standard error, results to standard output."""

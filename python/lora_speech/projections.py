@@ -50,6 +50,7 @@ class AdapterRows:
 
         None keeps what an enclosing `lora_kernels.use_adapters` chose.
         """
+        import lora_kernels as lk
         from lora_kernels.adapters.registry import ACTIVE_SELECTION, AdapterSelection
 
         if adapters is None:
@@ -68,6 +69,8 @@ class AdapterRows:
                 f"adapters: expected one for all rows or one (or None) per row ({batch}), got "
                 f"{len(names)}; give as many as there are recordings"
             )
+        with lk.use_adapters(names):  # refuses names that nobody loaded
+            pass
         if len(names) > 1:
             names = [name for name in names for _ in range(batch // len(names))]
         registry = next(
@@ -79,16 +82,24 @@ class AdapterRows:
         return cls(names, ids)
 
     @contextmanager
-    def active(self, row: int | None = None) -> Iterator[None]:
-        """Choose the same adapters, or those of one row, for what runs as modules (the encoder)."""
+    def active(self) -> Iterator[None]:
+        """Choose the same adapters for what runs as modules."""
         import lora_kernels as lk
 
         if self.names is None:
             yield
             return
-        one = row is not None and len(self.names) > 1
-        with lk.use_adapters([self.names[row]] if one else self.names):
+        with lk.use_adapters(self.names):
             yield
+
+    def of_row(self, row: int) -> tuple[list[str | None] | None, torch.Tensor | None]:
+        """Names and ids of one row alone."""
+        names, ids = self.names, self.ids
+        if names is not None and len(names) > 1:
+            names = [names[row]]
+        if ids is not None and ids.numel() > 1:
+            ids = ids[row : row + 1]
+        return names, ids
 
     def keep(self, index: torch.Tensor) -> None:
         """Go on with some of the rows only."""

@@ -1,0 +1,54 @@
+"""Options of the command line that need reading: which adapters, and for which files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_speech.errors import SpeechError
+
+
+def named_folders(options: list[str] | None) -> dict[str, Path]:
+    """Read `NAME=FOLDER` (or `FOLDER`, named after itself) and check that the folders are there."""
+    folders: dict[str, Path] = {}
+    for option in options or []:
+        name, separator, folder = option.partition("=")
+        if not separator:
+            name, folder = Path(option).name or option, option
+        if not name or not folder:
+            raise SpeechError(
+                f"--adapter: expected NAME=FOLDER, got {option!r}; e.g. medical=adapters/medical"
+            )
+        if name in folders:
+            raise SpeechError(
+                f"--adapter: expected different names, got {name!r} twice; name them NAME=FOLDER"
+            )
+        if not Path(folder).is_dir():
+            raise SpeechError(
+                f"--adapter {name}: expected a folder with adapter_config.json and "
+                f"adapter_model.safetensors, got {folder!r}, which is not there; check the path"
+            )
+        folders[name] = Path(folder)
+    return folders
+
+
+def choose_adapters(names: list[str], use: list[str], count: int) -> list[str | None]:
+    """Settle which adapter each of `count` files uses."""
+    if not use:
+        if len(names) > 1:
+            raise SpeechError(
+                f"--use: expected the adapter to use, because {len(names)} are loaded "
+                f"({', '.join(names)}); give --use NAME once, or once per file"
+            )
+        use = names or ["base"]
+    unknown = [name for name in use if name not in names and name != "base"]
+    if unknown:
+        raise SpeechError(
+            f"--use: expected one of {', '.join([*names, 'base'])}, got {unknown[0]!r}; load it "
+            "with --adapter NAME=FOLDER"
+        )
+    if len(use) not in (1, count):
+        raise SpeechError(
+            f"--use: expected one name, or one per file ({count}), got {len(use)}; correct it"
+        )
+    use = use * count if len(use) == 1 else use
+    return [name if name in names else None for name in use]
