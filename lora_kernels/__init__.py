@@ -20,11 +20,11 @@ from .live import (
     AdapterInfo,
     add_adapter,
     get_adapter,
+    list_adapters,
     load_adapter,
     remove_adapter,
     save_adapter,
 )
-from .live import adapters as adapters  # type: ignore[assignment]  # also the subpackage's name
 from .merge import MergeReport, merge
 from .nn import (
     Int8LoraLinear,
@@ -54,11 +54,11 @@ __all__ = [
     "SwapError",
     "SwapReport",
     "UnsupportedError",
-    "adapters",
     "add_adapter",
     "errors",
     "force_implementation",
     "get_adapter",
+    "list_adapters",
     "load_adapter",
     "merge",
     "nn",

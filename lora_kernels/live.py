@@ -218,7 +218,7 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
     return _registry(model, name).get(name)
 
 
-def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
+def list_adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     """The live adapters of a model by name, in the order in which they were first added."""
     registry = registry_of(model)
     return {} if registry is None else {name: _info(registry, name) for name in registry.names}

@@ -98,7 +98,7 @@ def test_hot_swap_remove_and_reuse_of_indices(served):
     with lk.use_adapters("b"):
         b = _logits(served, inputs, tokens)
     lk.remove_adapter(served, "a")
-    assert list(lk.adapters(served)) == ["b"]
+    assert list(lk.list_adapters(served)) == ["b"]
     with lk.use_adapters("b"):
         torch.testing.assert_close(_logits(served, inputs, tokens), b)
         new = adapter(served, 2, seed=3)
@@ -112,7 +112,7 @@ def test_hot_swap_remove_and_reuse_of_indices(served):
             )
     lk.remove_adapter(served, "b")
     lk.remove_adapter(served, "c")
-    assert lk.adapters(served) == {}
+    assert lk.list_adapters(served) == {}
     fc1 = served.model.encoder.layers[0].fc1
     assert fc1.bank is None
 
@@ -230,7 +230,7 @@ def test_an_adapter_of_another_model_names_the_nearest_modules():
         lk.add_adapter(model, lk.Adapter({"model.encoder.layers.0.attn.query_proj": layer}), "x")
     with pytest.raises(lk.AdapterError, match="conv2"):
         lk.add_adapter(model, lk.Adapter({"model.encoder.conv2": layer}), "x")
-    assert lk.adapters(model) == {}
+    assert lk.list_adapters(model) == {}
     assert before == {name: type(module) for name, module in model.named_modules()}
 
 
@@ -261,8 +261,8 @@ def test_a_pickled_model_keeps_its_adapters(served):
     with lk.use_adapters(NAMES):
         torch.testing.assert_close(_logits(loaded, inputs, tokens), _logits(served, inputs, tokens))
     lk.add_adapter(loaded, lk.get_adapter(loaded, "a"), "again")
-    assert list(lk.adapters(loaded)) == ["a", "b", "again"]
-    assert list(lk.adapters(served)) == ["a", "b"]
+    assert list(lk.list_adapters(loaded)) == ["a", "b", "again"]
+    assert list(lk.list_adapters(served)) == ["a", "b"]
 
 
 def test_selections_do_not_leak_into_other_threads(served):

@@ -33,7 +33,7 @@ def test_merged_equals_unmerged(rank, seed, dtype):
     assert set(report.modules) == {"0", "2"}
     assert all(report.modules.values())
     assert "2 modules" in str(report)
-    assert lk.adapters(model) == {}
+    assert lk.list_adapters(model) == {}
 
 
 def test_merging_whisper_leaves_other_adapters_live():
@@ -58,7 +58,7 @@ def test_what_cannot_be_merged_leaves_the_model_unchanged():
     with pytest.raises(lk.SwapError, match="merge first, then quantize"):
         lk.merge(model, "a")
     assert torch.equal(model[0].weight, before)
-    assert "a" in lk.adapters(model)
+    assert "a" in lk.list_adapters(model)
 
     model = whisper()
     lk.add_adapter(model, adapter(model, 3, seed=1, names=["proj_out"]), "tied")

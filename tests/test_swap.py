@@ -163,7 +163,7 @@ def test_unswap_drops_live_adapters_and_keeps_quantized_layers():
     lk.quantize(model, modules=["fc1"])
     report = lk.unswap(model)
     assert any("'a'" in note or " a" in note for note in report.notes)
-    assert lk.adapters(model) == {}
+    assert lk.list_adapters(model) == {}
     assert "quantized" in report.reason("model.encoder.layers.0.fc1")
     assert generate(model, features()).numel()
 
