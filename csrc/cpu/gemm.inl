@@ -131,10 +131,11 @@ inline void clear(Tile<MR, NV>& c) {
 }
 
 // c[i] += sum over k of a[i * a_stride + k * k_stride] * panel[k]. Panel rows are panel_stride floats apart. With kPairs
-// every "float" of a and panel is a pair of bf16.
+// every "float" of a and panel is a pair of bf16. A function of its own: g++ unrolls loops completely only to a nesting of
+// 8, which inlining into the callers' loops exceeds, and then keeps the sums in memory.
 template <bool kPairs = false, int MR, int NV>
-inline void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride, const float* panel,
-                       int64_t panel_stride, int64_t depth) {
+__attribute__((noinline)) void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride,
+                                          const float* panel, int64_t panel_stride, int64_t depth) {
   // A local array whose indices are all constants after unrolling: only so does g++ keep the sums in registers.
   F sum[MR][NV];
 #pragma GCC unroll 16
