@@ -1,6 +1,9 @@
 #include "lora_kernels/implementations.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <cstdlib>
 #include <mutex>
@@ -75,6 +78,12 @@ DeviceInfo host_device() {
   has(avx512, kIsaAvx512);
   has(avx512 && __builtin_cpu_supports("avx512vnni"), kIsaAvx512Vnni);
   has(avx512 && __builtin_cpu_supports("avx512bf16"), kIsaAvx512Bf16);
+  unsigned a = 0, b = 0, c = 0, d = 0;  // sets that __builtin_cpu_supports of older compilers does not know
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    has(d >> 22 & 1, kIsaAmxBf16);
+    has(d >> 25 & 1, kIsaAmxInt8);
+  }
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) has((device.isa & kIsaAvx2) && (a >> 4 & 1), kIsaAvxVnni);
   device.fast_bf16_dot = (device.isa & kIsaAvx512Bf16) && __builtin_cpu_is("amd");
 #endif
   return device;
