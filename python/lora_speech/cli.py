@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -331,6 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Bars of libraries underneath would run into ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
     try:
         app(args=arguments, standalone_mode=True)
     except (ValueError, ImportError) as error:

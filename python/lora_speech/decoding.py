@@ -122,12 +122,9 @@ class WhisperDecoder:
         own, cross = [], []
         for keys, values, heads in self.cross:
             shape = (batch, frames, heads, width // heads)
-            cross.append(
-                tuple(
-                    project(encoded, None).view(shape).transpose(1, 2).contiguous()
-                    for project in (keys, values)
-                )
-            )
+            cross_keys = keys(encoded, None).view(shape).transpose(1, 2).contiguous()
+            cross_values = values(encoded, None).view(shape).transpose(1, 2).contiguous()
+            cross.append((cross_keys, cross_values))
             empty = encoded.new_empty(2, batch, heads, capacity, width // heads)
             own.append((empty[0], empty[1]))
         lengths = torch.full((batch,), frames, dtype=torch.int32, device=encoded.device)

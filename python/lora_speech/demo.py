@@ -59,7 +59,7 @@ class DemoSettings:
     second_steps: int = 100
     batch_size: int = 8
     rank: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     noise_db: tuple[float, float] = (10.0, 25.0)
     speed_rounds: int = 9
     seed: int = 0

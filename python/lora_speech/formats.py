@@ -18,8 +18,7 @@ def to_text(segments: Sequence[Segment], info: TranscriptionInfo | None = None) 
 
 
 def to_json(segments: Sequence[Segment], info: TranscriptionInfo | None = None) -> str:
-    """A JSON object with `text`, `segments` (`start`, `end` in seconds, `text`) and what is known
-    of the recording."""
+    """A JSON object: `text`, `segments` (`start`, `end` in seconds, `text`) and the recording."""
     record: dict[str, object] = {"text": to_text(segments).strip()}
     if info is not None:
         record |= {

@@ -11,6 +11,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -55,7 +56,7 @@ def counter(bars: Progress, description: str, total: int | None = None) -> Count
 def training_bars(bars: Progress, description: str) -> Callable[[TrainingEvent], None]:
     """Add the bars of a fine-tuning run: preparation, then steps with loss and word error rate."""
     prepare = bars.add_task(f"{description}: features", total=None, note="")
-    train: list[int] = []
+    train: list[TaskID] = []
     note = {"loss": "", "wer": ""}
     smooth: list[float] = []
 

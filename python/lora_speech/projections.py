@@ -152,14 +152,10 @@ def linear_parts(module: Any) -> LinearParts | None:
         if bank is not None and bank.total_rank:
             lora = (bank.lora_a, bank.lora_b, bank.scales, bank.offsets)
         packed = isinstance(module, Int8LoraLinear)
+        weight: Any = module.packed_weight if packed else module.weight
+        x_scale: Any = module.x_scale if packed else None
         return LinearParts(
-            module.packed_weight if packed else module.weight,
-            packed,
-            module.out_features,
-            module.bias,
-            lora,
-            routed=True,
-            x_scale=module.x_scale if packed else None,
+            weight, packed, module.out_features, module.bias, lora, routed=True, x_scale=x_scale
         )
     if type(module) is torch.nn.Linear and not module._forward_hooks:
         return LinearParts(module.weight, False, module.out_features, module.bias)

@@ -103,7 +103,8 @@ def render_report(report: dict[str, Any]) -> str:
         _section(
             "Decoding speed",
             f"Features to {speed['new_tokens']} tokens, encoder included, batch 1, "
-            f"{speed['threads']} thread{'s' * (speed['threads'] > 1)}; medians of measurements taken in turns in this run.",
+            f"{speed['threads']} thread{'s' * (speed['threads'] > 1)}; medians of measurements "
+            "taken in turns in this run.",
             bar_chart(
                 [
                     (

@@ -266,13 +266,14 @@ def attach_lora(speech_model: SpeechModel, config: TrainingConfig) -> Any:
     import lora_kernels as lk
 
     targets = list(config.targets or speech_model.family.lora_targets)
+    alpha: Any = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     speech_model.model.config.apply_spec_augment = False  # ours depends on the step alone
     try:
         model = get_peft_model(
             speech_model.model,
             LoraConfig(
                 r=config.rank,
-                lora_alpha=config.alpha,
+                lora_alpha=alpha,
                 lora_dropout=config.dropout,
                 use_rslora=config.rslora,
                 target_modules=targets,

@@ -222,7 +222,8 @@ def _batches(
 ) -> list[list[tuple[int, Window]]]:
     """Group windows; where a language is to be detected, recordings' first windows come first."""
     seen: set[int] = set()
-    first, rest = [], []
+    first: list[tuple[int, Window]] = []
+    rest: list[tuple[int, Window]] = []
     for job in jobs:
         leads = multilingual and languages[job[0]] is None and job[0] not in seen
         seen.add(job[0])

@@ -1,4 +1,4 @@
-"""The lean greedy decode gives the tokens of transformers, plain, swapped, INT8 and with adapters."""
+"""The lean greedy decode gives the tokens of transformers: plain, swapped, with adapters."""
 
 from __future__ import annotations
 

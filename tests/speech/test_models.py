@@ -111,7 +111,7 @@ def test_conformers_train_and_serve_peft_adapters(name: str, tmp_path: Path) -> 
 
 def test_families_are_found_by_model_type() -> None:
     assert family_of("whisper").name == "Whisper"
-    with pytest.raises(ModelError, match="known family, Whisper .* got model_type 'bert'"):
+    with pytest.raises(ModelError, match=r"known family, Whisper .* got model_type 'bert'"):
         family_of("bert")
 
 
@@ -147,7 +147,7 @@ def test_missing_bases(base: str) -> None:
 
 
 def test_damaged_bases(tiny_whisper_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config.json"):
         load_base(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(tiny_whisper_folder, copy)

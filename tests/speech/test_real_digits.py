@@ -53,7 +53,7 @@ def test_a_real_speaker_is_learnt(real_speech: Path, tmp_path: Path) -> None:
     held_out = digit_strings(fsdd, speaker, range(5, 10), 12, seed=2)
     train = digit_strings(fsdd, speaker, range(10, 50), 160, seed=3)
     before = evaluate(load_for_serving(base), test, normalization="basic").rates.wer
-    config = TrainingConfig(steps=120, learning_rate=2e-3, validate_every=40)
+    config = TrainingConfig(steps=120, validate_every=40)
     finetune(base, train, held_out, tmp_path / "adapter", config)
     tuned = load_for_serving(base, {speaker: tmp_path / "adapter"}, int8=True)
     after = evaluate(tuned, test, adapter=speaker, normalization="basic").rates.wer

@@ -229,7 +229,7 @@ def test_bad_outputs_and_data_write_nothing(tiny_whisper_folder: Path, tmp_path:
     with pytest.raises(SpeechError, match="got nothing there"):
         finetune("./nowhere", utterances(2), None, out, config())
     assert not out.exists()
-    with pytest.raises(TrainingError, match="targets: .*q_proj.* got nonsense"):
+    with pytest.raises(TrainingError, match=r"targets: .*q_proj.* got nonsense"):
         finetune(tiny_whisper_folder, utterances(2), None, out, config(targets=("nonsense",)))
     assert not out.exists()
     (tmp_path / "file").write_text("x")
@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_is_named(tiny_whisper_folder: Path, tmp_path: Path
 
 
 def test_a_diverging_run_says_so(tiny_whisper_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="loss: expected a finite number.*learning-rate"):
+    with pytest.raises(TrainingError, match=r"loss: expected a finite number.*learning-rate"):
         finetune(
             tiny_whisper_folder,
             utterances(4),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,9 @@ def load_base(base: str | os.PathLike[str] = SHIPPED, *, device: str = "cpu") ->
     processor_class = getattr(transformers, family.processor_class)
     try:
         # safetensors only: a pickled checkpoint could run code of its own.
-        model = model_class.from_pretrained(location, dtype=torch.float32, use_safetensors=True)
-        processor = processor_class.from_pretrained(location)
+        with _no_bars(transformers.utils.logging):
+            model = model_class.from_pretrained(location, dtype=torch.float32, use_safetensors=True)
+            processor = processor_class.from_pretrained(location)
     except Exception as error:  # transformers and its clients raise many unrelated types
         raise ModelError(
             f"base {str(base)!r}: expected a complete {family.name} in the Hugging Face layout "
@@ -174,6 +176,18 @@ def quantized_names(speech_model: SpeechModel) -> list[str]:
         and not family.covers(name, family.floating_point)
         and getattr(module, "weight", None) is not None
     ]
+
+
+@contextmanager
+def _no_bars(logging: Any) -> Iterator[None]:
+    """Keep transformers' bars off the terminal: loading a local model takes no time to show."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _locate(base: str | os.PathLike[str]) -> str:
