@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from . import _library as _library
+from ._dispatch import forward_only, straight
 
 _op = torch.ops.lora_kernels.int8_lora_linear.default
+_straight = straight(_op)
 _pack_op = torch.ops.lora_kernels.int8_pack.default
 _unpack_op = torch.ops.lora_kernels.int8_unpack.default
 
@@ -82,7 +84,8 @@ def int8_lora_linear(
         If a shape, dtype or value does not fit (the text names the argument, what was expected,
         what came, and the fix), or if a gradient is asked for.
     """
-    return _op(
+    call = _straight if forward_only(x) else _op
+    return call(
         x,
         packed_weight,
         out_features,
