@@ -312,7 +312,6 @@ def demo(
     from lora_speech.demo_terminal import TerminalProgress, print_table
     from lora_speech.progress import progress_bars
 
-    output.mkdir(parents=True, exist_ok=True)
     with progress_bars() as bars:
         report = run_demo(base, output, DemoSettings(seed=seed), TerminalProgress(bars))
     print_table(report)
@@ -341,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
         typer.echo(f"lora-speech: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("lora-speech: interrupted", err=True)
+        typer.echo("lora-speech: interrupted (finetune continues with --resume)", err=True)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone (e.g. `| head`): nothing more to say, and nobody to.
