@@ -7,14 +7,15 @@
 // that a call forks once: quantizing a few rows once per task costs less than a second fork.
 //   LoRA-up is r more steps over k on the sums, once they are fp32; bias, activation and residual follow before y is
 //   written.
+// Measured (one core with AVX-512 VNNI and a peak of 970 Gop/s, weights in cache): 256 rows of 512 x 512 800 Gop/s with
+// quantization and bias, 83 % of the peak; a live adapter of rank 16 adds 30 %, GELU 13 %, the residual 6 %. Tried and
+// lost: integer products inlined into the tile (g++ keeps the sums in memory: a third of the speed), prefetching y.
 
 constexpr int64_t kBlockBytesPerStep = kInt8BlockChannels * kInt8StepDepth;
 constexpr int kPanelsPerBlock = static_cast<int>(kInt8BlockChannels / kPanel);
-// A chunk of quantized rows takes at most this of the second cache (1 to 2 MB; weights, x and y pass through the rest)
-// ...
+// A chunk of quantized rows takes at most this of the second cache: weights, x and y pass through the rest ...
 constexpr int64_t kChunkBytes = 192 * 1024;
-// ... but has enough rows to pay for reading all weights again, and no more than x in fp32 allows to stay there as
-// well.
+// ... but it has enough rows to pay for reading all weights again, and few enough for x in fp32 to stay there as well.
 constexpr int64_t kFewestChunkRows = 48, kMostChunkRows = 96;
 // From here on rows are split over the tasks before columns are: quantizing all rows in every task would cost more than
 // reading all weights in every task.
@@ -219,6 +220,15 @@ __attribute__((noinline)) void int8_tile(Int8Task& task, int64_t i, int64_t c, A
   const Int8Scratch& s = task.s;
   const uint8_t *q = s.q + i * s.q_stride, *w = task.weights + c * kInt8StepDepth;
   const int32_t* start = task.compensation + c;
+  // The residual travels while the products are computed. (The same for y gained nothing: stores are buffered.)
+  if (task.epilogue.residual) {
+    const int64_t size = size_of(task.epilogue.dtype);
+    for (int r = 0; r < MR; ++r) {
+      const char* row = static_cast<const char*>(task.epilogue.residual) +
+                        ((task.first_row + i + r) * task.epilogue.out_features + task.column + c) * size;
+      for (int64_t byte = 0; byte < NV * kLanes * size; byte += 64) prefetch(row + byte);
+    }
+  }
   alignas(64) int32_t products[MR * NV * kLanes];
   if (ahead == Ahead::kStream)
     int8_dots<Ahead::kStream, MR, NV>(start, q, s.q_stride, w, task.steps, next, products);
