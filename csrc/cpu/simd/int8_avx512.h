@@ -5,20 +5,12 @@ constexpr bool kUnsignedActivations = true;  // vpdpbusd takes u8 times s8
 constexpr int kInt8TileRows = 6, kInt8TileVectors = 4, kInt8RowVectors = 4;
 
 typedef __m512i Weights;
-inline Weights load_weights(const uint8_t* p) {
-  return _mm512_loadu_si512(p);
-}
+inline Weights load_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
 // As an instruction on purpose: with intrinsics g++ 12 copies accumulators and spills them.
-inline void int8_dot_into(I& c, I x, const Weights& w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
-}
+inline void int8_dot_into(I& c, I x, const Weights& w) { asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(x), "v"(w)); }
 
-inline I max_int(I a, I b) {
-  return (I)_mm512_max_epi32((__m512i)a, (__m512i)b);
-}
-inline int32_t reduce_max_int(I v) {
-  return _mm512_reduce_max_epi32((__m512i)v);
-}
+inline I max_int(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+inline int32_t reduce_max_int(I v) { return _mm512_reduce_max_epi32((__m512i)v); }
 
 inline void store_activations(uint8_t* q, I a, I b, I c, I d) {
   // The packs work within 128-bit lanes: dwords a0 b0 c0 d0, a1 b1 ... are put in order afterwards.
