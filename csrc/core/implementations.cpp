@@ -28,8 +28,12 @@ struct NamedIsa {
   const char* name;
 };
 constexpr NamedIsa kNames[] = {
-    {kIsaAvx2, "avx2"},          {kIsaAvx512, "avx512"},      {kIsaAvx512Vnni, "avx512_vnni"},
-    {kIsaAvx512Bf16, "avx512_bf16"}, {kIsaAvxVnni, "avx_vnni"}, {kIsaAmxInt8, "amx_int8"},
+    {kIsaAvx2, "avx2"},
+    {kIsaAvx512, "avx512"},
+    {kIsaAvx512Vnni, "avx512_vnni"},
+    {kIsaAvx512Bf16, "avx512_bf16"},
+    {kIsaAvxVnni, "avx_vnni"},
+    {kIsaAmxInt8, "amx_int8"},
     {kIsaAmxBf16, "amx_bf16"},
 };
 

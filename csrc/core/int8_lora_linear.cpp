@@ -26,12 +26,13 @@ constexpr int64_t kMostInFeatures = 131072;
 
 Status validate(const Int8LoraLinearProblem& p) {
   Check check("int8_lora_linear");
-  check.that(p.rows >= 0 && p.in_features >= 0 && p.out_features >= 0, "x, out_features: sizes must not be negative");
-  check.that(p.in_features <= kMostInFeatures, "x: expected at most " + std::to_string(kMostInFeatures) +
-                                                   " columns, so that integer sums cannot overflow" +
-                                                   got(p.in_features) + "; split the layer");
-  check.that(is_floating(p.dtype),
-             "x: expected float32, float16 or bfloat16, got int8; x is quantized by the operator");
+  if (!(p.rows >= 0 && p.in_features >= 0 && p.out_features >= 0))
+    check.fail("x, out_features: sizes must not be negative");
+  if (p.in_features > kMostInFeatures)
+    check.fail("x: expected at most " + std::to_string(kMostInFeatures) +
+               " columns, so that integer sums cannot overflow" + got(p.in_features) + "; split the layer");
+  if (!is_floating(p.dtype))
+    check.fail("x: expected float32, float16 or bfloat16, got int8; x is quantized by the operator");
   check_lora_shape(&check, p.lora, p.rows);
   return check.status();
 }
@@ -51,9 +52,7 @@ Status plan(const Int8LoraLinearProblem& problem, const DeviceInfo& device, Int8
   return {};
 }
 
-int64_t workspace_bytes(const Int8LoraLinearPlan& plan) {
-  return plan.workspace;
-}
+int64_t workspace_bytes(const Int8LoraLinearPlan& plan) { return plan.workspace; }
 
 Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor) {
   const Int8LoraLinearProblem& p = plan.problem;
@@ -62,9 +61,9 @@ Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const
   check_lora_bank(&check, p.lora, args.lora);
   if (p.static_scale) {
     const float scale = *args.x_scale;
-    check.that(scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale),
-               "x_scale: expected a positive finite scale, got " + std::to_string(scale) +
-                   "; calibrate again, or pass None to quantize every row by its own maximum");
+    if (!(scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale)))
+      check.fail("x_scale: expected a positive finite scale, got " + std::to_string(scale) +
+                 "; calibrate again, or pass None to quantize every row by its own maximum");
   }
   if (!check.status().ok()) return check.status();
   kTable.count_run(plan.implementation);

@@ -175,9 +175,7 @@ Status plan(const KvAttentionStepProblem& problem, const DeviceInfo& device, KvA
   return {};
 }
 
-int64_t workspace_bytes(const KvAttentionStepPlan& plan) {
-  return plan.workspace;
-}
+int64_t workspace_bytes(const KvAttentionStepPlan& plan) { return plan.workspace; }
 
 Status run(const KvAttentionStepPlan& plan, const KvAttentionStepArgs& args, const Executor& executor) {
   const KvAttentionStepProblem& p = plan.problem;

@@ -22,11 +22,11 @@ const Table<LoraLinearImplementation> kTable = {
 
 Status validate(const LoraLinearProblem& p) {
   Check check("lora_linear");
-  check.that(p.rows >= 0 && p.in_features >= 0 && p.out_features >= 0, "x, weight: sizes must not be negative");
-  check.that(is_floating(p.dtype),
-             "x: expected float32, float16 or bfloat16, got int8; INT8 weights are for int8_lora_linear");
-  check.that(p.dropout_p >= 0 && p.dropout_p < 1,
-             "dropout_p: expected a probability in [0, 1), got " + std::to_string(p.dropout_p));
+  if (!(p.rows >= 0 && p.in_features >= 0 && p.out_features >= 0)) check.fail("x, weight: sizes must not be negative");
+  if (!is_floating(p.dtype))
+    check.fail("x: expected float32, float16 or bfloat16, got int8; INT8 weights are for int8_lora_linear");
+  if (!(p.dropout_p >= 0 && p.dropout_p < 1))
+    check.fail("dropout_p: expected a probability in [0, 1), got " + std::to_string(p.dropout_p));
   check_lora_shape(&check, p.lora, p.rows);
   return check.status();
 }

@@ -16,9 +16,9 @@ std::string shape_of(const Tensor& t) {
 
 void raise_if_failed(const Status& status) { STD_TORCH_CHECK(status.ok(), status.text); }
 
-void expect(bool holds, const char* op, const char* argument, const std::string& text) {
-  if (holds) return;
+void refuse(const char* op, const char* argument, const std::string& text) {
   STD_TORCH_CHECK(false, op, ": ", argument, ": ", text);
+  __builtin_unreachable();
 }
 
 DType dtype_of(const char* op, const char* argument, const Tensor& t) {
@@ -28,7 +28,7 @@ DType dtype_of(const char* op, const char* argument, const Tensor& t) {
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Char: return DType::kInt8;
     default:
-      expect(false, op, argument,
+      refuse(op, argument,
              "expected float32, float16, bfloat16 or int8, got scalar type " +
                  std::to_string(static_cast<int>(t.scalar_type())) + "; convert it with .to(torch.float32)");
       return DType::kFloat32;
@@ -38,7 +38,7 @@ DType dtype_of(const char* op, const char* argument, const Tensor& t) {
 Activation activation_of(const char* op, const std::string& name) {
   if (name == "none") return Activation::kNone;
   if (name == "gelu") return Activation::kGelu;
-  expect(name == "silu", op, "activation", "expected 'none', 'gelu' or 'silu', got '" + name + "'");
+  if (name != "silu") refuse(op, "activation", "expected 'none', 'gelu' or 'silu', got '" + name + "'");
   return Activation::kSilu;
 }
 
@@ -57,10 +57,10 @@ void expect_tensor(const char* op, const char* argument, const Tensor& t, Scalar
         text << sizes[i];
     }
     text << "], got " << shape_of(t);
-    expect(false, op, argument, text.str());
+    refuse(op, argument, text.str());
   }
   if (t.scalar_type() == type) return;
-  expect(false, op, argument,
+  refuse(op, argument,
          std::string("expected ") +
              (type == ScalarType::Int    ? "int32"
               : type == ScalarType::Long ? "int64"
@@ -71,7 +71,7 @@ void expect_tensor(const char* op, const char* argument, const Tensor& t, Scalar
 }
 
 RowView rows_of(const char* op, const char* argument, const Tensor& t) {
-  expect(t.dim() >= 1, op, argument, "expected at least one dimension, got a scalar");
+  if (t.dim() < 1) refuse(op, argument, "expected at least one dimension, got a scalar");
   RowView view{t};
   const int64_t dims = t.dim();
   view.columns = t.size(dims - 1);
@@ -92,22 +92,24 @@ LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const O
                            const OptionalTensor& scales, const OptionalTensor& offsets,
                            const OptionalTensor& adapter_ids, int64_t in_features, int64_t out_features) {
   LoraOperands out;
-  expect(lora_a.has_value() == lora_b.has_value(), op, lora_a ? "lora_b" : "lora_a",
-         "expected both factors or none, got None for this one");
+  if (lora_a.has_value() != lora_b.has_value())
+    refuse(op, lora_a ? "lora_b" : "lora_a", "expected both factors or none, got None for this one");
   if (!lora_a) {
-    expect(!scales && !offsets && !adapter_ids, op, "lora_a",
-           "expected the adapters that scales, offsets or adapter_ids speak of, got None");
+    if (scales || offsets || adapter_ids)
+      refuse(op, "lora_a", "expected the adapters that scales, offsets or adapter_ids speak of, got None");
     return out;
   }
   const Tensor &a = *lora_a, &b = *lora_b;
-  expect(a.dim() == 2 && a.size(1) == in_features, op, "lora_a",
-         "expected [rank, " + std::to_string(in_features) + "], got " + shape_of(a) +
-             "; is it the adapter of another layer or model?");
-  expect(b.dim() == 2 && b.size(0) == a.size(0) && b.size(1) == out_features, op, "lora_b",
-         "expected [" + std::to_string(a.size(0)) + ", " + std::to_string(out_features) +
-             "] (by rank row; pass PEFT's B [out, rank] as B.t()), got " + shape_of(b));
+  if (!(a.dim() == 2 && a.size(1) == in_features))
+    refuse(op, "lora_a",
+           "expected [rank, " + std::to_string(in_features) + "], got " + shape_of(a) +
+               "; is it the adapter of another layer or model?");
+  if (!(b.dim() == 2 && b.size(0) == a.size(0) && b.size(1) == out_features))
+    refuse(op, "lora_b",
+           "expected [" + std::to_string(a.size(0)) + ", " + std::to_string(out_features) +
+               "] (by rank row; pass PEFT's B [out, rank] as B.t()), got " + shape_of(b));
   out.shape.dtype = dtype_of(op, "lora_a", a);
-  expect(dtype_of(op, "lora_b", b) == out.shape.dtype, op, "lora_b", "expected the dtype of lora_a");
+  if (dtype_of(op, "lora_b", b) != out.shape.dtype) refuse(op, "lora_b", "expected the dtype of lora_a");
   out.shape.total_rank = a.size(0);
   out.shape.max_rank = a.size(0);
   out.shape.adapters = 1;
@@ -121,8 +123,9 @@ LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const O
   out.bank.b_stride_out = b.stride(1);
   if (offsets) {
     expect_tensor(op, "offsets", *offsets, ScalarType::Int, {-1});
-    expect(offsets->size(0) >= 2 && offsets->is_contiguous(), op, "offsets",
-           "expected a contiguous tensor of one entry more than there are adapters, got " + shape_of(*offsets));
+    if (!(offsets->size(0) >= 2 && offsets->is_contiguous()))
+      refuse(op, "offsets",
+             "expected a contiguous tensor of one entry more than there are adapters, got " + shape_of(*offsets));
     out.bank.offsets = static_cast<const int32_t*>(offsets->data_ptr());
     out.shape.adapters = offsets->size(0) - 1;
     out.shape.max_rank = 0;
@@ -134,13 +137,13 @@ LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const O
   }
   if (scales) {
     expect_tensor(op, "scales", *scales, ScalarType::Float, {out.shape.adapters});
-    expect(scales->is_contiguous(), op, "scales", "expected a contiguous tensor");
+    if (!scales->is_contiguous()) refuse(op, "scales", "expected a contiguous tensor");
     out.bank.scales = static_cast<const float*>(scales->data_ptr());
   }
   if (adapter_ids) {
     expect_tensor(op, "adapter_ids", *adapter_ids, ScalarType::Int, {-1});
-    expect(adapter_ids->size(0) > 0 && adapter_ids->is_contiguous(), op, "adapter_ids",
-           "expected a contiguous tensor of at least one id, got " + shape_of(*adapter_ids));
+    if (!(adapter_ids->size(0) > 0 && adapter_ids->is_contiguous()))
+      refuse(op, "adapter_ids", "expected a contiguous tensor of at least one id, got " + shape_of(*adapter_ids));
     out.bank.adapter_ids = static_cast<const int32_t*>(adapter_ids->data_ptr());
     out.shape.groups = adapter_ids->size(0);
   }
@@ -151,20 +154,21 @@ BiasAndResidual bias_and_residual(const char* op, const OptionalTensor& bias, co
                                   const Tensor& x, int64_t out_features) {
   BiasAndResidual out;
   if (bias) {
-    expect(bias->dim() == 1 && bias->size(0) == out_features, op, "bias",
-           "expected [" + std::to_string(out_features) + "], got " + shape_of(*bias));
+    if (!(bias->dim() == 1 && bias->size(0) == out_features))
+      refuse(op, "bias", "expected [" + std::to_string(out_features) + "], got " + shape_of(*bias));
     out.bias_dtype = dtype_of(op, "bias", *bias);
-    expect(out.bias_dtype == DType::kFloat32 || bias->scalar_type() == x.scalar_type(), op, "bias",
-           std::string("expected float32 or the dtype of x, got ") + name_of(out.bias_dtype));
+    if (!(out.bias_dtype == DType::kFloat32 || bias->scalar_type() == x.scalar_type()))
+      refuse(op, "bias", std::string("expected float32 or the dtype of x, got ") + name_of(out.bias_dtype));
     out.keep.push_back(bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias));
     out.bias = out.keep.back().data_ptr();
   }
   if (residual) {
     bool same = residual->dim() == x.dim() && residual->size(x.dim() - 1) == out_features;
     for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
-    expect(same && residual->scalar_type() == x.scalar_type(), op, "residual",
-           "expected the shape of the result (that of x with " + std::to_string(out_features) +
-               " columns) and the dtype of x, got " + shape_of(*residual));
+    if (!(same && residual->scalar_type() == x.scalar_type()))
+      refuse(op, "residual",
+             "expected the shape of the result (that of x with " + std::to_string(out_features) +
+                 " columns) and the dtype of x, got " + shape_of(*residual));
     out.keep.push_back(residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual));
     out.residual = out.keep.back().data_ptr();
   }

@@ -29,8 +29,8 @@ std::string shape_of(const Tensor& t);
 
 void raise_if_failed(const Status& status);
 
-// Throws with "<op>: <argument>: <text>"
-void expect(bool holds, const char* op, const char* argument, const std::string& text);
+// Throws "<op>: <argument>: <text>". Called behind an if, so that calls that are right make no texts.
+[[noreturn]] void refuse(const char* op, const char* argument, const std::string& text);
 
 DType dtype_of(const char* op, const char* argument, const Tensor& t);
 Activation activation_of(const char* op, const std::string& name);

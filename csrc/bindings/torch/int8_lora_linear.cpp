@@ -11,13 +11,14 @@ namespace {
 
 // Packed weights as the kernels read them: checked against [N, K], contiguous.
 Tensor packed_weight_of(const char* op, const Tensor& packed, int64_t out_features, int64_t in_features) {
-  expect(out_features >= 0, op, "out_features", "expected at least 0, got " + std::to_string(out_features));
+  if (out_features < 0) refuse(op, "out_features", "expected at least 0, got " + std::to_string(out_features));
   const int64_t bytes = int8_packed_bytes(out_features, in_features);
-  expect(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes, op, "packed_weight",
-         "expected uint8 [" + std::to_string(bytes) + "], what int8_pack makes of a weight [" +
-             std::to_string(out_features) + ", " + std::to_string(in_features) + "], got " + shape_of(packed) +
-             (packed.scalar_type() == ScalarType::Byte ? "" : " of another dtype") +
-             "; check out_features and the columns of x");
+  if (!(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes))
+    refuse(op, "packed_weight",
+           "expected uint8 [" + std::to_string(bytes) + "], what int8_pack makes of a weight [" +
+               std::to_string(out_features) + ", " + std::to_string(in_features) + "], got " + shape_of(packed) +
+               (packed.scalar_type() == ScalarType::Byte ? "" : " of another dtype") +
+               "; check out_features and the columns of x");
   return packed.is_contiguous() ? packed : torch::stable::contiguous(packed);
 }
 
@@ -72,13 +73,13 @@ Tensor pack(const Tensor& weight, const Tensor& scales) {
   const float* s = static_cast<const float*>(factors.data_ptr());
   for (int64_t i = 0; i < out_features * in_features; ++i) {
     if (q[i] >= -127) continue;
-    expect(false, op, "weight",
+    refuse(op, "weight",
            "expected values in [-127, 127], got -128 in output channel " + std::to_string(i / in_features) +
                "; quantize symmetrically (scale = amax / 127)");
   }
   for (int64_t n = 0; n < out_features; ++n) {
     if (std::isfinite(s[n])) continue;
-    expect(false, op, "scales",
+    refuse(op, "scales",
            "expected finite scales, got " + std::to_string(s[n]) + " for output channel " + std::to_string(n) +
                "; the weight it came from holds a NaN or an infinity");
   }
@@ -89,7 +90,7 @@ Tensor pack(const Tensor& weight, const Tensor& scales) {
 
 std::tuple<Tensor, Tensor> unpack(const Tensor& packed_weight, int64_t out_features, int64_t in_features) {
   const char* op = "int8_unpack";
-  expect(in_features >= 0, op, "in_features", "expected at least 0, got " + std::to_string(in_features));
+  if (in_features < 0) refuse(op, "in_features", "expected at least 0, got " + std::to_string(in_features));
   const Tensor packed = packed_weight_of(op, packed_weight, out_features, in_features);
   Tensor weight = torch::stable::new_empty(packed, {out_features, in_features}, ScalarType::Char);
   Tensor scales = torch::stable::new_empty(packed, {out_features}, ScalarType::Float);

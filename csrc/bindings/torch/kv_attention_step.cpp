@@ -23,16 +23,14 @@ bool has_shape(const Tensor& t, const std::vector<int64_t>& sizes) {
   return true;
 }
 
-Tensor consecutive(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
+Tensor consecutive(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // The shape and dtype of q; text is only built on a fault.
 void expect_like_q(const char* argument, const Tensor& t, const Tensor& q) {
   bool same = t.dim() == q.dim() && t.scalar_type() == q.scalar_type();
   for (int64_t i = 0; same && i < q.dim(); ++i) same = t.size(i) == q.size(i);
   if (same) return;
-  expect(false, kOp, argument,
+  refuse(kOp, argument,
          "expected the shape and dtype of q, " + shape_of(q) + " " + name_of(dtype_of(kOp, "q", q)) + ", got " +
              shape_of(t) + " " + name_of(dtype_of(kOp, argument, t)));
 }
@@ -40,20 +38,20 @@ void expect_like_q(const char* argument, const Tensor& t, const Tensor& q) {
 // A cache or its scales: written or at least read in place, so no copy can stand in for it.
 void expect_in_place(const char* argument, const Tensor& t) {
   if (t.is_contiguous()) return;
-  expect(false, kOp, argument, "expected a contiguous tensor, got strides; store it with .contiguous() once");
+  refuse(kOp, argument, "expected a contiguous tensor, got strides; store it with .contiguous() once");
 }
 
 KvScales scales_of(const OptionalTensor& k_scales, const OptionalTensor& v_scales, const KvAttentionStepProblem& p,
                    KvAttentionStepArgs* args) {
   if (k_scales.has_value() != v_scales.has_value())
-    expect(false, kOp, k_scales ? "v_scales" : "k_scales",
+    refuse(kOp, k_scales ? "v_scales" : "k_scales",
            "expected the scales of both caches or of none, got None for this one");
   if (!k_scales) return KvScales::kNone;
   const std::vector<int64_t> position = {p.cache_rows, p.heads, p.capacity, 1};
   const std::vector<int64_t> channel = {p.cache_rows, p.heads, 1, p.head_size};
   const bool per_position = has_shape(*k_scales, position);
   if (!per_position && !has_shape(*k_scales, channel))
-    expect(false, kOp, "k_scales",
+    refuse(kOp, "k_scales",
            "expected " + text_of(position) + " (one per position) or " + text_of(channel) + " (one per channel), got " +
                shape_of(*k_scales));
   expect_tensor(kOp, "k_scales", *k_scales, ScalarType::Float, per_position ? position : channel);
@@ -69,7 +67,7 @@ KvSlots slots_of(const Tensor& slots, const KvAttentionStepProblem& p) {
   const bool table = slots.dim() == 2;
   const bool fits = has_shape(slots, table ? std::vector<int64_t>{p.rows, p.capacity} : std::vector<int64_t>{p.rows});
   if (!fits || slots.scalar_type() != ScalarType::Int)
-    expect(false, kOp, "slots",
+    refuse(kOp, "slots",
            "expected int32 " + text_of({p.rows}) + " (the cache row of each row of q) or " +
                text_of({p.rows, p.capacity}) + " (of each position), got " + shape_of(slots) +
                (fits ? " of another dtype; convert it with .to(torch.int32)" : ""));
@@ -83,14 +81,14 @@ std::tuple<Tensor, Tensor> kv_attention_step(const Tensor& q, const OptionalTens
                                              const std::optional<std::vector<int64_t>> heads) {
   KvAttentionStepProblem p;
   KvAttentionStepArgs args;
-  if (q.dim() != 4) expect(false, kOp, "q", "expected [rows, tokens, heads, head size], got " + shape_of(q));
+  if (q.dim() != 4) refuse(kOp, "q", "expected [rows, tokens, heads, head size], got " + shape_of(q));
   p.rows = q.size(0);
   p.tokens = q.size(1);
   p.heads = q.size(2);
   p.head_size = q.size(3);
   p.dtype = dtype_of(kOp, "q", q);
   if (k_cache.dim() != 4 || k_cache.size(1) != p.heads || k_cache.size(3) != p.head_size)
-    expect(false, kOp, "k_cache",
+    refuse(kOp, "k_cache",
            "expected [cache rows, " + std::to_string(p.heads) + " heads, capacity, " + std::to_string(p.head_size) +
                "] to go with q " + shape_of(q) + ", got " + shape_of(k_cache));
   p.cache_rows = k_cache.size(0);
@@ -98,13 +96,13 @@ std::tuple<Tensor, Tensor> kv_attention_step(const Tensor& q, const OptionalTens
   p.cache_dtype = dtype_of(kOp, "k_cache", k_cache);
   if (!has_shape(v_cache, {p.cache_rows, p.heads, p.capacity, p.head_size}) ||
       v_cache.scalar_type() != k_cache.scalar_type())
-    expect(false, kOp, "v_cache",
+    refuse(kOp, "v_cache",
            "expected the shape and dtype of k_cache, " + shape_of(k_cache) + " " + name_of(p.cache_dtype) + ", got " +
                shape_of(v_cache) + " " + name_of(dtype_of(kOp, "v_cache", v_cache)));
   expect_in_place("k_cache", k_cache);
   expect_in_place("v_cache", v_cache);
   if (k.has_value() != v.has_value())
-    expect(false, kOp, k ? "v" : "k",
+    refuse(kOp, k ? "v" : "k",
            "expected the new tokens' keys and values, or None for both (cross-attention), got None for this one");
   p.append = k.has_value();
   p.scales = scales_of(k_scales, v_scales, p, &args);

@@ -21,14 +21,16 @@ Operands operands(const char* op, const Tensor& x, const Tensor& weight, const O
                   const OptionalTensor& adapter_ids, double dropout_p, const OptionalTensor& dropout_seed) {
   Operands o;
   o.x = rows_of(op, "x", x);
-  expect(weight.dim() == 2 && weight.size(1) == o.x.columns, op, "weight",
-         "expected [out_features, " + std::to_string(o.x.columns) + "] to go with x " + shape_of(x) + ", got " +
-             shape_of(weight));
+  if (!(weight.dim() == 2 && weight.size(1) == o.x.columns))
+    refuse(op, "weight",
+           "expected [out_features, " + std::to_string(o.x.columns) + "] to go with x " + shape_of(x) + ", got " +
+               shape_of(weight));
   o.problem.dtype = dtype_of(op, "x", x);
   const DType weight_dtype = dtype_of(op, "weight", weight);
-  expect(weight_dtype == o.problem.dtype, op, "weight",
-         std::string("expected the dtype of x, ") + name_of(o.problem.dtype) + ", got " + name_of(weight_dtype) +
-             "; convert one of them with .to(...)");
+  if (weight_dtype != o.problem.dtype)
+    refuse(op, "weight",
+           std::string("expected the dtype of x, ") + name_of(o.problem.dtype) + ", got " + name_of(weight_dtype) +
+               "; convert one of them with .to(...)");
   o.weight = rows_of(op, "weight", weight);
   o.lora = lora_operands(op, lora_a, lora_b, scales, offsets, adapter_ids, o.x.columns, weight.size(0));
   o.problem.rows = o.x.rows;
@@ -37,8 +39,8 @@ Operands operands(const char* op, const Tensor& x, const Tensor& weight, const O
   o.problem.lora = o.lora.shape;
   o.problem.dropout_p = dropout_p;
   if (dropout_p > 0) {
-    expect(dropout_seed.has_value(), op, "dropout_seed",
-           "expected an int64 tensor of one element with dropout_p > 0, got None");
+    if (!dropout_seed.has_value())
+      refuse(op, "dropout_seed", "expected an int64 tensor of one element with dropout_p > 0, got None");
     expect_tensor(op, "dropout_seed", *dropout_seed, ScalarType::Long, {1});
     o.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(dropout_seed->data_ptr()));
   }
@@ -76,16 +78,15 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 
 // Gradients that are not needed come back as empty tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& lora_a,
-    const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
-    const OptionalTensor& adapter_ids, double dropout_p, const OptionalTensor& dropout_seed, bool needs_dx,
-    bool needs_dweight, bool needs_dbias, bool needs_dlora) {
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+    const OptionalTensor& scales, const OptionalTensor& offsets, const OptionalTensor& adapter_ids, double dropout_p,
+    const OptionalTensor& dropout_seed, bool needs_dx, bool needs_dweight, bool needs_dbias, bool needs_dlora) {
   const char* op = "lora_linear_backward";
   Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
   const int64_t M = o.problem.rows, N = o.problem.out_features, K = o.problem.in_features;
   const Tensor g = dy.is_contiguous() ? dy : torch::stable::contiguous(dy);
-  expect(g.numel() == M * N && g.scalar_type() == x.scalar_type(), op, "dy",
-         "expected the shape and dtype of the result, got " + shape_of(dy));
+  if (!(g.numel() == M * N && g.scalar_type() == x.scalar_type()))
+    refuse(op, "dy", "expected the shape and dtype of the result, got " + shape_of(dy));
   LoraLinearBackwardProblem problem;
   problem.forward = o.problem;
   problem.needs_dx = needs_dx;
