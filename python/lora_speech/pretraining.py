@@ -8,6 +8,7 @@ training to find which sound belongs to which word. A killed run goes on from it
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -25,6 +26,7 @@ from lora_speech import synthesis
 from lora_speech.pretraining_data import Batch, BatchMaker, batches
 from lora_speech.pretraining_evaluation import Report, evaluate, write_model_card
 from lora_speech.pretraining_model import (
+    SPELLINGS,
     Trainee,
     build_extractor,
     build_model,
@@ -263,6 +265,9 @@ def _save(
     processor.save_pretrained(partial)
     # The file that every version of transformers looks for, beside the processor's newer one.
     processor.feature_extractor.save_pretrained(partial)
+    # transformers reads the spellings of tokenizer.normalize() but does not write them.
+    spellings = json.dumps(SPELLINGS, indent=2) + "\n"
+    (partial / "normalizer.json").write_text(spellings, encoding="utf-8")
     replaced = folder.with_name(folder.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():

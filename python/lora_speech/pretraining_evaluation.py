@@ -164,18 +164,18 @@ pipeline_tag: automatic-speech-recognition
 
 # A small Whisper for tests and demonstrations
 
-A Whisper of {millions:.2f} million parameters ({encoder_layers} encoder and {decoder_layers}
-decoder layers of width {width}, windows of 5 s), trained from nothing on synthetic speech alone. It
-knows small vocabularies of numbers, times, commands and names, and is meant for showing and testing
-what an adapter changes; it is no use as a general speech recogniser.
+A Whisper of {millions:.2f} million parameters ({encoder_layers} encoder layers and
+{decoder_layers} decoder layers of width {width}, windows of 5 s), trained from nothing on
+synthetic speech alone. It knows small vocabularies of numbers, times, commands and names, and is
+meant for showing and testing what an adapter changes; it is no use as a general recogniser.
 
 ## Data
 
 Every utterance was spoken by espeak-ng while training, with random rates, pitches, rooms,
 microphones, gains and noise. No recording of a person was used.
 
-- English, {english_words} words, and Spanish, {spanish_words} words: the grammars in
-  `lora_speech/grammars.py`.
+- English, {english_words} words, and Spanish, {spanish_words} words: grammars of
+  `lora_speech.grammars`.
 - Accents (espeak-ng voices): {accents}, each in {variants} variants.
 - Never heard: the accents {unseen}, and one sentence in ten of each grammar.
 
@@ -196,7 +196,7 @@ Held-out sentences, greedy search; speakers drawn at other rates and pitches tha
 python -m lora_speech.pretraining --output DIR {options}
 ```
 
-{steps} steps in {minutes:.0f} minutes on one core, beside one core that makes the data.
+{steps} steps in {minutes:.0f} minutes on two CPU cores, of which other work took a share.
 """
 
 

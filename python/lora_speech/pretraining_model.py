@@ -27,7 +27,8 @@ POSITIONS = CHUNK_SECONDS * 50
 TEXT_POSITIONS = 128
 WORD_PIECES = 512
 
-_SPELLINGS = {"colour": "color", "grey": "gray", "neighbour": "neighbor", "theatre": "theater"}
+# British to American, for tokenizer.normalize().
+SPELLINGS = {"colour": "color", "grey": "gray", "neighbour": "neighbor", "theatre": "theater"}
 
 
 def build_tokenizer(seed: int = 0) -> WhisperTokenizer:
@@ -58,7 +59,7 @@ def build_tokenizer(seed: int = 0) -> WhisperTokenizer:
         path = Path(folder)
         vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
         lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
-        (path / "normalizer.json").write_text(json.dumps(_SPELLINGS), encoding="utf-8")
+        (path / "normalizer.json").write_text(json.dumps(SPELLINGS), encoding="utf-8")
         tokenizer = WhisperTokenizer(
             vocab=vocabulary,
             merges=[tuple(line.split()) for line in lines if not line.startswith("#version")],
