@@ -19,7 +19,8 @@ constexpr int64_t kTaskBytes = 100000;  // read by one core in the time of a for
 // Queries of one cache row: entries [first, first + count) of the list of queries.
 struct QueryBlock {
   int32_t first, count;
-  int64_t longest;  // positions that its queries see, at most
+  int32_t group_end;  // the first block after those that read the same memory
+  int64_t longest;    // positions that its queries see, at most
 };
 
 struct Step {
@@ -85,7 +86,7 @@ inline void sort_rows(const Step& s, StepMemory& m) {
 // Fills blocks and the cost before each; returns their number.
 inline int64_t make_blocks(const Step& s, StepMemory& m) {
   const KvAttentionStepProblem& p = s.p;
-  int64_t blocks = 0;
+  int64_t blocks = 0, group = 0;
   m.before[0] = 0;
   for (int64_t first = 0; first < p.rows;) {
     int64_t end = first + 1;
@@ -107,18 +108,24 @@ inline int64_t make_blocks(const Step& s, StepMemory& m) {
       ++blocks;
     }
     first = end;
+    if (p.slots == KvSlots::kPerPosition && end < p.rows) continue;  // beams share most of their past
+    for (; group < blocks; ++group) m.blocks[group].group_end = static_cast<int32_t>(blocks);
   }
   return blocks;
 }
 
-// One row's vectors of one head in a cache.
-template <class T>
-inline Positions<T> positions_of(const Step& s, const void* cache, int64_t row, int64_t head) {
+// Calls body with the first `count` positions of one row and head in a cache.
+template <class T, class Body>
+inline void with_positions(const Step& s, const void* cache, int64_t row, int64_t head, int64_t count,
+                           const Body& body) {
   const KvAttentionStepProblem& p = s.p;
-  const int64_t head_floats = p.capacity * p.head_size, row_floats = p.heads * head_floats;
-  const T* base = static_cast<const T*>(cache) + head * head_floats;
-  if (p.slots == KvSlots::kPerPosition) return {base, p.head_size, s.args.slots + row * p.capacity, row_floats};
-  return {base + s.cache_row(row, 0) * row_floats, p.head_size, nullptr, 0};
+  const int64_t head_stride = p.capacity * p.head_size, row_stride = p.heads * head_stride;
+  const T* base = static_cast<const T*>(cache) + head * head_stride;
+  const int64_t ahead = kAheadBytes / (p.head_size * static_cast<int64_t>(sizeof(T)));
+  if (p.slots == KvSlots::kPerPosition)
+    return body(
+        Gathered<T>{base, p.head_size, count, s.args.slots + row * p.capacity, row_stride, ahead < 4 ? 4 : ahead});
+  body(Consecutive<T>{base + s.cache_row(row, 0) * row_stride, p.head_size, count});
 }
 
 // Scales per position of one row and head as consecutive floats; gathered ones go to `copy`.
@@ -132,85 +139,123 @@ inline const float* position_scales(const Step& s, const float* scales, int64_t 
   return copy;
 }
 
-// One block of NQ queries and one head.
-template <int NQ, class T>
-inline void attend(const Step& s, const StepMemory& m, const QueryBlock& block, int64_t head, float* scratch) {
-  const KvAttentionStepProblem& p = s.p;
-  const int64_t D = p.head_size;
-  float* q = scratch;
-  float* acc = q + kQueries * m.q_stride;
-  float* scores = acc + kQueries * m.q_stride;
-  float* gathered = scores + kQueries * m.score_stride;
-  int64_t row[NQ], token[NQ], visible[NQ], shortest = block.longest;
-  for (int i = 0; i < NQ; ++i) {
-    row[i] = m.order[(block.first + i) / p.tokens];
-    token[i] = (block.first + i) % p.tokens;
-    visible[i] = s.visible(row[i], token[i]);
-    if (visible[i] < shortest) shortest = visible[i];
-  }
-  const float *k_channels = nullptr, *v_channels = nullptr;
-  const Positions<T> keys = positions_of<T>(s, s.args.k_cache, row[0], head);
-  const Positions<T> values = positions_of<T>(s, s.args.v_cache, row[0], head);
+// One query of a block.
+struct Query {
+  int64_t row, token;
+  int64_t visible;  // positions it attends to
+  float* scores;
+  float inverse;  // 1 / sum of the exponentials, or 0
+};
 
-  memset(q, 0, static_cast<size_t>(2 * kQueries * m.q_stride) * sizeof(float));
+// q of every query in fp32, scaled, padded with zeros and in the order of load_part().
+template <class T>
+inline void load_queries(const Step& s, const StepMemory& m, const Query* queries, int count, int64_t head,
+                         const float* channels, float* q) {
+  const KvAttentionStepProblem& p = s.p;
+  memset(q, 0, static_cast<size_t>(count * m.q_stride) * sizeof(float));
   with_type(p.dtype, s.args.q, [&](auto* from) {
-    for (int i = 0; i < NQ; ++i) {
-      convert_row(from + ((row[i] * p.tokens + token[i]) * p.heads + head) * D, D, q + i * m.q_stride);
-      for (int64_t d = 0; d < m.q_stride; d += kLanes)
-        store(q + i * m.q_stride + d, load(q + i * m.q_stride + d) * set(s.args.scale));
+    for (int i = 0; i < count; ++i, q += m.q_stride) {
+      convert_row(from + ((queries[i].row * p.tokens + queries[i].token) * p.heads + head) * p.head_size, p.head_size,
+                  q);
+      for (int64_t d = 0; d < m.q_stride; d += kLanes) store(q + d, load(q + d) * set(s.args.scale));
+      if (channels) scale_by(q, channels, p.head_size);
+      order_columns<T, true>(q, p.head_size);
     }
   });
-  if (p.scales == KvScales::kPerChannel && block.longest > 0) {
-    const int64_t at = (s.cache_row(row[0], 0) * p.heads + head) * D;
-    k_channels = s.args.k_scales + at;
-    v_channels = s.args.v_scales + at;
-    for (int i = 0; i < NQ; ++i) scale_by(q + i * m.q_stride, k_channels, D);
-  }
+}
 
-  if (block.longest > 0) score_positions<NQ>(keys, block.longest, q, m.q_stride, scores, m.score_stride);
-  float inverse[NQ];
-  for (int i = 0; i < NQ; ++i) {
-    float* x = scores + i * m.score_stride;
-    inverse[i] = 0;
-    if (visible[i] == 0) continue;
-    if (p.scales == KvScales::kPerPosition)
-      scale_by(x, position_scales(s, s.args.k_scales, row[i], head, visible[i], gathered), visible[i]);
-    inverse[i] = 1.0f / exponentials(x, visible[i], [&](int64_t position) {
-                   if (i == 0 && position * 4 / kLanes < block.longest)
-                     prefetch_row(values.at(position * 4 / kLanes), D);
-                 });
-  }
-  for (int64_t w = 0; w < p.weight_heads; ++w) {
-    if (s.args.weight_heads[w] != head) continue;
-    for (int i = 0; i < NQ; ++i) {
-      float* to = s.args.weights + ((row[i] * p.weight_heads + w) * p.tokens + token[i]) * p.capacity;
-      const float* x = scores + i * m.score_stride;
-      for (int64_t position = 0; position < visible[i]; ++position) to[position] = x[position] * inverse[i];
-      memset(to + visible[i], 0, static_cast<size_t>(p.capacity - visible[i]) * sizeof(float));
-    }
-  }
-  if (p.scales == KvScales::kPerPosition)
-    for (int i = 0; i < NQ; ++i)
-      scale_by(scores + i * m.score_stride, position_scales(s, s.args.v_scales, row[i], head, visible[i], gathered),
-               visible[i]);
-
-  // What all queries see in one pass; what only some see is kept from the others, whatever it holds.
-  add_values<NQ>(values, 0, shortest, scores, m.score_stride, acc, m.q_stride);
-  for (int i = 0; i < NQ; ++i)
-    if (visible[i] > shortest)
-      add_values<1>(values, shortest, visible[i], scores + i * m.score_stride, 0, acc + i * m.q_stride, 0);
+template <class T>
+inline void store_results(const Step& s, const StepMemory& m, const Query* queries, int count, int64_t head,
+                          const float* channels, float* acc) {
+  const KvAttentionStepProblem& p = s.p;
+  const int64_t D = p.head_size;
   with_type(p.dtype, s.args.out, [&](auto* type) {
     auto* out = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(type)>>*>(type);
-    for (int i = 0; i < NQ; ++i) {
-      float* x = acc + i * m.q_stride;
-      if (v_channels) scale_by(x, v_channels, D);
-      auto* to = out + ((row[i] * p.tokens + token[i]) * p.heads + head) * D;
+    for (int i = 0; i < count; ++i, acc += m.q_stride) {
+      order_columns<T, false>(acc, D);
+      if (channels) scale_by(acc, channels, D);
+      auto* to = out + ((queries[i].row * p.tokens + queries[i].token) * p.heads + head) * D;
       for (int64_t d = 0; d < D; d += kLanes) {
-        const F v = load(x + d) * set(inverse[i]);
+        const F v = load(acc + d) * set(queries[i].inverse);
         D - d >= kLanes ? store(to + d, v) : store_n(to + d, v, static_cast<int>(D - d));
       }
     }
   });
+}
+
+// The softmax weights of the chosen heads; scores hold the exponentials.
+inline void store_weights(const Step& s, const Query* queries, int count, int64_t head) {
+  const KvAttentionStepProblem& p = s.p;
+  for (int64_t w = 0; w < p.weight_heads; ++w) {
+    if (s.args.weight_heads[w] != head) continue;
+    for (int i = 0; i < count; ++i) {
+      const Query& query = queries[i];
+      float* to = s.args.weights + ((query.row * p.weight_heads + w) * p.tokens + query.token) * p.capacity;
+      for (int64_t j = 0; j < query.visible; ++j) to[j] = query.scores[j] * query.inverse;
+      memset(to + query.visible, 0, static_cast<size_t>(p.capacity - query.visible) * sizeof(float));
+    }
+  }
+}
+
+// One block of queries and one head.
+template <class T>
+inline void attend(const Step& s, const StepMemory& m, const QueryBlock& block, int64_t head, float* scratch) {
+  const KvAttentionStepProblem& p = s.p;
+  const int count = block.count;
+  float* q = scratch;
+  float* acc = q + kQueries * m.q_stride;
+  float* scores = acc + kQueries * m.q_stride;
+  float* gathered = scores + kQueries * m.score_stride;
+  Query queries[kQueries];
+  int64_t shortest = block.longest;
+  for (int i = 0; i < count; ++i) {
+    Query& query = queries[i];
+    query.row = m.order[(block.first + i) / p.tokens];
+    query.token = (block.first + i) % p.tokens;
+    query.visible = s.visible(query.row, query.token);
+    query.scores = scores + i * m.score_stride;
+    query.inverse = 0;
+    if (query.visible < shortest) shortest = query.visible;
+  }
+  const int64_t row = queries[0].row, longest = block.longest;
+  const bool per_position = p.scales == KvScales::kPerPosition, per_channel = p.scales == KvScales::kPerChannel;
+  const int64_t channels = per_channel ? (s.cache_row(row, 0) * p.heads + head) * p.head_size : 0;
+
+  load_queries<T>(s, m, queries, count, head, per_channel ? s.args.k_scales + channels : nullptr, q);
+  memset(acc, 0, static_cast<size_t>(count * m.q_stride) * sizeof(float));
+  if (longest > 0) {
+    with_positions<T>(s, s.args.k_cache, row, head, longest, [&](const auto& keys) {
+      with_rows<kQueries>(
+          count, [&](auto tag) { score_positions<decltype(tag)::value>(keys, q, m.q_stride, scores, m.score_stride); });
+    });
+    with_positions<T>(s, s.args.v_cache, row, head, longest, [&](const auto& values) {
+      for (int i = 0; i < count; ++i) {
+        Query& query = queries[i];
+        if (query.visible == 0) continue;
+        if (per_position)
+          scale_by(query.scores, position_scales(s, s.args.k_scales, query.row, head, query.visible, gathered),
+                   query.visible);
+        query.inverse = 1.0f / exponentials(query.scores, query.visible, [&](int64_t j) {
+                          if (i == 0) values.early(j);  // as much of V as memory gives in this time
+                        });
+      }
+      store_weights(s, queries, count, head);
+      for (int i = 0; per_position && i < count; ++i)
+        scale_by(queries[i].scores,
+                 position_scales(s, s.args.v_scales, queries[i].row, head, queries[i].visible, gathered),
+                 queries[i].visible);
+      // What all queries see in one pass; what only some see is kept from the others, whatever it holds.
+      with_rows<kQueries>(count, [&](auto tag) {
+        add_values<decltype(tag)::value>(values, 0, shortest, scores, m.score_stride, acc, m.q_stride);
+      });
+      for (int i = 0; i < count; ++i)
+        if (queries[i].visible > shortest)
+          add_values<1>(values, shortest, queries[i].visible, queries[i].scores, 0, acc + i * m.q_stride, 0);
+    });
+  } else {
+    store_weights(s, queries, count, head);
+  }
+  store_results<T>(s, m, queries, count, head, per_channel ? s.args.v_scales + channels : nullptr, acc);
 }
 
 template <class Body>
@@ -270,7 +315,8 @@ inline void run_step(const KvAttentionStepPlan& plan, const KvAttentionStepArgs&
     });
   }
 
-  // Units (block, head) in the order of memory, cut into ranges of equal cost.
+  // Units (block, head) in the order of memory, cut into ranges of equal cost. Blocks that read the same memory take
+  // turns at each head: what one of them has read, the next finds in the second cache.
   const int64_t total = m.before[blocks] * p.heads;
   int64_t tasks = total / kTaskBytes + 1;
   if (tasks > plan.tasks) tasks = plan.tasks;
@@ -278,19 +324,17 @@ inline void run_step(const KvAttentionStepPlan& plan, const KvAttentionStepArgs&
     // total fits 2^53 by far, but not total * tasks
     const int64_t begin = total / tasks * task, end = task + 1 == tasks ? total : total / tasks * (task + 1);
     float* scratch = m.tasks + task * m.task_floats;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = m.before[b] * p.heads, cost = m.before[b + 1] - m.before[b];
+    for (int64_t group = 0, next; group < blocks; group = next) {
+      next = m.blocks[group].group_end;
+      const int64_t first = m.before[group] * p.heads, cost = m.before[next] - m.before[group];
       if (first + cost * p.heads <= begin) continue;
       if (first >= end) break;
-      for (int64_t head = 0; head < p.heads; ++head) {
-        const int64_t at = first + head * cost;
-        if (at < begin || at >= end) continue;
-        with_cache_type(p.cache_dtype, [&](auto tag) {
-          with_rows<kQueries>(m.blocks[b].count, [&](auto count) {
-            attend<decltype(count)::value, decltype(tag)>(s, m, m.blocks[b], head, scratch);
-          });
-        });
-      }
+      for (int64_t head = 0; head < p.heads; ++head)
+        for (int64_t b = group; b < next; ++b) {
+          const int64_t at = first + head * cost + m.before[b] - m.before[group];
+          if (at < begin || at >= end) continue;
+          with_cache_type(p.cache_dtype, [&](auto tag) { attend<decltype(tag)>(s, m, m.blocks[b], head, scratch); });
+        }
     }
   });
 }

@@ -9,6 +9,7 @@ typedef int32_t I __attribute__((vector_size(32)));
 constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kNarrowTileRows = 10;
 constexpr bool kHasBf16Dot = false;
+constexpr bool kHasBf16Pairs = true;  // load_even(), load_odd()
 constexpr bool kHasTables = false;  // lookup() is not as cheap as arithmetic
 
 inline F set(float v) { return _mm256_set1_ps(v); }
@@ -57,6 +58,11 @@ inline __m128i to_bf16_bits(F v) {
 }
 inline F load(const bf16* p) { return from_bf16_bits(_mm_loadu_si128((const __m128i*)p)); }
 inline F load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+// The even or odd ones of 2 * kLanes elements: one operation each.
+inline F load_even(const bf16* p) { return (F)_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16); }
+inline F load_odd(const bf16* p) {
+  return (F)_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+}
 inline F load(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }

@@ -8,6 +8,7 @@ typedef int32_t I __attribute__((vector_size(64)));
 constexpr int kTileRows = 6, kTileVectors = 4;
 constexpr int kNarrowTileRows = 12;
 constexpr bool kHasBf16Dot = true;
+constexpr bool kHasBf16Pairs = true;  // load_even(), load_odd()
 constexpr bool kHasTables = true;  // lookup() is as cheap as arithmetic
 
 inline F set(float v) { return _mm512_set1_ps(v); }
@@ -63,6 +64,11 @@ inline __m256i to_bf16_bits(F v) {
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline F load(const bf16* p) { return from_bf16_bits(_mm256_loadu_si256((const __m256i*)p)); }
 inline F load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+// The even or odd ones of 2 * kLanes elements: one operation each.
+inline F load_even(const bf16* p) { return (F)_mm512_slli_epi32(_mm512_loadu_si512(p), 16); }
+inline F load_odd(const bf16* p) {
+  return (F)_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
 inline F load(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }

@@ -11,6 +11,7 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 // The same for panels of one vector, where more rows are needed to hide the latency of a multiply-add.
 constexpr int kNarrowTileRows = 6;
 constexpr bool kHasBf16Dot = false;
+constexpr bool kHasBf16Pairs = false;  // load_even(), load_odd()
 constexpr bool kHasTables = false;  // lookup() is not as cheap as arithmetic
 
 inline F set(float v) { return F{v, v, v, v}; }
