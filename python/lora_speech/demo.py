@@ -52,7 +52,7 @@ class DemoSettings:
         Of everything.
     """
 
-    train: int = 240
+    train: int = 640
     validation: int = 24
     test: int = 60
     steps: int = 200
@@ -207,7 +207,7 @@ def run_demo(
 
 @dataclass(frozen=True)
 class AccentData:
-    """Utterances of one accent; the test speakers and sentences occur nowhere else."""
+    """Utterances of one accent; no speaker and no sentence is in two of the lists."""
 
     train: list[Utterance]
     validation: list[Utterance]
@@ -236,14 +236,14 @@ def make_data(
     from lora_speech import corpus, synthesis
 
     rng = np.random.default_rng([settings.seed, seed])
-    speakers = synthesis.accent_speakers(accent, 8, settings.seed + seed)
+    speakers = synthesis.accent_speakers(accent, 20, settings.seed + seed)
     held = corpus.sentences(
         settings.validation + settings.test, seed=settings.seed + seed, split="held_out"
     )
     groups = (
-        (corpus.sentences(settings.train, seed=settings.seed + seed), speakers[:6]),
-        (held[: settings.validation], speakers[:6]),
-        (held[settings.validation :], speakers[6:]),
+        (corpus.sentences(settings.train, seed=settings.seed + seed), speakers[:14]),
+        (held[: settings.validation], speakers[14:16]),
+        (held[settings.validation :], speakers[16:]),
     )
     total, done = sum(len(texts) for texts, _ in groups), 0
     made: list[list[Utterance]] = []
