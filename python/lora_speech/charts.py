@@ -25,7 +25,7 @@ def bar_chart(
     width, row : int
         Pixels of the whole and per bar.
     """
-    left, right = 205, 120
+    left, right = 205, 150
     largest = max((value for _, value, _, _ in bars), default=0.0) or 1.0
     parts = []
     for index, (name, value, text, style) in enumerate(bars):
