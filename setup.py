@@ -23,17 +23,19 @@ class CMakeBuild(build_ext):
     """
 
     def get_ext_filename(self, fullname: str) -> str:
-        # Without the interpreter's tag, and with the name that lora_kernels/ops/_library.py looks for.
-        return "lora_kernels/_torch.so" if fullname == NAME else super().get_ext_filename(fullname)
+        # Without the interpreter's tag; lora_kernels/ops/_library.py looks for this name.
+        if fullname == NAME:
+            return "lora_kernels/_torch.so"
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
         try:
             import torch  # noqa: F401
         except ImportError as error:
             sys.exit(
-                "lora_kernels: torch is not installed in this environment, and it is needed to build. Install it "
-                "first (a CPU build is enough: pip install torch), then run pip with --no-build-isolation. "
-                f"({error})"
+                "lora_kernels: torch is not installed in this environment, and it is needed to "
+                "build. Install it first (a CPU build is enough), then run pip with "
+                f"--no-build-isolation. ({error})"
             )
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ class CMakeBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """The library holds no Python symbols and uses torch's stable ABI: one wheel serves every Python 3."""
+    """The library holds no Python symbols: one wheel serves every Python 3."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -19,9 +19,7 @@ def peft_layer(shape: Shape, dtype: torch.dtype) -> torch.nn.Module:
     holder = torch.nn.Sequential(
         torch.nn.Linear(shape.in_features, shape.out_features, dtype=dtype)
     )
-    config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=["0"], init_lora_weights=False
-    )
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["0"], init_lora_weights=False)
     return get_peft_model(holder, config, autocast_adapter_dtype=False).eval().base_model.model[0]
 
 
@@ -34,7 +32,12 @@ def test_forward(compare, shape: Shape, dtype: torch.dtype) -> None:
     scale = torch.tensor([2.0])
     x = torch.randn(rows, k).to(dtype)
     operands = [
-        (p.base_layer.weight, p.base_layer.bias, p.lora_A["default"].weight, p.lora_B["default"].weight)
+        (
+            p.base_layer.weight,
+            p.base_layer.bias,
+            p.lora_A["default"].weight,
+            p.lora_B["default"].weight,
+        )
         for p in layers
     ]
     packed = [

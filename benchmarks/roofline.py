@@ -61,7 +61,9 @@ def measure(threads: int) -> Limits:
     bf16 = _best(lambda: a16 @ b16, 3)
     a8, b8 = (t.mul(20).clamp(-127, 127).to(torch.int8) for t in (a, b))
     int8 = _best(lambda: torch._int_mm(a8, b8), 3)
-    return Limits(read, operations / fp32, operations / bf16, max(operations / int8, operations / bf16))
+    return Limits(
+        read, operations / fp32, operations / bf16, max(operations / int8, operations / bf16)
+    )
 
 
 def percentiles(samples: list[float]) -> dict[str, float]:

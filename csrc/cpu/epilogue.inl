@@ -13,9 +13,8 @@ struct Epilogue {
 // n lanes of row m from column `column` on; n <= kLanes
 inline void finish(const Epilogue& e, int64_t m, int64_t column, F v, int n) {
   if (e.bias)
-    with_type(e.bias_dtype, e.bias, [&](auto* bias) {
-      v = v + (n == kLanes ? load(bias + column) : load_n(bias + column, n));
-    });
+    with_type(e.bias_dtype, e.bias,
+              [&](auto* bias) { v = v + (n == kLanes ? load(bias + column) : load_n(bias + column, n)); });
   v = activate(v, e.activation);
   const int64_t at = m * e.out_features + column;
   with_type(e.dtype, e.y, [&](auto* out) {

@@ -1,14 +1,15 @@
-// Dot products, panels and register tiles: the pieces every matrix product here is made of, in the vocabulary of simd/*.h.
+// Dot products, panels and register tiles: the pieces every matrix product here is made of, in the vocabulary of
+// simd/*.h.
 
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a panel
 
 // ---------- Dot products: both operands contiguous along k, as x and W lie in memory. For few rows.
 
-// out[i * out_stride + j] = x[i] . w[j] over k. While a block is computed the next `ahead` rows of w are prefetched: rows
-// are too short for the hardware to have found the stream by itself.
+// out[i * out_stride + j] = x[i] . w[j] over k. While a block is computed the next `ahead` rows of w are prefetched:
+// rows are too short for the hardware to have found the stream by itself.
 template <int MR, int NR, class T>
-inline void dot_block(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth,
-                      float* out, int64_t out_stride, bool ahead) {
+inline void dot_block(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth, float* out,
+                      int64_t out_stride, bool ahead) {
   F sum[MR][NR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -42,23 +43,21 @@ inline void dot_block(const float* x, int64_t x_stride, const T* w, int64_t w_st
 }
 
 template <int MR, class T>
-inline void dot_columns(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t columns,
-                        int64_t depth, float* out, int64_t out_stride) {
+inline void dot_columns(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t columns, int64_t depth,
+                        float* out, int64_t out_stride) {
   // One row needs more columns at once, to have enough sums in flight and enough streams from memory.
   constexpr int NR = MR == 1 ? (kLanes == 16 ? 8 : 4) : (kLanes == 16 ? 4 : 2);
   int64_t j = 0;
   for (; j + NR <= columns; j += NR)
-    dot_block<MR, NR>(x, x_stride, w + j * w_stride, w_stride, depth, out + j, out_stride,
-                      j + 2 * NR <= columns);
-  for (; j < columns; ++j)
-    dot_block<MR, 1>(x, x_stride, w + j * w_stride, w_stride, depth, out + j, out_stride, false);
+    dot_block<MR, NR>(x, x_stride, w + j * w_stride, w_stride, depth, out + j, out_stride, j + 2 * NR <= columns);
+  for (; j < columns; ++j) dot_block<MR, 1>(x, x_stride, w + j * w_stride, w_stride, depth, out + j, out_stride, false);
 }
 
 // out[m, j] = x[m] . w[j] for all rows: w is read from memory once per call and stays in the first cache for the row
 // blocks that follow, if `columns` is small.
 template <class T>
-inline void dots(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride,
-                 int64_t columns, int64_t depth, float* out, int64_t out_stride) {
+inline void dots(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t columns,
+                 int64_t depth, float* out, int64_t out_stride) {
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4)
     dot_columns<4>(x + m * x_stride, x_stride, w, w_stride, columns, depth, out + m * out_stride, out_stride);
@@ -72,7 +71,8 @@ inline void dots(const float* x, int64_t x_stride, int64_t rows, const T* w, int
   }
 }
 
-// ---------- Panels: [depth][width] fp32, so that a step over k reads consecutive memory and broadcasts one element of x.
+// ---------- Panels: [depth][width] fp32, so that a step over k reads consecutive memory and broadcasts one element of
+// x.
 
 // panel[k * width + j] = w[j * column_stride + k * k_stride]; columns beyond `columns` are zero. width is a multiple of
 // kLanes.
@@ -130,9 +130,9 @@ inline void clear(Tile<MR, NV>& c) {
     for (int j = 0; j < NV; ++j) c.sum[i][j] = zero();
 }
 
-// c[i] += sum over k of a[i * a_stride + k * k_stride] * panel[k]. Panel rows are panel_stride floats apart. With kPairs
-// every "float" of a and panel is a pair of bf16. A function of its own: g++ unrolls loops completely only to a nesting of
-// 8, which inlining into the callers' loops exceeds, and then keeps the sums in memory.
+// c[i] += sum over k of a[i * a_stride + k * k_stride] * panel[k]. Panel rows are panel_stride floats apart. With
+// kPairs every "float" of a and panel is a pair of bf16. A function of its own: g++ unrolls loops completely only to a
+// nesting of 8, which inlining into the callers' loops exceeds, and then keeps the sums in memory.
 template <bool kPairs = false, int MR, int NV>
 __attribute__((noinline)) void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride,
                                           const float* panel, int64_t panel_stride, int64_t depth) {

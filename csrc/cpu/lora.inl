@@ -55,11 +55,11 @@ inline int64_t padded_rank(const LoraShape& shape) { return round_up(shape.max_r
 // Floats of scratch that down_rows() needs.
 inline int64_t down_scratch(const LoraShape& shape, int64_t depth) { return depth * padded_rank(shape); }
 
-// t[m - begin, :] = scale * x[m] . down rows of m's adapter, for rows [begin, end); zero where a row has none. x is fp32,
-// x + m * x_stride is row m. t has rows of padded_rank floats. Few rows: dot products; many: panels.
-// `packed` (optional, -1 at first) remembers whose panel the scratch holds, for callers that come back with more rows.
-inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_t begin, int64_t end,
-                      int64_t depth, float* t, float* scratch, int64_t* packed = nullptr) {
+// t[m - begin, :] = scale * x[m] . down rows of m's adapter, for rows [begin, end); zero where a row has none. x is
+// fp32, x + m * x_stride is row m. t has rows of padded_rank floats. Few rows: dot products; many: panels. `packed`
+// (optional, -1 at first) remembers whose panel the scratch holds, for callers that come back with more rows.
+inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_t begin, int64_t end, int64_t depth,
+                      float* t, float* scratch, int64_t* packed = nullptr) {
   const int64_t width = padded_rank(bank.shape);
   for (int64_t m = begin; m < end;) {
     const int64_t stop = bank.run_end(m, end);
@@ -72,8 +72,7 @@ inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_
         a += adapter.begin * down.rank_stride;
         if (stop - m <= 4 && down.k_stride == 1) {
           dots(x + m * x_stride, x_stride, stop - m, a, down.rank_stride, adapter.rank, depth, rows, width);
-          for (int64_t i = 0; i < (stop - m) * width; i += kLanes)
-            store(rows + i, load(rows + i) * set(adapter.scale));
+          for (int64_t i = 0; i < (stop - m) * width; i += kLanes) store(rows + i, load(rows + i) * set(adapter.scale));
         } else {
           const int64_t columns = round_up(adapter.rank, kLanes);
           const int64_t id = bank.adapter_of(m);
@@ -90,8 +89,8 @@ inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_
   }
 }
 
-// The panel of columns [n, n + columns) of an adapter's up factor: its own memory where that can be read as it lies, else
-// packed into scratch [rank][kPanel].
+// The panel of columns [n, n + columns) of an adapter's up factor: its own memory where that can be read as it lies,
+// else packed into scratch [rank][kPanel].
 struct UpPanel {
   const float* data = nullptr;
   int64_t stride = 0;
@@ -110,8 +109,8 @@ inline UpPanel up_panel(const Bank& bank, const AdapterRanks& adapter, int64_t n
 // Adds t up of `count` rows from row m on to a tile; `t` is the row of t of row m. Rows that share an adapter share its
 // panel; `last` remembers whose panel the scratch holds.
 template <int MR>
-inline void add_lora(Tile<MR, kTileVectors>& c, const Bank& bank, int64_t m, const float* t, int64_t n,
-                     int64_t columns, float* scratch, int64_t* last, UpPanel* panel) {
+inline void add_lora(Tile<MR, kTileVectors>& c, const Bank& bank, int64_t m, const float* t, int64_t n, int64_t columns,
+                     float* scratch, int64_t* last, UpPanel* panel) {
   const int64_t width = padded_rank(bank.shape), first_adapter = bank.adapter_of(m);
   const bool uniform = bank.run_end(m, m + MR) == m + MR;
   if (uniform) {

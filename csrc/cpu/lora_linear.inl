@@ -1,6 +1,7 @@
 // lora_linear on a CPU, forward. Two paths (LoraLinearPath):
 //
-// kDot, few rows. Bound by the bytes of W. Tasks own ranges of columns; each computes the (small) t = s x At for itself,
+// kDot, few rows. Bound by the bytes of W. Tasks own ranges of columns; each computes the (small) t = s x At for
+// itself,
 //   which costs r K bytes per task and saves a fork. W is read once, as it lies: rows of W against rows of x.
 // kPanel, many rows. Bound by arithmetic. W is repacked to panels [K][kPanel], which costs as much as a few rows; then
 //   register tiles run over blocks of rows that stay in the second cache: t = s x At of the block first, then every
@@ -24,21 +25,21 @@ struct Workspace {
 // What a panel product multiplies: y = finish(x w + t up) with t = s dropout(x) down.
 struct PanelProduct {
   int64_t rows, depth, columns;
-  const void* x;          // [rows, depth], rows of stride x_stride
+  const void* x;  // [rows, depth], rows of stride x_stride
   DType x_dtype;
   int64_t x_stride;
-  const void* w;          // element (column, k) at column * column_stride + k * k_stride
+  const void* w;  // element (column, k) at column * column_stride + k * k_stride
   DType w_dtype;
   int64_t column_stride, k_stride;
-  bool pairs;             // x and w are bf16 with k_stride 1: two k per step
-  const Bank* bank;       // null: no LoRA branch
-  Dropout down_dropout;   // of x on its way into t (forward)
-  Dropout up_dropout;     // of t up (dx), by element index row * columns + column
+  bool pairs;            // x and w are bf16 with k_stride 1: two k per step
+  const Bank* bank;      // null: no LoRA branch
+  Dropout down_dropout;  // of x on its way into t (forward)
+  Dropout up_dropout;    // of t up (dx), by element index row * columns + column
   Epilogue epilogue;
 };
 
-// How it is cut: tasks own ranges of rows, and of panels where there are too few rows. A task takes a block of rows at a
-// time that stays in its second cache, with t, for all panels. W is packed once for all tasks if there are several
+// How it is cut: tasks own ranges of rows, and of panels where there are too few rows. A task takes a block of rows at
+// a time that stays in its second cache, with t, for all panels. W is packed once for all tasks if there are several
 // blocks, else panel by panel on the way.
 struct PanelCut {
   int row_tasks, panel_tasks;
@@ -237,7 +238,8 @@ inline void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   plan->path = p.rows <= kDotRows ? LoraLinearPath::kDot : LoraLinearPath::kPanel;
   plan->bf16_dot = kHasBf16Dot && plan->path == LoraLinearPath::kPanel && p.dtype == DType::kBFloat16 &&
                    p.in_features % 2 == 0 && (device.isa & kIsaAvx512Bf16) && device.fast_bf16_dot;
-  // A fork and join costs a few microseconds, in which one core reads about 100 KB or does half a million multiply-adds.
+  // A fork and join costs a few microseconds, in which one core reads about 100 KB or does half a million
+  // multiply-adds.
   const double work = plan->path == LoraLinearPath::kDot
                           ? static_cast<double>(p.out_features * p.in_features) * size_of(p.dtype) / 100e3
                           : static_cast<double>(p.rows * p.out_features) * p.in_features / 500e3;
@@ -256,8 +258,13 @@ inline void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
 }
 
 inline Epilogue epilogue_of(const LoraLinearProblem& p, const LoraLinearArgs& args) {
-  return {p.has_bias ? args.bias : nullptr, p.bias_dtype, p.activation, p.has_residual ? args.residual : nullptr,
-          args.y, p.dtype, p.out_features};
+  return {p.has_bias ? args.bias : nullptr,
+          p.bias_dtype,
+          p.activation,
+          p.has_residual ? args.residual : nullptr,
+          args.y,
+          p.dtype,
+          p.out_features};
 }
 
 inline void run_dot(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor) {
@@ -272,8 +279,7 @@ inline void run_dot(const LoraLinearPlan& plan, const LoraLinearArgs& args, cons
     const Rows x = fp32_rows(args.x, p.dtype, args.x_stride, 0, M, K, Dropout(), s.x);
     if (bank.present()) {
       const Dropout dropout{p.dropout_p, args.dropout_seed};
-      const Rows dropped =
-          dropout ? fp32_rows(args.x, p.dtype, args.x_stride, 0, M, K, dropout, s.dropped) : x;
+      const Rows dropped = dropout ? fp32_rows(args.x, p.dtype, args.x_stride, 0, M, K, dropout, s.dropped) : x;
       down_rows(bank, dropped.data, dropped.stride, 0, M, K, s.t, s.down);
     }
     for (int64_t panel = panels * task / plan.tasks; panel < panels * (task + 1) / plan.tasks; ++panel) {

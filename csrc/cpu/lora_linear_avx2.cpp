@@ -1,11 +1,11 @@
 #include "cpu/lora_linear.h"
-
 #include "cpu/target.h"
 
 LORA_KERNELS_TARGET_BEGIN(LORA_KERNELS_TARGET_AVX2)
 namespace lora_kernels {
 namespace {
 
+// clang-format off: each file uses what the ones before it define
 #include "cpu/simd/avx2.h"
 #include "cpu/simd/math.inl"
 
@@ -14,6 +14,7 @@ namespace {
 #include "cpu/epilogue.inl"
 #include "cpu/lora_linear.inl"
 #include "cpu/lora_linear_backward.inl"
+// clang-format on
 
 }  // namespace
 

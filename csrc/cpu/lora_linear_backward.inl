@@ -6,13 +6,14 @@
 //   dW = gt x, dbias = column sums of g, only where asked
 // FLOPs: 2 M N K for dx, 2 M N K for dW, 2 M r (K + N) for each of u, t, dA, dB and the branch of dx.
 
-constexpr int64_t kSumRows = 256;  // rows packed at a time for the sums over rows: a panel of them fits the second cache
+constexpr int64_t kSumRows =
+    256;  // rows packed at a time for the sums over rows: a panel of them fits the second cache
 
 // out[i, j] += sum over rows m in [begin, end) of a[m * a_stride + i] * w[m, j] for one panel of columns from n on.
 struct RowSum {
   const float* a;  // element (m, i) at m * a_stride + i
   int64_t a_stride;
-  const void* w;   // [rows, columns] of w_dtype, rows of stride w_stride
+  const void* w;  // [rows, columns] of w_dtype, rows of stride w_stride
   DType w_dtype;
   int64_t w_stride, columns;
   Dropout dropout;  // of w, by element index m * columns + j
@@ -159,8 +160,8 @@ inline void run_backward(const LoraLinearBackwardPlan& plan, const LoraLinearBac
   }
   if (b.needs_dlora && lora) {
     const int64_t width = padded_rank(p.lora);
-    row_sums({s.t, width, dy, DType::kFloat32, N, N, Dropout(), args.dlora_b}, M, p.lora.total_rank, &forward,
-             executor, plan.tasks, s.sums);
+    row_sums({s.t, width, dy, DType::kFloat32, N, N, Dropout(), args.dlora_b}, M, p.lora.total_rank, &forward, executor,
+             plan.tasks, s.sums);
     row_sums({s.dx.t, width, args.x, p.dtype, args.x_stride, K, dropout, args.dlora_a}, M, p.lora.total_rank, &forward,
              executor, plan.tasks, s.sums);
   }

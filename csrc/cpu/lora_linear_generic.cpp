@@ -1,10 +1,10 @@
 #include "cpu/lora_linear.h"
-
 #include "cpu/target.h"
 
 namespace lora_kernels {
 namespace {
 
+// clang-format off: each file uses what the ones before it define
 #include "cpu/simd/generic.h"
 #include "cpu/simd/math.inl"
 
@@ -13,6 +13,7 @@ namespace {
 #include "cpu/epilogue.inl"
 #include "cpu/lora_linear.inl"
 #include "cpu/lora_linear_backward.inl"
+// clang-format on
 
 }  // namespace
 
@@ -21,4 +22,3 @@ const LoraLinearImplementation kLoraLinearGeneric = {
 };
 
 }  // namespace lora_kernels
-

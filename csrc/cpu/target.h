@@ -1,5 +1,5 @@
-// Everything that a CPU implementation's translation unit may include, before its target region begins: inline functions
-// of these headers are compiled for the baseline and never leak a wider instruction set into it.
+// Everything that a CPU implementation's translation unit may include, before its target region begins: inline
+// functions of these headers are compiled for the baseline and never leak a wider instruction set into it.
 #pragma once
 
 #if defined(__x86_64__)
@@ -21,8 +21,7 @@
   LORA_KERNELS_PRAGMA(clang attribute push(__attribute__((target(sets))), apply_to = function))
 #define LORA_KERNELS_TARGET_END LORA_KERNELS_PRAGMA(clang attribute pop)
 #else
-#define LORA_KERNELS_TARGET_BEGIN(sets) \
-  LORA_KERNELS_PRAGMA(GCC push_options) LORA_KERNELS_PRAGMA(GCC target(sets))
+#define LORA_KERNELS_TARGET_BEGIN(sets) LORA_KERNELS_PRAGMA(GCC push_options) LORA_KERNELS_PRAGMA(GCC target(sets))
 #define LORA_KERNELS_TARGET_END LORA_KERNELS_PRAGMA(GCC pop_options)
 #endif
 

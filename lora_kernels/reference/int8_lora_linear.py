@@ -149,7 +149,7 @@ def int8_lora_linear(
         [..., N] in ``compute_dtype``; rows of ``x`` with a non-finite value are NaN.
     """
     dtype = compute_dtype or x.dtype
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # K may be 0
     q_x, s_x = quantize_rows(rows) if x_scale is None else quantize_static(rows, x_scale)
     accumulators = int8_accumulators(q_x, q_weight)
     # The factor of an element is one fp32 product, as the operators compute it.

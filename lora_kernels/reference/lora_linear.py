@@ -127,7 +127,7 @@ def lora_linear(
         [..., N] in ``compute_dtype``.
     """
     dtype = compute_dtype or x.dtype
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    rows = (x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)).to(dtype)  # K may be 0
     y = rows @ weight.to(dtype).T
     if bias is not None:
         y = y + bias.to(dtype)

@@ -122,9 +122,8 @@ def test_gradients(implementation: str, dtype: torch.dtype, mode: str) -> None:
         got = gradients(ops.lora_linear, leaves)
         exact = gradients(reference.lora_linear, [v.double() for v in leaves])
         plain = gradients(reference.lora_linear, leaves, compute_dtype=dtype)
-        for name, *values in zip(
-            "x weight bias lora_a lora_b residual".split(), got, exact, plain, strict=True
-        ):
+        names = ["x", "weight", "bias", "lora_a", "lora_b", "residual"]
+        for name, *values in zip(names, got, exact, plain, strict=True):
             assert_close(*values, what=f"d{name} at {rows}x{k}x{n}")
 
 
@@ -143,7 +142,7 @@ def test_only_wanted_gradients_are_computed(implementation: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Input #.* requires gradient and is not a double precision")
 def test_gradcheck(implementation: str) -> None:
-    # The operator computes in fp32; it is (multi)linear, so a wide difference quotient loses nothing.
+    # The operator computes in fp32; it is linear in each input, so a wide quotient loses nothing.
     x, weight, bias, residual = base(5, 7, 6, torch.float32)
     a, b = torch.randn(3, 7), torch.randn(3, 6)
     inputs = [t.requires_grad_() for t in (x, weight, bias, a, b, residual)]

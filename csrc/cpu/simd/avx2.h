@@ -10,7 +10,7 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kNarrowTileRows = 10;
 constexpr bool kHasBf16Dot = false;
 constexpr bool kHasBf16Pairs = true;  // load_even(), load_odd()
-constexpr bool kHasTables = false;  // lookup() is not as cheap as arithmetic
+constexpr bool kHasTables = false;    // lookup() is not as cheap as arithmetic
 
 inline F set(float v) { return _mm256_set1_ps(v); }
 inline F zero() { return _mm256_setzero_ps(); }
@@ -53,8 +53,7 @@ inline __m128i to_bf16_bits(F v) {
   I r = u + 0x7fff + ((I)_mm256_srli_epi32((__m256i)u, 16) & 1);
   r = (I)_mm256_srli_epi32((__m256i)r, 16);
   r = (I)_mm256_blendv_epi8((__m256i)r, _mm256_set1_epi32(0x7fc0), (__m256i)(v != v));
-  return _mm256_castsi256_si128(
-      _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)r, (__m256i)r), 0x08));
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)r, (__m256i)r), 0x08));
 }
 inline F load(const bf16* p) { return from_bf16_bits(_mm_loadu_si128((const __m128i*)p)); }
 inline F load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
@@ -63,14 +62,10 @@ inline F load_even(const bf16* p) { return (F)_mm256_slli_epi32(_mm256_loadu_si2
 inline F load_odd(const bf16* p) {
   return (F)_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
 }
-inline F load(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
+inline F load(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
 inline void store(bf16* p, F v) { _mm_storeu_si128((__m128i*)p, to_bf16_bits(v)); }
-inline void store(fp16* p, F v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
+inline void store(fp16* p, F v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 
 // Tails go through a small buffer: never a byte beyond the end is touched.
 template <class T>

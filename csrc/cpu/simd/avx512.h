@@ -4,21 +4,20 @@ constexpr int kLanes = 16;
 typedef __m512 F;
 typedef int32_t I __attribute__((vector_size(64)));
 
-// 6 x 4 accumulators + 4 panel vectors + 1 or 2 broadcasts = 29 or 30 of 32 registers; a row of a panel is 4 cache lines.
+// 6 x 4 accumulators + 4 panel vectors + 1 or 2 broadcasts = 29 or 30 of 32 registers; a row of a panel is 4 cache
+// lines.
 constexpr int kTileRows = 6, kTileVectors = 4;
 constexpr int kNarrowTileRows = 12;
 constexpr bool kHasBf16Dot = true;
 constexpr bool kHasBf16Pairs = true;  // load_even(), load_odd()
-constexpr bool kHasTables = true;  // lookup() is as cheap as arithmetic
+constexpr bool kHasTables = true;     // lookup() is as cheap as arithmetic
 
 inline F set(float v) { return _mm512_set1_ps(v); }
 inline F zero() { return _mm512_setzero_ps(); }
 inline I set_int(int32_t v) { return (I)_mm512_set1_epi32(v); }
 inline I bits_of(F v) { return (I)v; }
 inline F from_bits(I v) { return (F)v; }
-inline F select(I mask, F a, F b) {
-  return _mm512_mask_mov_ps(b, _mm512_movepi32_mask((__m512i)mask), a);
-}
+inline F select(I mask, F a, F b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask((__m512i)mask), a); }
 
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -27,9 +26,7 @@ inline F abs(F a) { return _mm512_abs_ps(a); }
 // and spills them.
 inline void fma_into(F& c, F a, F b) { asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
 // c += the two bf16 products of each lane; the CPU must have AVX512-BF16.
-inline void bf16_dot_into(F& c, F a, F b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-}
+inline void bf16_dot_into(F& c, F a, F b) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
 
 inline I to_int(F v) { return (I)_mm512_cvtps_epi32(v); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps((__m512i)v); }
@@ -49,9 +46,7 @@ inline void reduce_add4(F a, F b, F c, F d, float* out) {
 }
 
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
-inline F from_bf16_bits(__m256i v) {
-  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16);
-}
+inline F from_bf16_bits(__m256i v) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16); }
 inline __m256i to_bf16_bits(F v) {
   const __m512i u = (__m512i)v;
   __m512i r = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
@@ -69,9 +64,7 @@ inline F load_even(const bf16* p) { return (F)_mm512_slli_epi32(_mm512_loadu_si5
 inline F load_odd(const bf16* p) {
   return (F)_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
 }
-inline F load(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
+inline F load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 inline F load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline F load_n(const bf16* p, int n) { return from_bf16_bits(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline F load_n(const fp16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
@@ -80,9 +73,7 @@ inline F load_n(const int8_t* p, int n) {
 }
 inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 inline void store(bf16* p, F v) { _mm256_storeu_si256((__m256i*)p, to_bf16_bits(v)); }
-inline void store(fp16* p, F v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
+inline void store(fp16* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 inline void store_n(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
 inline void store_n(bf16* p, F v, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16_bits(v)); }
 inline void store_n(fp16* p, F v, int n) {
@@ -111,7 +102,8 @@ inline void transpose_block(const float* p, int64_t stride, float* out, int64_t 
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512 a = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88), d = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88),
+                 d = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
     _mm512_storeu_ps(out + i * out_stride, _mm512_shuffle_f32x4(a, c, 0x88));
     _mm512_storeu_ps(out + (i + 4) * out_stride, _mm512_shuffle_f32x4(b, d, 0x88));
     _mm512_storeu_ps(out + (i + 8) * out_stride, _mm512_shuffle_f32x4(a, c, 0xdd));

@@ -1,6 +1,6 @@
 // The vector vocabulary without any instruction set: GCC/Clang vector types of 4 lanes, conversions in integers.
-// Included once per translation unit, inside its anonymous namespace; simd/avx2.h and simd/avx512.h define the same names,
-// and the algorithms (*.inl) are written in them alone.
+// Included once per translation unit, inside its anonymous namespace; simd/avx2.h and simd/avx512.h define the same
+// names, and the algorithms (*.inl) are written in them alone.
 
 constexpr int kLanes = 4;
 typedef float F __attribute__((vector_size(16)));    // kLanes fp32 lanes
@@ -12,7 +12,7 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 constexpr int kNarrowTileRows = 6;
 constexpr bool kHasBf16Dot = false;
 constexpr bool kHasBf16Pairs = false;  // load_even(), load_odd()
-constexpr bool kHasTables = false;  // lookup() is not as cheap as arithmetic
+constexpr bool kHasTables = false;     // lookup() is not as cheap as arithmetic
 
 inline F set(float v) { return F{v, v, v, v}; }
 inline F zero() { return F{}; }

@@ -56,9 +56,7 @@ inline F gelu_by_table(F x) {
   return max(zero(), x) - a * select(a < limit, h, zero());  // max gives its second argument where one is NaN
 }
 
-inline F gelu(F x) {
-  return kHasTables ? gelu_by_table(x) : gelu_by_exp(x);
-}
+inline F gelu(F x) { return kHasTables ? gelu_by_table(x) : gelu_by_exp(x); }
 
 inline F silu(F x) {
   const F y = x / (set(1.0f) + exp(zero() - x));

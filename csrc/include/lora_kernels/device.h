@@ -21,9 +21,9 @@ struct DeviceInfo {
   // Whether vdpbf16ps does more per cycle than fp32 multiply-adds: twice as much on AMD's Zen 4 and 5, half as much on
   // Intel's Sapphire Rapids (measured: 96 against 200 GFLOP/s on one core).
   bool fast_bf16_dot = false;
-  uint32_t isa = 0;               // Isa bits
-  int threads = 1;                // how many tasks the executor runs at the same time
-  int64_t l2_bytes = 1 << 20;     // per core
+  uint32_t isa = 0;            // Isa bits
+  int threads = 1;             // how many tasks the executor runs at the same time
+  int64_t l2_bytes = 1 << 20;  // per core
 };
 
 // The CPU that this process runs on; `threads` is left at 1, the caller knows its own pool.

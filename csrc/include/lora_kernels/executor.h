@@ -32,8 +32,7 @@ void for_each_task(const Executor& executor, int64_t tasks, const Body& body) {
     return;
   }
   executor.parallel_for(
-      executor.pool, tasks,
-      [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); },
+      executor.pool, tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); },
       const_cast<Body*>(&body));
 }
 

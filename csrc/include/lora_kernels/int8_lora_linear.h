@@ -18,28 +18,28 @@ namespace lora_kernels {
 struct Int8LoraLinearImplementation;
 
 struct Int8LoraLinearProblem {
-  int64_t rows = 0;          // M
-  int64_t in_features = 0;   // K
-  int64_t out_features = 0;  // N
-  DType dtype = DType::kFloat32;       // of x, residual and y
+  int64_t rows = 0;               // M
+  int64_t in_features = 0;        // K
+  int64_t out_features = 0;       // N
+  DType dtype = DType::kFloat32;  // of x, residual and y
   DType bias_dtype = DType::kFloat32;
   bool has_bias = false;
   bool has_residual = false;
-  bool static_scale = false;           // x_scale is given
+  bool static_scale = false;  // x_scale is given
   Activation activation = Activation::kNone;
   LoraShape lora;
 };
 
 struct Int8LoraLinearArgs {
-  const void* x = nullptr;                // [M, K], rows of stride x_stride elements
+  const void* x = nullptr;  // [M, K], rows of stride x_stride elements
   int64_t x_stride = 0;
-  const uint8_t* packed_weight = nullptr; // int8_packed_bytes(N, K), aligned to 64 bytes
-  const void* bias = nullptr;             // [N]
+  const uint8_t* packed_weight = nullptr;  // int8_packed_bytes(N, K), aligned to 64 bytes
+  const void* bias = nullptr;              // [N]
   LoraBank lora;
-  const float* x_scale = nullptr;         // [1], for static quantization
-  const void* residual = nullptr;         // [M, N] contiguous
-  void* y = nullptr;                      // [M, N] contiguous
-  void* workspace = nullptr;              // workspace_bytes(plan), aligned to 64 bytes
+  const float* x_scale = nullptr;  // [1], for static quantization
+  const void* residual = nullptr;  // [M, N] contiguous
+  void* y = nullptr;               // [M, N] contiguous
+  void* workspace = nullptr;       // workspace_bytes(plan), aligned to 64 bytes
 };
 
 struct Int8LoraLinearPlan {

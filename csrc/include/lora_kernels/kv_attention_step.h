@@ -1,8 +1,9 @@
 // kv_attention_step: append the new tokens' k, v to a cache and attend over it: one decoding step of self-attention
-// (growing; beams reordered by an index table, never by copying) or of cross-attention (fixed K/V, shared by the beams of
-// an utterance).
+// (growing; beams reordered by an index table, never by copying) or of cross-attention (fixed K/V, shared by the beams
+// of an utterance).
 //   out[i, t, h] = sum_p softmax_p(scale * q[i, t, h] . K[p, h]) V[p, h]; softmax and sums in fp32.
-//   FLOPs 4 rows T H D positions; bytes 2 rows H positions D * element size (shared rows are read once): bound by memory.
+//   FLOPs 4 rows T H D positions; bytes 2 rows H positions D * element size (shared rows are read once): bound by
+//   memory.
 #pragma once
 
 #include <string>
@@ -32,35 +33,35 @@ enum class KvSlots : uint8_t {
 enum class KvLayout : uint8_t { kRowMajor /* [S, H, C, D] */ };
 
 struct KvAttentionStepProblem {
-  int64_t rows = 0;       // of q: utterances x beams
-  int64_t tokens = 1;     // T, new tokens per row
-  int64_t heads = 0;      // H
-  int64_t head_size = 0;  // D
-  int64_t cache_rows = 0; // S
-  int64_t capacity = 0;   // C, positions per cache row
-  DType dtype = DType::kFloat32;        // of q, k, v and out
+  int64_t rows = 0;               // of q: utterances x beams
+  int64_t tokens = 1;             // T, new tokens per row
+  int64_t heads = 0;              // H
+  int64_t head_size = 0;          // D
+  int64_t cache_rows = 0;         // S
+  int64_t capacity = 0;           // C, positions per cache row
+  DType dtype = DType::kFloat32;  // of q, k, v and out
   DType cache_dtype = DType::kFloat32;
   KvScales scales = KvScales::kNone;
   KvSlots slots = KvSlots::kIdentity;
   KvLayout layout = KvLayout::kRowMajor;
-  bool append = false;                  // k and v are given: causal self-attention
-  int64_t weight_heads = 0;             // heads whose softmax weights are returned
+  bool append = false;       // k and v are given: causal self-attention
+  int64_t weight_heads = 0;  // heads whose softmax weights are returned
 };
 
 struct KvAttentionStepArgs {
-  const void* q = nullptr;           // [rows, T, H, D] contiguous
-  const void* k = nullptr;           // [rows, T, H, D] contiguous, or null
+  const void* q = nullptr;  // [rows, T, H, D] contiguous
+  const void* k = nullptr;  // [rows, T, H, D] contiguous, or null
   const void* v = nullptr;
-  void* k_cache = nullptr;           // [S, H, C, D] contiguous
+  void* k_cache = nullptr;  // [S, H, C, D] contiguous
   void* v_cache = nullptr;
-  float* k_scales = nullptr;         // by Problem.scales
+  float* k_scales = nullptr;  // by Problem.scales
   float* v_scales = nullptr;
   const int32_t* lengths = nullptr;  // [rows]: valid positions before this call
   const int32_t* slots = nullptr;    // by Problem.slots
   float scale = 1;
   const int64_t* weight_heads = nullptr;  // [weight_heads]
-  float* weights = nullptr;          // [rows, weight_heads, T, C], or null
-  void* out = nullptr;               // [rows, T, H, D] contiguous
+  float* weights = nullptr;               // [rows, weight_heads, T, C], or null
+  void* out = nullptr;                    // [rows, T, H, D] contiguous
   void* workspace = nullptr;
 };
 

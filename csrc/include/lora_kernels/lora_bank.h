@@ -20,14 +20,14 @@ struct LoraShape {
 
 // Pointers; part of Args. Strides count elements.
 struct LoraBank {
-  const void* a = nullptr;              // [R, K], rows of stride a_stride, unit stride along K
+  const void* a = nullptr;  // [R, K], rows of stride a_stride, unit stride along K
   int64_t a_stride = 0;
-  const void* b = nullptr;              // [R, N] by rank row; PEFT's B [N, r] is b_stride_rank 1, b_stride_out r
+  const void* b = nullptr;  // [R, N] by rank row; PEFT's B [N, r] is b_stride_rank 1, b_stride_out r
   int64_t b_stride_rank = 0;
   int64_t b_stride_out = 0;
-  const float* scales = nullptr;        // [n], or null: all 1
-  const int32_t* offsets = nullptr;     // [n + 1], or null: one adapter of all R rank rows
-  const int32_t* adapter_ids = nullptr; // [G]: the adapter of rows g*M/G ... (g+1)*M/G - 1; -1: base only
+  const float* scales = nullptr;         // [n], or null: all 1
+  const int32_t* offsets = nullptr;      // [n + 1], or null: one adapter of all R rank rows
+  const int32_t* adapter_ids = nullptr;  // [G]: the adapter of rows g*M/G ... (g+1)*M/G - 1; -1: base only
 };
 
 }  // namespace lora_kernels

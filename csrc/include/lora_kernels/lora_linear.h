@@ -17,29 +17,29 @@ namespace lora_kernels {
 struct LoraLinearImplementation;  // a row of the table of implementations
 
 struct LoraLinearProblem {
-  int64_t rows = 0;          // M
-  int64_t in_features = 0;   // K
-  int64_t out_features = 0;  // N
-  DType dtype = DType::kFloat32;       // of x, W, residual and y
+  int64_t rows = 0;               // M
+  int64_t in_features = 0;        // K
+  int64_t out_features = 0;       // N
+  DType dtype = DType::kFloat32;  // of x, W, residual and y
   DType bias_dtype = DType::kFloat32;
   bool has_bias = false;
   bool has_residual = false;
   Activation activation = Activation::kNone;
   LoraShape lora;
-  double dropout_p = 0;      // of the LoRA branch's input; 0: none
+  double dropout_p = 0;  // of the LoRA branch's input; 0: none
 };
 
 struct LoraLinearArgs {
-  const void* x = nullptr;         // [M, K], rows of stride x_stride elements
+  const void* x = nullptr;  // [M, K], rows of stride x_stride elements
   int64_t x_stride = 0;
-  const void* weight = nullptr;    // [N, K], rows of stride weight_stride
+  const void* weight = nullptr;  // [N, K], rows of stride weight_stride
   int64_t weight_stride = 0;
-  const void* bias = nullptr;      // [N]
+  const void* bias = nullptr;  // [N]
   LoraBank lora;
   const void* residual = nullptr;  // [M, N] contiguous
   void* y = nullptr;               // [M, N] contiguous
   uint64_t dropout_seed = 0;
-  void* workspace = nullptr;       // workspace_bytes(plan), aligned to 64 bytes
+  void* workspace = nullptr;  // workspace_bytes(plan), aligned to 64 bytes
 };
 
 // How the product is computed; chosen by plan() from the problem and the device alone.
@@ -52,18 +52,18 @@ struct LoraLinearPlan {
   LoraLinearProblem problem;
   const LoraLinearImplementation* implementation = nullptr;
   LoraLinearPath path = LoraLinearPath::kDot;
-  int tasks = 1;             // of the executor
-  int64_t l2_bytes = 0;      // of the device: blocks of rows are cut to fit it
-  bool bf16_dot = false;     // vdpbf16ps on bf16 storage
-  int64_t workspace = 0;     // bytes
+  int tasks = 1;          // of the executor
+  int64_t l2_bytes = 0;   // of the device: blocks of rows are cut to fit it
+  bool bf16_dot = false;  // vdpbf16ps on bf16 storage
+  int64_t workspace = 0;  // bytes
 };
 
 Status plan(const LoraLinearProblem& problem, const DeviceInfo& device, LoraLinearPlan* plan);
 int64_t workspace_bytes(const LoraLinearPlan& plan);
 Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor);
 
-// Gradients of y = x Wt + bias + s (dropout(x) At) B for a given dy. An activation's derivative is applied by the caller
-// (dy is then the gradient before it); the residual's gradient is dy itself.
+// Gradients of y = x Wt + bias + s (dropout(x) At) B for a given dy. An activation's derivative is applied by the
+// caller (dy is then the gradient before it); the residual's gradient is dy itself.
 struct LoraLinearBackwardProblem {
   LoraLinearProblem forward;
   bool needs_dx = false;
@@ -73,18 +73,18 @@ struct LoraLinearBackwardProblem {
 };
 
 struct LoraLinearBackwardArgs {
-  const void* dy = nullptr;      // [M, N] contiguous, forward.dtype
-  const void* x = nullptr;       // as in the forward pass
+  const void* dy = nullptr;  // [M, N] contiguous, forward.dtype
+  const void* x = nullptr;   // as in the forward pass
   int64_t x_stride = 0;
   const void* weight = nullptr;
   int64_t weight_stride = 0;
   LoraBank lora;
   uint64_t dropout_seed = 0;
-  void* dx = nullptr;            // [M, K] contiguous, forward.dtype
-  float* dweight = nullptr;      // [N, K] contiguous fp32
-  float* dbias = nullptr;        // [N] fp32
-  float* dlora_a = nullptr;      // [R, K] contiguous fp32
-  float* dlora_b = nullptr;      // [R, N] contiguous fp32
+  void* dx = nullptr;        // [M, K] contiguous, forward.dtype
+  float* dweight = nullptr;  // [N, K] contiguous fp32
+  float* dbias = nullptr;    // [N] fp32
+  float* dlora_a = nullptr;  // [R, K] contiguous fp32
+  float* dlora_b = nullptr;  // [R, N] contiguous fp32
   void* workspace = nullptr;
 };
 
@@ -96,11 +96,9 @@ struct LoraLinearBackwardPlan {
   int64_t workspace = 0;
 };
 
-Status plan(const LoraLinearBackwardProblem& problem, const DeviceInfo& device,
-            LoraLinearBackwardPlan* plan);
+Status plan(const LoraLinearBackwardProblem& problem, const DeviceInfo& device, LoraLinearBackwardPlan* plan);
 int64_t workspace_bytes(const LoraLinearBackwardPlan& plan);
-Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& args,
-           const Executor& executor);
+Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& args, const Executor& executor);
 
 std::string to_string(const LoraLinearProblem& problem);
 std::string to_string(const LoraLinearPlan& plan);

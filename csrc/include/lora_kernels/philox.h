@@ -1,6 +1,6 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the counter-based generator
-// behind LoRA dropout. The mask of element i depends on (seed, i) alone, so forward and backward, CPU and CUDA, draw the
-// same mask without ever storing it.
+// behind LoRA dropout. The mask of element i depends on (seed, i) alone, so forward and backward, CPU and CUDA, draw
+// the same mask without ever storing it.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,6 @@ LORA_KERNELS_HOST_DEVICE inline Philox4 philox(uint64_t seed, uint64_t counter) 
 }
 
 // An element is kept iff its number is at least this: P(kept) = 1 - p.
-LORA_KERNELS_HOST_DEVICE inline uint32_t dropout_threshold(double p) {
-  return static_cast<uint32_t>(p * 4294967296.0);
-}
+LORA_KERNELS_HOST_DEVICE inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
 
 }  // namespace lora_kernels

@@ -17,12 +17,8 @@ struct Status {
   std::string text;
 
   bool ok() const { return code == StatusCode::kOk; }
-  static Status invalid(std::string text) {
-    return {StatusCode::kInvalidArgument, std::move(text)};
-  }
-  static Status unsupported(std::string text) {
-    return {StatusCode::kUnsupported, std::move(text)};
-  }
+  static Status invalid(std::string text) { return {StatusCode::kInvalidArgument, std::move(text)}; }
+  static Status unsupported(std::string text) { return {StatusCode::kUnsupported, std::move(text)}; }
 };
 
 }  // namespace lora_kernels

@@ -8,9 +8,7 @@ namespace lora_kernels {
 
 enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt8 };
 
-constexpr size_t size_of(DType type) {
-  return type == DType::kFloat32 ? 4 : type == DType::kInt8 ? 1 : 2;
-}
+constexpr size_t size_of(DType type) { return type == DType::kFloat32 ? 4 : type == DType::kInt8 ? 1 : 2; }
 
 constexpr const char* name_of(DType type) {
   return type == DType::kFloat32    ? "float32"
@@ -28,13 +26,9 @@ enum class Activation : uint8_t {
 };
 
 constexpr const char* name_of(Activation activation) {
-  return activation == Activation::kGelu   ? "gelu"
-         : activation == Activation::kSilu ? "silu"
-                                           : "none";
+  return activation == Activation::kGelu ? "gelu" : activation == Activation::kSilu ? "silu" : "none";
 }
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace lora_kernels
