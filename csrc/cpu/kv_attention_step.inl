@@ -14,11 +14,12 @@
 // K and V are converted in registers, without copies. Memory is asked for kAheadBytes early, and V while the softmax is
 // computed: the hardware's prefetcher stops at the end of each page, and at each head of a short cache.
 //
-// Measured, AVX-512, one core, 8 heads of 64, caches cold, as a fraction of a plain read of the same bytes: 1,500 frames
-// fp32 95 to 100 %, bf16 83 to 90 %, fp16 84 %, int8 72 to 77 % (bound by its conversion to fp32); five beams on one
-// K/V fp32 80 %, bf16 72 %, int8 51 %. Tables per position with a random cache row at each: fp32 80 % and more, bf16
-// 50 to 70 %, int8 30 % (bound by latency).
-// Tried and lost: asking for memory 1, 4 or 8 KB early instead of 2; bf16 by widening halves (two operations a vector).
+// Measured on a shared machine: AVX-512, one core, 8 heads of 64, caches cold, as a fraction of a plain read of the
+// same bytes. 1,500 frames: fp32 95 to 100 %, bf16 and fp16 76 to 94 %, int8 67 to 77 % (bound by its conversion to
+// fp32). Five beams on one K/V: fp32 80 %, bf16 70 to 75 %, int8 51 to 57 %. A random cache row at each of 447
+// positions: fp32 at least 80 %, bf16 50 to 70 %, int8 30 % (bound by latency).
+// Tried: asking for memory 4 or 8 KB early loses to 2, 1 KB is its equal; bf16 in pairs of columns is 10 % faster than
+// widening halves in the first caches, and the same when memory is the limit.
 
 constexpr int64_t kTaskBytes = 100000;  // read by one core in the time of a fork and join
 
