@@ -6,10 +6,6 @@
 // core stops for a hundred cycles each.
 constexpr float kVanishing = -64.0f;
 
-// A function of its own: g++ unrolls loops over registers only to a depth of 8, and inlined into a task's loops the
-// sums would live on the stack.
-#define LORA_KERNELS_APART __attribute__((noinline))
-
 constexpr int kQueries = kTileRows;
 // Queries whose sums over four positions fit in the register file beside K: 24 + 4 + 1 of 32, 8 + 4 + 1 of 16.
 constexpr int kScoreQueries = kLanes == 16 ? 6 : 2;

@@ -8,8 +8,8 @@ constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a panel
 // out[i * out_stride + j] = x[i] . w[j] over k. While a block is computed the next `ahead` rows of w are prefetched:
 // rows are too short for the hardware to have found the stream by itself.
 template <int MR, int NR, class T>
-inline void dot_block(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth, float* out,
-                      int64_t out_stride, bool ahead) {
+LORA_KERNELS_APART void dot_block(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth,
+                                  float* out, int64_t out_stride, bool ahead) {
   F sum[MR][NR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -134,8 +134,8 @@ inline void clear(Tile<MR, NV>& c) {
 // kPairs every "float" of a and panel is a pair of bf16. A function of its own: g++ unrolls loops completely only to a
 // nesting of 8, which inlining into the callers' loops exceeds, and then keeps the sums in memory.
 template <bool kPairs = false, int MR, int NV>
-__attribute__((noinline)) void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride,
-                                          const float* panel, int64_t panel_stride, int64_t depth) {
+LORA_KERNELS_APART void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride,
+                                   const float* panel, int64_t panel_stride, int64_t depth) {
   // A local array whose indices are all constants after unrolling: only so does g++ keep the sums in registers.
   F sum[MR][NV];
 #pragma GCC unroll 16

@@ -141,8 +141,8 @@ enum class Ahead {
 // vectors. A function of its own on purpose: inlined beside other uses of the sums, g++ 12 keeps them in memory and
 // stores them in every step.
 template <Ahead kAhead, int MR, int NV>
-__attribute__((noinline)) void int8_dots(const int32_t* start, const uint8_t* q, int64_t q_stride, const uint8_t* w,
-                                         int64_t steps, const uint8_t* next, int32_t* sums) {
+LORA_KERNELS_APART void int8_dots(const int32_t* start, const uint8_t* q, int64_t q_stride, const uint8_t* w,
+                                  int64_t steps, const uint8_t* next, int32_t* sums) {
   I c[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -216,7 +216,7 @@ struct Int8Task {
 
 // MR rows (from row i of the chunk on) times NV vectors of the block (from channel c on)
 template <int MR, int NV>
-__attribute__((noinline)) void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ahead, const uint8_t* next) {
+LORA_KERNELS_APART void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ahead, const uint8_t* next) {
   const Int8Scratch& s = task.s;
   const uint8_t *q = s.q + i * s.q_stride, *w = task.weights + c * kInt8StepDepth;
   const int32_t* start = task.compensation + c;

@@ -27,3 +27,7 @@
 
 #define LORA_KERNELS_TARGET_AVX2 "avx2,fma,f16c"
 #define LORA_KERNELS_TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+
+// Before an inner loop's function: not inlined. g++ fully unrolls loops over registers only to a nesting of 8, and
+// inlined into a task's loops the sums would live on the stack.
+#define LORA_KERNELS_APART __attribute__((noinline))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import _library as _library
-from ._dispatch import forward_only, straight
+from ._dispatch import is_plain, straight
 
 _op = torch.ops.lora_kernels.lora_linear.default
 _straight = straight(_op)
@@ -80,8 +81,7 @@ def lora_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    call = _straight if forward_only(x) else _op
-    return call(
+    arguments = (
         x,
         weight,
         bias,
@@ -95,6 +95,11 @@ def lora_linear(
         dropout_p,
         dropout_seed,
     )
+    if not is_plain(x):
+        return _op(*arguments)
+    if torch.is_grad_enabled():
+        return _Differentiable.apply(*arguments)  # type: ignore[no-any-return]
+    return _straight(*arguments)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("lora_kernels::lora_linear")
@@ -189,3 +194,14 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 torch.library.register_autograd(
     "lora_kernels::lora_linear", _backward, setup_context=_setup_context
 )
+
+
+class _Differentiable(torch.autograd.Function):
+    """The same gradient for eager calls, without the cost of the registered one."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> torch.Tensor:
+        return _straight(*arguments)  # type: ignore[no-any-return]
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(once_differentiable(_backward))

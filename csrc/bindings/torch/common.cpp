@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <sstream>
+#include <stdexcept>
 
 namespace lora_kernels {
 
@@ -14,11 +15,13 @@ std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-void raise_if_failed(const Status& status) { STD_TORCH_CHECK(status.ok(), status.text); }
+// Thrown directly: STD_TORCH_CHECK would put this file's path before the text.
+void raise_if_failed(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.text);
+}
 
 void refuse(const char* op, const char* argument, const std::string& text) {
-  STD_TORCH_CHECK(false, op, ": ", argument, ": ", text);
-  __builtin_unreachable();
+  throw std::runtime_error(std::string(op) + ": " + argument + ": " + text);
 }
 
 DType dtype_of(const char* op, const char* argument, const Tensor& t) {
