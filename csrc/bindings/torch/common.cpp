@@ -185,6 +185,22 @@ std::vector<int64_t> output_sizes(const Tensor& x, int64_t out_features) {
   return sizes;
 }
 
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> type) {
+  int32_t dtype = 0, device = 0, index = 0;
+  if (type)
+    dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  else
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, device, index, &handle));
+  return Tensor(handle);
+}
+
 DeviceInfo current_device() {
   static const DeviceInfo host = host_device();
   DeviceInfo device = host;

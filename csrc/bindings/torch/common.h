@@ -70,6 +70,10 @@ BiasAndResidual bias_and_residual(const char* op, const OptionalTensor& bias, co
 // The sizes of x with the last one replaced.
 std::vector<int64_t> output_sizes(const Tensor& x, int64_t out_features);
 
+// An uninitialized contiguous tensor on the device of `like`, in its type or another. Through the C interface: torch's
+// dispatcher, which torch::stable::new_empty goes through, costs as much again as all of the translation.
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> type = {});
+
 // This machine, with torch's current number of threads.
 DeviceInfo current_device();
 

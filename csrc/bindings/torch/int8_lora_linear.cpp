@@ -49,7 +49,7 @@ Tensor int8_lora_linear(const Tensor& x, const Tensor& packed_weight, int64_t ou
   }
   Int8LoraLinearPlan chosen;
   raise_if_failed(plan(problem, current_device(), &chosen));
-  Tensor y = torch::stable::new_empty(x, output_sizes(x, out_features));
+  Tensor y = new_tensor(x, output_sizes(x, out_features));
   args.x = rows.data;
   args.x_stride = rows.stride;
   args.packed_weight = static_cast<const uint8_t*>(packed.data_ptr());
@@ -83,7 +83,7 @@ Tensor pack(const Tensor& weight, const Tensor& scales) {
            "expected finite scales, got " + std::to_string(s[n]) + " for output channel " + std::to_string(n) +
                "; the weight it came from holds a NaN or an infinity");
   }
-  Tensor packed = torch::stable::new_empty(weight, {int8_packed_bytes(out_features, in_features)}, ScalarType::Byte);
+  Tensor packed = new_tensor(weight, {int8_packed_bytes(out_features, in_features)}, ScalarType::Byte);
   int8_pack(q, s, out_features, in_features, static_cast<uint8_t*>(packed.data_ptr()));
   return packed;
 }
@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed_weight, int64_t out_featu
   const char* op = "int8_unpack";
   if (in_features < 0) refuse(op, "in_features", "expected at least 0, got " + std::to_string(in_features));
   const Tensor packed = packed_weight_of(op, packed_weight, out_features, in_features);
-  Tensor weight = torch::stable::new_empty(packed, {out_features, in_features}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(packed, {out_features}, ScalarType::Float);
+  Tensor weight = new_tensor(packed, {out_features, in_features}, ScalarType::Char);
+  Tensor scales = new_tensor(packed, {out_features}, ScalarType::Float);
   int8_unpack(static_cast<const uint8_t*>(packed.data_ptr()), out_features, in_features,
               static_cast<int8_t*>(weight.data_ptr()), static_cast<float*>(scales.data_ptr()));
   return std::make_tuple(weight, scales);

@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor> kv_attention_step(const Tensor& q, const OptionalTens
   }
   KvAttentionStepPlan chosen;
   raise_if_failed(plan(p, current_device(), &chosen));
-  Tensor out = torch::stable::new_empty(q, {p.rows, p.tokens, p.heads, p.head_size});
-  Tensor weights = torch::stable::new_empty(
+  Tensor out = new_tensor(q, {p.rows, p.tokens, p.heads, p.head_size});
+  Tensor weights = new_tensor(
       q, heads ? std::vector<int64_t>{p.rows, p.weight_heads, p.tokens, p.capacity} : std::vector<int64_t>{0},
       ScalarType::Float);
   args.q = q_rows.data_ptr();

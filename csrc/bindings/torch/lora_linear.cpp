@@ -61,7 +61,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   o.problem.has_residual = extra.residual != nullptr;
   LoraLinearPlan chosen;
   raise_if_failed(plan(o.problem, current_device(), &chosen));
-  Tensor y = torch::stable::new_empty(x, output_sizes(x, o.problem.out_features));
+  Tensor y = new_tensor(x, output_sizes(x, o.problem.out_features));
   args.x = o.x.data;
   args.x_stride = o.x.stride;
   args.weight = o.weight.data;
@@ -96,9 +96,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   LoraLinearBackwardPlan chosen;
   raise_if_failed(plan(problem, current_device(), &chosen));
   const auto fp32 = [&](bool wanted, std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(x, wanted ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+    return new_tensor(x, wanted ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
   };
-  Tensor dx = torch::stable::new_empty(x, needs_dx ? output_sizes(x, K) : std::vector<int64_t>{0});
+  Tensor dx = new_tensor(x, needs_dx ? output_sizes(x, K) : std::vector<int64_t>{0});
   Tensor dweight = fp32(needs_dweight, {N, K}), dbias = fp32(needs_dbias, {N});
   const int64_t R = o.problem.lora.total_rank;
   Tensor da = fp32(problem.needs_dlora, {R, K}), db = fp32(problem.needs_dlora, {R, N});
