@@ -73,31 +73,37 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def compare(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Callable[..., dict]:
     """``compare(op, ours, peers, work)``: time ours and every peer in turn, round by round.
 
-    pytest-benchmark times ours; each round's set-up times the peers, so all of them see the same
-    moments of a noisy machine. The record goes to ``extra_info`` of the benchmark's JSON.
+    Every round of pytest-benchmark's is preceded by one turn of all contestants, ours among them,
+    each beginning in its turn: they see the same moments of a noisy machine under the same
+    conditions. Percentiles and ratios are those of the turns, and go to ``extra_info`` of the
+    benchmark's JSON; its own statistics are of ours, called by its runner.
     """
 
     def run(
         op: str, ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], work: Work
     ) -> dict:
-        samples: dict[str, list[float]] = {name: [] for name in peers}
-        for function in (ours, *peers.values()):
+        contestants = {"ours": ours, **peers}
+        samples: dict[str, list[float]] = {name: [] for name in contestants}
+        for function in contestants.values():
             for _ in range(3):
                 function()
         begin = time.perf_counter()
-        for function in (ours, *peers.values()):
+        for function in contestants.values():
             function()
         once = max(time.perf_counter() - begin, 1e-6)
         rounds = int(max(7, min(500, request.config.getoption("--seconds") / once)))
 
-        def time_peers() -> None:
-            for name, function in peers.items():
+        order = list(contestants.items())
+
+        def take_turns() -> None:
+            order.append(order.pop(0))
+            for name, function in order:
                 begin = time.perf_counter()
                 function()
                 samples[name].append(time.perf_counter() - begin)
 
-        benchmark.pedantic(ours, setup=time_peers, rounds=rounds, iterations=1)
-        mine = benchmark.stats.stats.data
+        benchmark.pedantic(ours, setup=take_turns, rounds=rounds, iterations=1)
+        mine = samples.pop("ours")
         limit = roofline.measure(threads).seconds(work.bytes_read, work.operations, work.kind)
         ratio = {
             name: sorted(a / b for a, b in zip(mine, times, strict=True))[rounds // 2]
