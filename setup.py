@@ -23,10 +23,8 @@ class CMakeBuild(build_ext):
     """
 
     def get_ext_filename(self, fullname: str) -> str:
-        # Without the interpreter's tag; lora_kernels/ops/_library.py looks for this name.
-        if fullname == NAME:
-            return "lora_kernels/_torch.so"
-        return super().get_ext_filename(fullname)
+        # Without the interpreter's tag; setuptools asks with and without the package's name.
+        return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         try:
