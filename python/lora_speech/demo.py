@@ -55,7 +55,7 @@ class DemoSettings:
     train: int = 640
     validation: int = 24
     test: int = 60
-    steps: int = 200
+    steps: int = 350
     second_steps: int = 100
     batch_size: int = 8
     rank: int = 16
@@ -118,9 +118,12 @@ def run_demo(
             "token by token: name a Whisper, or leave --base out"
         )
     first, second = _accents()
+    names_of = _accent_names()
     progress.stage("Synthesising speech that the base has never heard")
-    first_data = make_data(first, settings, progress.counter(f"speech of {first}"))
-    second_data = make_data(second, settings, progress.counter(f"speech of {second}"), seed=1)
+    first_data = make_data(first, settings, progress.counter(f"speech in {names_of[first]}"))
+    second_data = make_data(
+        second, settings, progress.counter(f"speech in {names_of[second]}"), seed=1
+    )
 
     def score(model: SpeechModel, test: list[Utterance], adapter: str | None, title: str):
         return evaluate(
@@ -132,8 +135,8 @@ def run_demo(
         )
 
     progress.stage("Transcribing with the base alone")
-    before = score(base_model, first_data.test, None, f"base on {first}")
-    before_second = score(base_model, second_data.test, None, f"base on {second}")
+    before = score(base_model, first_data.test, None, f"base on {names_of[first]}")
+    before_second = score(base_model, second_data.test, None, f"base on {names_of[second]}")
 
     with tempfile.TemporaryDirectory(prefix="lora_speech_demo_") as scratch:
         progress.stage("Learning the accents with LoRA")
@@ -150,7 +153,7 @@ def run_demo(
         )
         run = finetune(
             base, first_data.train, first_data.validation, folders[first], config,
-            progress=progress.training(first),
+            progress=progress.training(names_of[first]),
         )  # fmt: skip
         second_config = replace(
             config,
@@ -160,15 +163,19 @@ def run_demo(
         )
         finetune(
             base, second_data.train, second_data.validation, folders[second], second_config,
-            progress=progress.training(second),
+            progress=progress.training(names_of[second]),
         )  # fmt: skip
 
         progress.stage("Transcribing with live adapters: fp32, then INT8")
         adapted_model = load_for_serving(base_model, folders)
-        after = score(adapted_model, first_data.test, first, f"adapter on {first}")
-        after_second = score(adapted_model, second_data.test, second, f"adapter on {second}")
+        after = score(adapted_model, first_data.test, first, f"adapter on {names_of[first]}")
+        after_second = score(
+            adapted_model, second_data.test, second, f"adapter on {names_of[second]}"
+        )
         int8_model = load_for_serving(base, folders, int8=True)
-        after_int8 = score(int8_model, first_data.test, first, f"INT8 + adapter on {first}")
+        after_int8 = score(
+            int8_model, first_data.test, first, f"INT8 + adapter on {names_of[first]}"
+        )
 
         progress.stage("One batch with both adapters and the base")
         mixed = first_data.test[:4] + second_data.test[:4]
@@ -188,10 +195,12 @@ def run_demo(
         "tokens_per_second": speed,
         "second_adapter": {
             "accent": second,
+            "accent_name": names_of[second],
             "wer_base": before_second.rates.wer,
             "wer_adapted": after_second.rates.wer,
         },
         "accent": first,
+        "accent_name": names_of[first],
         "base": str(base),
         "training": _training_record(run, settings),
         "transcripts": _transcripts(before, after, after_int8),
@@ -275,6 +284,12 @@ def mixed_batch_equal(
         for i, name in enumerate(adapters)
     ]
     return together == alone
+
+
+def _accent_names() -> dict[str, str]:
+    from lora_speech import synthesis
+
+    return {voice: synthesis.ACCENT_NAMES.get(voice, voice) for voice in synthesis.HELD_OUT_ACCENTS}
 
 
 def _accents() -> tuple[str, str]:

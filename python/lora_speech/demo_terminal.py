@@ -39,16 +39,16 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     table = Table(title="What happened", title_justify="left", show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")
-    accent = report["accent"]
+    accent = report["accent_name"]
     for name, value in (
-        (f"word error rate on {accent}, base", f"{report['wer_base']:.1%}"),
-        (f"word error rate on {accent}, LoRA", f"[green]{report['wer_adapted']:.1%}[/]"),
+        (f"word error rate, {accent}, base", f"{report['wer_base']:.1%}"),
+        (f"word error rate, {accent}, LoRA", f"[green]{report['wer_adapted']:.1%}[/]"),
         (
-            f"word error rate on {accent}, INT8 + LoRA",
+            f"word error rate, {accent}, INT8 + LoRA",
             f"[green]{report['wer_int8_adapted']:.1%}[/]",
         ),
         (
-            f"word error rate on {second['accent']}, base → LoRA",
+            f"word error rate, {second['accent_name']}, base → LoRA",
             f"{second['wer_base']:.1%} → [green]{second['wer_adapted']:.1%}[/]",
         ),
         (

@@ -73,14 +73,14 @@ def render_report(report: dict[str, Any]) -> str:
         HTML with its style and charts inside.
     """
     speed, training = report["tokens_per_second"], report["training"]
-    accent, second = report["accent"], report["second_adapter"]
+    accent, second = report["accent_name"], report["second_adapter"]
     equal = report["mixed_batch_equal"]
     sections = [
         _figures(report),
         _section(
             "Word error rate",
-            f"On {report['settings']['test']} noisy sentences by speakers of "
-            f"<code>{_e(accent)}</code> that the training never heard. The adapter stays apart "
+            f"On {report['settings']['test']} noisy sentences by speakers with "
+            f"{_e(accent)} that the training never heard. The adapter stays apart "
             "from the base; with INT8 only the base is quantized.",
             bar_chart(
                 [
@@ -125,7 +125,7 @@ def render_report(report: dict[str, Any]) -> str:
         ),
         _section(
             "Many adapters, one base",
-            f"A second adapter learnt <code>{_e(second['accent'])}</code>: "
+            f"A second adapter learnt {_e(second['accent_name'])}: "
             f"{second['wer_base']:.1%} with the base, {second['wer_adapted']:.1%} with it. One "
             "batch that mixes both adapters and the bare base gives "
             + (

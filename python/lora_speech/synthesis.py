@@ -30,6 +30,14 @@ SEEN_ACCENTS: tuple[str, ...] = ("en-us", "en", "en-gb-x-rp", "es", "es-419")
 # hundred steps still mends; the others are English accents that the base model half understands.
 HELD_OUT_ACCENTS: tuple[str, ...] = ("nl", "en-gb-x-gbcwmd", "en-gb-scotland", "en-029")
 
+ACCENT_NAMES: dict[str, str] = {
+    "nl": "a Dutch accent",
+    "en-gb-x-gbcwmd": "a West Midlands accent",
+    "en-gb-scotland": "a Scottish accent",
+    "en-029": "a Caribbean accent",
+}
+"""What people call the voices of :data:`HELD_OUT_ACCENTS`."""
+
 # Variants are espeak-ng's larynxes and vocal tracts: one accent spoken by another person. Those
 # that whisper, sing or shout are left out, and so is "rob", which crashes espeak-ng 1.52.
 VARIANTS: tuple[str, ...] = (

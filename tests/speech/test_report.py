@@ -26,8 +26,14 @@ def report() -> dict[str, Any]:
             "new_tokens": 56,
             "threads": 2,
         },
-        "second_adapter": {"accent": "en-029", "wer_base": 0.3, "wer_adapted": 0.1},
+        "second_adapter": {
+            "accent": "en-029",
+            "accent_name": "a Caribbean accent",
+            "wer_base": 0.3,
+            "wer_adapted": 0.1,
+        },
         "accent": "en-gb-scotland",
+        "accent_name": "a Scottish accent",
         "base": "<script>alert(1)</script>",
         "training": {
             "losses": [3.0, 2.0, 1.5, 1.0],
