@@ -204,4 +204,4 @@ class _Differentiable(torch.autograd.Function):
         return _straight(*arguments)  # type: ignore[no-any-return]
 
     setup_context = staticmethod(_setup_context)
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
