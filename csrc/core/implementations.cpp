@@ -40,9 +40,15 @@ constexpr NamedIsa kNames[] = {
 }  // namespace
 
 Status force_implementation(const std::string& name) {
-  if (!name.empty() && name != "generic" && name != "avx2" && name != "avx512")
-    return Status::invalid("force_implementation: name is '" + name +
-                           "'; expected 'generic', 'avx2', 'avx512', or '' for the best one");
+  bool known = name.empty();
+  std::string names;
+  for (const ImplementationReport& row : implementations(DeviceInfo())) {
+    known = known || row.name == name;
+    if (names.find("'" + row.name + "'") == std::string::npos) names += "'" + row.name + "', ";
+  }
+  if (!known)
+    return Status::invalid("force_implementation: name is '" + name + "'; expected " + names +
+                           "or '' for the best one");
   std::lock_guard<std::mutex> lock(mutex);
   forced_name() = name;
   return {};

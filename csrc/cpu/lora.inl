@@ -68,9 +68,12 @@ inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_
     memset(rows, 0, static_cast<size_t>((stop - m) * width) * sizeof(float));
     if (adapter.rank > 0) {
       const Factor& down = bank.down;
+      // By the size of a group rather than of this run, which may be cut short by tasks and chunks: the path, and with
+      // it the order of the sums, is the same for any number of threads.
+      const int64_t together = bank.shape.groups > 0 ? bank.rows / bank.shape.groups : bank.rows;
       with_type(bank.shape.dtype, down.data, [&](auto* a) {
         a += adapter.begin * down.rank_stride;
-        if (stop - m <= 4 && down.k_stride == 1) {
+        if (together <= 4 && down.k_stride == 1) {
           dots(x + m * x_stride, x_stride, stop - m, a, down.rank_stride, adapter.rank, depth, rows, width);
           for (int64_t i = 0; i < (stop - m) * width; i += kLanes) store(rows + i, load(rows + i) * set(adapter.scale));
         } else {

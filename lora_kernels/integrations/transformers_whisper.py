@@ -38,17 +38,19 @@ def static_reasons(module: nn.Module) -> list[str]:
 
 
 # The last mask looked at: every layer of a step gets the same object.
-_LAST_MASK: tuple[weakref.ref[torch.Tensor], bool] | None = None
+_LAST_MASK: tuple[weakref.ref[torch.Tensor], int, bool] | None = None
 
 
 def _all_visible(mask: torch.Tensor) -> bool:
     """Whether an attention mask (bool, or additive) hides nothing."""
     global _LAST_MASK
     last = _LAST_MASK
-    if last is not None and last[0]() is mask:
-        return last[1]
+    # Inference tensors keep no count of changes in place: those are looked at every time.
+    version = -1 if mask.is_inference() else mask._version
+    if last is not None and last[0]() is mask and last[1] == version >= 0:
+        return last[2]
     visible = bool(mask.all()) if mask.dtype == torch.bool else bool((mask >= 0).all())
-    _LAST_MASK = (weakref.ref(mask), visible)
+    _LAST_MASK = (weakref.ref(mask), version, visible)
     return visible
 
 

@@ -17,15 +17,22 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
 
 
 def is_plain(x: torch.Tensor) -> bool:
     """Whether a call on ``x`` may go straight to the CPU kernel.
 
-    True for plain CPU tensors outside of tracing and of every dispatch mode (fake tensors, FLOP
-    counters, ...).
+    True for plain CPU tensors outside of tracing, of every dispatch mode (fake tensors, FLOP
+    counters, ...) and of torch.func's transforms.
     """
-    return type(x) is torch.Tensor and x.is_cpu and not _is_compiling() and _modes() == 0
+    return (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and not _is_compiling()
+        and _modes() == 0
+        and not _transforms()
+    )
 
 
 def forward_only(x: torch.Tensor) -> bool:

@@ -272,6 +272,12 @@ def transcribe(
     chosen = choose_adapters(list(folders), use or [], len(files))
     for file in files:  # before the model takes its time to load
         check_audio_file(file)
+    stems = [file.stem for file in files]
+    if output_dir is not None and (twice := {stem for stem in stems if stems.count(stem) > 1}):
+        raise SpeechError(
+            f"--output-dir: expected files of different names, got {', '.join(sorted(twice))} "
+            "more than once, and one result would overwrite the other; transcribe them in turns"
+        )
     model = load_for_serving(base, folders, int8=int8)
     results = transcribe_many(
         model,

@@ -77,6 +77,11 @@ class AdapterRows:
             (r for m in model.modules() if (r := getattr(m, "_registry", None)) is not None), None
         )
         ids = None
+        if registry is None and any(names):
+            raise ModelError(
+                f"adapters: expected adapters of this model, got {names} and it has none; load "
+                "them with lora_kernels.load_adapter(model, folder, name=...)"
+            )
         if registry is not None:
             ids = AdapterSelection(names).ids(registry, next(model.parameters()), batch)
         return cls(names, ids)
@@ -252,8 +257,8 @@ def _operator_call(parts: LinearParts, rows: AdapterRows, activation: str) -> Pr
 
         return int8_call
 
-    # Also without LoRA: torch's own product rounds differently for one row and for several, and a
-    # row's result must not depend on its neighbours in the batch.
+    # Also without LoRA: torch's own product rounds differently for one row and for several. Ours
+    # does so only between at most 8 rows and more, where it changes its way through memory.
     fused = torch.ops.lora_kernels.lora_linear.default
 
     def call(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

@@ -150,7 +150,7 @@ def transcribe_many(
         hypotheses = greedy_decode(
             model.model,
             features[model.family.features.input_name],
-            adapters=chosen if any(chosen) else None,
+            adapters=chosen,
             language=[languages[index] for index, _ in batch],
             task=task,
             timestamps=timestamps,

@@ -38,10 +38,11 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         reasons = {row[5] for row in known} or {"not built for this processor"}
         pytest.skip(f"{name}: {', '.join(sorted(reasons))}")
     before, others = runs_of(name), runs_of_others(name)
+    forced = torch.ops.lora_kernels.forced_implementation()
     torch.ops.lora_kernels.force_implementation(name)
     try:
         yield name
     finally:
-        torch.ops.lora_kernels.force_implementation("")
+        torch.ops.lora_kernels.force_implementation(forced)
     assert runs_of(name) > before, f"{name} was forced but did not run"
     assert runs_of_others(name) == others, f"{name} was forced but another implementation ran"

@@ -162,6 +162,22 @@ def test_bad_audio(
     assert "gone.wav: no such audio file" in failure(capsys, *command, tmp_path / "gone.wav")
 
 
+def test_results_never_overwrite_each_other_or_a_folder(
+    manifest: Path, tiny_whisper_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "go.wav"
+    twin.write_bytes((tmp_path / "go.wav").read_bytes())
+    command = ("transcribe", "--base", tiny_whisper_folder)
+    text = failure(capsys, *command, tmp_path / "go.wav", twin, "--output-dir", tmp_path / "out")
+    assert "--output-dir" in text
+    assert "go" in text
+    assert not (tmp_path / "out").exists()
+    text = failure(capsys, *command, tmp_path / "go.wav", "--output-dir", manifest)
+    assert "can be written" in text
+    assert manifest.is_file()
+
+
 def test_bad_adapters(
     manifest: Path, tiny_whisper_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

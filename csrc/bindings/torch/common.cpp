@@ -24,7 +24,13 @@ void refuse(const char* op, const char* argument, const std::string& text) {
   throw std::runtime_error(std::string(op) + ": " + argument + ": " + text);
 }
 
+void expect_cpu(const char* op, const char* argument, const Tensor& t) {
+  if (!t.is_cpu())
+    refuse(op, argument, "expected a CPU tensor, as x is, got one on another device; move it with .to('cpu')");
+}
+
 DType dtype_of(const char* op, const char* argument, const Tensor& t) {
+  expect_cpu(op, argument, t);
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
@@ -47,6 +53,7 @@ Activation activation_of(const char* op, const std::string& name) {
 
 void expect_tensor(const char* op, const char* argument, const Tensor& t, ScalarType type,
                    const std::vector<int64_t>& sizes) {
+  expect_cpu(op, argument, t);
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || t.size(i) == sizes[i];
   if (!same) {
@@ -166,6 +173,7 @@ BiasAndResidual bias_and_residual(const char* op, const OptionalTensor& bias, co
     out.bias = out.keep.back().data_ptr();
   }
   if (residual) {
+    expect_cpu(op, "residual", *residual);
     bool same = residual->dim() == x.dim() && residual->size(x.dim() - 1) == out_features;
     for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
     if (!(same && residual->scalar_type() == x.scalar_type()))

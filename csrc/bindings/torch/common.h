@@ -32,6 +32,9 @@ void raise_if_failed(const Status& status);
 // Throws "<op>: <argument>: <text>". Called behind an if, so that calls that are right make no texts.
 [[noreturn]] void refuse(const char* op, const char* argument, const std::string& text);
 
+// Refuses tensors that are not in the CPU's memory; every operand passes here or through dtype_of or expect_tensor.
+void expect_cpu(const char* op, const char* argument, const Tensor& t);
+
 DType dtype_of(const char* op, const char* argument, const Tensor& t);
 Activation activation_of(const char* op, const std::string& name);
 

@@ -12,6 +12,7 @@ namespace {
 // Packed weights as the kernels read them: checked against [N, K], contiguous.
 Tensor packed_weight_of(const char* op, const Tensor& packed, int64_t out_features, int64_t in_features) {
   if (out_features < 0) refuse(op, "out_features", "expected at least 0, got " + std::to_string(out_features));
+  expect_cpu(op, "packed_weight", packed);
   const int64_t bytes = int8_packed_bytes(out_features, in_features);
   if (!(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes))
     refuse(op, "packed_weight",

@@ -94,6 +94,10 @@ std::tuple<Tensor, Tensor> kv_attention_step(const Tensor& q, const OptionalTens
   p.cache_rows = k_cache.size(0);
   p.capacity = k_cache.size(2);
   p.cache_dtype = dtype_of(kOp, "k_cache", k_cache);
+  expect_cpu(kOp, "v_cache", v_cache);
+  if (k) expect_cpu(kOp, "k", *k);
+  if (v) expect_cpu(kOp, "v", *v);
+  if (slots) expect_cpu(kOp, "slots", *slots);
   if (!has_shape(v_cache, {p.cache_rows, p.heads, p.capacity, p.head_size}) ||
       v_cache.scalar_type() != k_cache.scalar_type())
     refuse(kOp, "v_cache",
