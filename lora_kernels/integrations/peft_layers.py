@@ -68,6 +68,16 @@ def _tampered(label: str, module: nn.Module) -> list[str]:
     return []
 
 
+def may_be_read(module: nn.Module) -> bool:
+    """Whether a module's parameters may be read instead of calling it: no hooks, its own forward.
+
+    A PEFT layer whose forward :func:`swap_layer` replaced counts as one with its own.
+    """
+    if is_swapped(module):
+        return not (module._forward_hooks or module._forward_pre_hooks)
+    return not _tampered("it", module)
+
+
 def _adapter_reasons(module: Any, adapter: str) -> list[str]:
     reasons = []
     if module.use_dora.get(adapter):

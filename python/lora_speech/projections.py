@@ -26,7 +26,9 @@ JOINT_WIDTH = 256
 about 5 us each and reads a block-diagonal B that is three times larger: at rank 16 and width 128
 that is 50 KB more out of cache, about 2 us; at width 512, 200 KB, as long as the calls saved."""
 
-_joint_weights: WeakKeyDictionary[Any, tuple[tuple[int, ...], torch.Tensor]] = WeakKeyDictionary()
+_joint_weights: WeakKeyDictionary[Any, tuple[list[tuple[torch.Tensor, int]], torch.Tensor]] = (
+    WeakKeyDictionary()
+)
 
 
 class AdapterRows:
@@ -147,10 +149,11 @@ class LinearParts:
 
 def linear_parts(module: Any) -> LinearParts | None:
     """Take a linear apart; None where only calling the module is right."""
+    from lora_kernels.integrations.peft_layers import may_be_read
     from lora_kernels.nn import Int8LoraLinear, LoraLinear
 
     if isinstance(module, (Int8LoraLinear, LoraLinear)):
-        if module.activation != "none" or module._forward_hooks or module._forward_pre_hooks:
+        if module.activation != "none" or not may_be_read(module):
             return None
         bank = module.bank
         lora = None
@@ -162,7 +165,7 @@ def linear_parts(module: Any) -> LinearParts | None:
         return LinearParts(
             weight, packed, module.out_features, module.bias, lora, routed=True, x_scale=x_scale
         )
-    if type(module) is torch.nn.Linear and not module._forward_hooks:
+    if type(module) is torch.nn.Linear and may_be_read(module):
         return LinearParts(module.weight, False, module.out_features, module.bias)
     return _peft_parts(module)
 
@@ -289,6 +292,8 @@ def _module_call(
 
 def _peft_parts(module: Any) -> LinearParts | None:
     """Parts of PEFT's LoRA linear in its usual state: one adapter, live, plain LoRA."""
+    from lora_kernels.integrations.peft_layers import may_be_read
+
     base = getattr(module, "base_layer", None)
     names = list(getattr(module, "active_adapters", ()))
     if (
@@ -297,6 +302,7 @@ def _peft_parts(module: Any) -> LinearParts | None:
         or getattr(module, "merged", False)
         or module.training
         or len(names) > 1
+        or not (may_be_read(module) and may_be_read(base))
     ):
         return None
     names = [name for name in names if name in module.lora_A]
@@ -305,6 +311,8 @@ def _peft_parts(module: Any) -> LinearParts | None:
     [name] = names
     variant = getattr(module, "lora_variant", {})
     if name in variant or module.lora_B[name].bias is not None:
+        return None
+    if not (may_be_read(module.lora_A[name]) and may_be_read(module.lora_B[name])):
         return None
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     scales = torch.tensor([module.scaling[name]], dtype=torch.float32, device=a.device)
@@ -351,9 +359,14 @@ def _join_packed(modules: Sequence[Any], parts: list[LinearParts]) -> torch.Tens
     """Repack INT8 weights as one; kept beside the first module for as long as it lives."""
     import lora_kernels as lk
 
-    key = tuple(part.weight.data_ptr() for part in parts)
+    # The tensors themselves, held, and how often each was written in place: an address could be
+    # that of another checkpoint by now.
+    key = [(p.weight, -1 if p.weight.is_inference() else p.weight._version) for p in parts]
     known = _joint_weights.get(modules[0])
-    if known is not None and known[0] == key:
+    if known is not None and all(
+        old is new and before == now
+        for (old, before), (new, now) in zip(known[0], key, strict=True)
+    ):
         return known[1]
     unpacked = [
         lk.ops.int8_unpack(part.weight, part.out_features, module.in_features)

@@ -233,3 +233,34 @@ def test_joint_projection_equals_the_separate_ones(
                 assert got.is_contiguous()
                 expected = projection(module, rows)(x, None)
                 torch.testing.assert_close(got.reshape(expected.shape), expected)
+
+
+def test_hooks_and_replaced_forwards_are_called(
+    speech: SpeechModel, features: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = speech.model.model.decoder.layers[0].fc1
+    calls: list[str] = []
+    handle = layer.register_forward_pre_hook(lambda module, inputs: calls.append("hook"))
+    greedy_decode(speech.model, features, language="en", max_new_tokens=2)
+    handle.remove()
+    assert "hook" in calls
+    forward = layer.forward
+
+    def replaced(x: torch.Tensor) -> torch.Tensor:
+        calls.append("forward")
+        return forward(x)
+
+    monkeypatch.setattr(layer, "forward", replaced)
+    greedy_decode(speech.model, features, language="en", max_new_tokens=2)
+    assert "forward" in calls
+
+
+def test_an_adapter_of_another_model_is_not_taken_for_the_base(
+    tiny_whisper_folder: Path, tmp_path: Path, features: torch.Tensor
+) -> None:
+    folder = make_adapter(tiny_whisper_folder, tmp_path / "med", rank=2, seed=3)
+    other = load_for_serving(tiny_whisper_folder, {"med": folder})
+    plain = load_base(tiny_whisper_folder)
+    greedy_decode(other.model, features, adapters="med", language="en", max_new_tokens=2)
+    with pytest.raises(ModelError, match=r"adapters.*med.*load_adapter"):
+        greedy_decode(plain.model, features, adapters="med", language="en", max_new_tokens=2)
