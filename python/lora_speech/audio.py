@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,9 @@ def load_audio(
         check_audio_file(path, name)
         handle = str(path)
     try:
-        samples, rate = soundfile.read(handle, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(handle) as file:
+            samples, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+            log = file.extra_info
     except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
         reason = getattr(error, "error_string", None) or str(error)
         raise AudioError(
@@ -71,7 +74,19 @@ def load_audio(
             f"({reason.strip().rstrip('.')}); the file may be corrupt or of another format: "
             "convert it, e.g. ffmpeg -i INPUT -ar 16000 -ac 1 OUTPUT.wav"
         ) from error
+    _refuse_cut_short(log, name)
     return prepare_samples(samples, rate, sampling_rate, name=name)
+
+
+def _refuse_cut_short(log: str, name: str) -> None:
+    """Refuse a WAV whose header promises more samples than came; libsndfile reads on silently."""
+    cut = re.search(r"^data\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    # A program that writes to a pipe cannot know the size and leaves the largest one there is.
+    if cut and int(cut[2]) < int(cut[1]) < 2**31 - 1:
+        raise AudioError(
+            f"{name}: expected {int(cut[1]):,} bytes of samples, as its header says, got "
+            f"{int(cut[2]):,}; the file was cut short: copy or export it again"
+        )
 
 
 def prepare_samples(

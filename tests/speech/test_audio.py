@@ -99,6 +99,18 @@ def test_a_header_without_samples(tmp_path: Path) -> None:
         load_audio(path)
 
 
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(1000), 16_000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:900])
+    with pytest.raises(AudioError, match=r"a\.wav: expected 2,000 bytes.*got 856.*cut short"):
+        load_audio(path)
+    size = whole.index(b"data") + 4  # a stream's header: nobody knew the size
+    path.write_bytes(whole[:size] + b"\xff" * 4 + whole[size + 4 :])
+    assert len(load_audio(path)) == 1000
+
+
 def test_non_finite_samples(tmp_path: Path) -> None:
     path = tmp_path / "nan.wav"
     samples = tone(0.1)
