@@ -44,12 +44,7 @@ void report_int8_lora_linear(const DeviceInfo& device, std::vector<Implementatio
 }
 
 Status plan(const Int8LoraLinearProblem& problem, const DeviceInfo& device, Int8LoraLinearPlan* plan) {
-  Status status = validate(problem);
-  if (status.ok()) status = select(kTable, device, &plan->implementation);
-  if (!status.ok()) return status;
-  plan->problem = problem;
-  plan->implementation->configure(device, plan);
-  return {};
+  return make_plan(kTable, validate(problem), problem, device, &Int8LoraLinearImplementation::configure, plan);
 }
 
 int64_t workspace_bytes(const Int8LoraLinearPlan& plan) { return plan.workspace; }

@@ -167,12 +167,7 @@ void report_kv_attention_step(const DeviceInfo& device, std::vector<Implementati
 }
 
 Status plan(const KvAttentionStepProblem& problem, const DeviceInfo& device, KvAttentionStepPlan* plan) {
-  Status status = validate(problem);
-  if (status.ok()) status = select(kTable, device, &plan->implementation);
-  if (!status.ok()) return status;
-  plan->problem = problem;
-  plan->implementation->configure(device, plan);
-  return {};
+  return make_plan(kTable, validate(problem), problem, device, &KvAttentionStepImplementation::configure, plan);
 }
 
 int64_t workspace_bytes(const KvAttentionStepPlan& plan) { return plan.workspace; }

@@ -38,12 +38,7 @@ void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationRepo
 }
 
 Status plan(const LoraLinearProblem& problem, const DeviceInfo& device, LoraLinearPlan* plan) {
-  Status status = validate(problem);
-  if (status.ok()) status = select(kTable, device, &plan->implementation);
-  if (!status.ok()) return status;
-  plan->problem = problem;
-  plan->implementation->configure(device, plan);
-  return {};
+  return make_plan(kTable, validate(problem), problem, device, &LoraLinearImplementation::configure, plan);
 }
 
 int64_t workspace_bytes(const LoraLinearPlan& plan) { return plan.workspace; }
@@ -60,12 +55,8 @@ Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executo
 }
 
 Status plan(const LoraLinearBackwardProblem& problem, const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
-  Status status = validate(problem.forward);
-  if (status.ok()) status = select(kTable, device, &plan->implementation);
-  if (!status.ok()) return status;
-  plan->problem = problem;
-  plan->implementation->configure_backward(device, plan);
-  return {};
+  return make_plan(kTable, validate(problem.forward), problem, device, &LoraLinearImplementation::configure_backward,
+                   plan);
 }
 
 int64_t workspace_bytes(const LoraLinearBackwardPlan& plan) { return plan.workspace; }

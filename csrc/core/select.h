@@ -49,6 +49,18 @@ Status select(const Table<Implementation>& table, const DeviceInfo& device, cons
                              reasons + ". Force another implementation, or none.");
 }
 
+// What every plan() is: a valid problem, an implementation for it, and that implementation's own choices.
+template <class Implementation, class Problem, class Plan>
+Status make_plan(const Table<Implementation>& table, const Status& valid, const Problem& problem,
+                 const DeviceInfo& device, void (*Implementation::*configure)(const DeviceInfo&, Plan*), Plan* plan) {
+  if (!valid.ok()) return valid;
+  Status status = select(table, device, &plan->implementation);
+  if (!status.ok()) return status;
+  plan->problem = problem;
+  (plan->implementation->*configure)(device, plan);
+  return {};
+}
+
 template <class Implementation>
 void report(const Table<Implementation>& table, const DeviceInfo& device, std::vector<ImplementationReport>* out) {
   const Implementation* chosen = nullptr;
