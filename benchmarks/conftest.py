@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,17 +48,20 @@ def copies(bytes_each: int) -> int:
     return max(2, min(256, COLD_BYTES // bytes_each + 1))
 
 
-_contestants = itertools.count()
-
-
 def cycling(function: Callable[..., Any], operands: list[tuple]) -> Callable[[], Any]:
     """Call ``function`` with the next operands, round and round.
 
-    Each contestant begins elsewhere: none finds in the cache what another has just read.
+    Every contestant gets a copy of the tensors and modules: with shared memory whoever comes soon
+    after another would find in the cache what that one has just read.
     """
-    begin = next(_contestants) * len(operands) // 7 % len(operands)
-    turn = itertools.cycle(operands[begin:] + operands[:begin])
+    turn = itertools.cycle([tuple(_own(item) for item in group) for group in operands])
     return lambda: function(*next(turn))
+
+
+def _own(item: Any) -> Any:
+    if isinstance(item, torch.Tensor):
+        return item.detach().clone() if item.layout is torch.strided else item
+    return copy.deepcopy(item) if isinstance(item, torch.nn.Module) else item
 
 
 @pytest.fixture
@@ -74,9 +79,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
     """``compare(op, ours, peers, work)``: time ours and every peer in turn, round by round.
 
     Every round of pytest-benchmark's is preceded by one turn of all contestants, ours among them,
-    each beginning in its turn: they see the same moments of a noisy machine under the same
-    conditions. Percentiles and ratios are those of the turns, and go to ``extra_info`` of the
-    benchmark's JSON; its own statistics are of ours, called by its runner.
+    in random order: they see the same moments of a noisy machine under the same conditions.
+    Percentiles and ratios are those of the turns, and go to ``extra_info`` of the benchmark's JSON;
+    its own statistics are of ours, called by its runner.
     """
 
     def run(
@@ -93,10 +98,11 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
         once = max(time.perf_counter() - begin, 1e-6)
         rounds = int(max(7, min(500, request.config.getoption("--seconds") / once)))
 
-        order = list(contestants.items())
+        # Shuffled, not rotated: nobody always comes after the one that leaves the caches worst.
+        order, shuffle = list(contestants.items()), random.Random(0).shuffle
 
         def take_turns() -> None:
-            order.append(order.pop(0))
+            shuffle(order)
             for name, function in order:
                 begin = time.perf_counter()
                 function()
