@@ -25,10 +25,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# torch first: the build needs its headers, and a later install must not fetch another one.
+# torch first: the build needs its headers and never fetches it, and a later install must not replace it.
 $(STAMP): $(BIN)/python pyproject.toml setup.py CMakeLists.txt $(CPP)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja wheel
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[speech,test,lint]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[speech,test,lint]"
 	@touch $@
 
 demo: setup

@@ -33,8 +33,7 @@ def library_path() -> Path:
     raise ImportError(
         "lora_kernels: the compiled operators (_torch.so) were not found in "
         f"{', '.join(map(str, _candidates()))}. Build them with "
-        "`pip install --no-build-isolation .` (or `-e .`) in the project's folder; torch must be "
-        "installed first."
+        "`pip install .` (or `-e .`) in the project's folder; torch must be installed first."
     )
 
 
@@ -45,8 +44,8 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(
             f"lora_kernels: {path} could not be loaded by torch {torch.__version__}: {error}. "
-            "It needs torch 2.10 or later; rebuild it with "
-            "`pip install --no-build-isolation --force-reinstall .`"
+            "It needs torch 2.10 or later; rebuild it with `pip install --force-reinstall "
+            "--no-deps .`"
         ) from error
 
 
