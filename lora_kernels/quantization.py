@@ -127,9 +127,8 @@ def quantize(
     Raises
     ------
     SwapError
-        If the scheme is unknown, ``modules`` names nothing, or nothing could be quantized.
-    ValueError
-        If a weight holds a NaN or an infinity; the model is then unchanged.
+        If the scheme is unknown, ``modules`` names nothing, nothing could be quantized, or a
+        weight holds a NaN or an infinity; the model is then unchanged.
     """
     scheme = Int8Dynamic() if scheme is None else scheme
     handler = _HANDLERS.get(type(scheme))

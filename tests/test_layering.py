@@ -22,7 +22,7 @@ ALLOWED = {
     "reference": {"errors"},
     "ops": {"errors"},
     "adapters": {"errors"},
-    "nn": {"errors", "adapters", "ops", "reference"},
+    "nn": {"errors", "adapters", "ops"},
     "integrations": {"errors", "adapters", "ops", "nn"},
     "selection": {"errors", "adapters"},
     "quantization": {"errors", "integrations", "nn", "report", "selection"},
@@ -77,6 +77,13 @@ def test_parts_of_the_package_point_one_way(path):
         if name.startswith("lora_kernels.")
     }
     assert used - {part} <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("path", FILES, ids=_module_name)
+def test_nothing_computes_with_the_reference_that_judges_it(path):
+    if path.parent != PACKAGE / "reference" and path != PACKAGE / "__init__.py":
+        names = _imports(path, top_level=False)
+        assert not any(name.startswith("lora_kernels.reference") for name in names)
 
 
 def test_importing_the_package_imports_no_other_library():

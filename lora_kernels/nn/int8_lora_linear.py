@@ -11,8 +11,8 @@ from torch import nn
 from .. import ops
 from ..adapters.registry import ACTIVE_SELECTION
 from ..errors import LoraKernelsError
-from ..reference.int8_lora_linear import quantize_weight
 from .adapter_host import AdapterHost, autocast_dtype
+from .int8_rows import quantize_weight
 from .lora_linear import is_pointwise
 
 
@@ -69,9 +69,7 @@ class Int8LoraLinear(AdapterHost):
         Raises
         ------
         LoraKernelsError
-            If the convolution is not pointwise.
-        ValueError
-            If the weight holds a NaN or an infinity.
+            If the convolution is not pointwise, or the weight holds a NaN or an infinity.
         """
         weight = linear.weight.detach()
         if isinstance(linear, nn.Conv1d):

@@ -8,7 +8,7 @@ import torch
 
 from .. import ops
 from ..errors import LoraKernelsError
-from ..reference.int8_lora_linear import quantize_rows
+from .int8_rows import quantize_rows
 
 MINIMUM_CAPACITY = 32  # Whisper's prompts fit, and doubling reaches its 448 positions in 4 steps
 
