@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import assert_close
 
-from lora_kernels import reference
+from lora_kernels import ops, reference
 
 
 @pytest.mark.parametrize(
@@ -230,3 +231,22 @@ def test_attention_with_int8_caches_and_empty_rows():
         q, None, None, k_cache, v_cache, lengths, k_scales=k_scales, v_scales=v_scales
     )
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("capacity", [1, 5])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_attention_tells_scales_per_channel_from_per_position(capacity, size, per_channel):
+    torch.manual_seed(0)
+    q = torch.randn(2, 1, 2, size)
+    shape = (2, 2, capacity, size)
+    k_cache, v_cache = torch.randint(-127, 128, (2, *shape), dtype=torch.int8)
+    scales = torch.rand(2, 2, 2, *((1, size) if per_channel else (capacity, 1))) + 0.5
+    lengths = torch.full((2,), capacity, dtype=torch.int32)
+    arguments = {"k_scales": scales[0], "v_scales": scales[1], "scale": 0.01}
+    out, _ = reference.kv_attention_step(q, None, None, k_cache, v_cache, lengths, **arguments)
+    keys = (k_cache.double() * scales[0]).transpose(1, 2)
+    values = (v_cache.double() * scales[1]).transpose(1, 2)
+    torch.testing.assert_close(out, _attention(q, keys, values, 0.01, causal=False))
+    got, _ = ops.kv_attention_step(q, None, None, k_cache, v_cache, lengths, **arguments)
+    assert_close(got, out)

@@ -48,7 +48,9 @@ def _gather(
     where = cache_rows[:length].to(cache.device)
     values = cache[where, :, positions].to(dtype)  # [length, H, D]
     if cache.dtype == torch.int8 and scales is not None:
-        per_position = scales.shape[2] != 1 or scales.shape[3] == 1
+        # With D = 1 the scales of a channel end in 1 too, so C decides; where both are 1, both
+        # readings are the same.
+        per_position = scales.shape[2:] == (cache.shape[2], 1)
         factor = scales[where, :, positions] if per_position else scales[where, :, 0]
         values = values * factor.to(dtype)
     return values.transpose(0, 1)
