@@ -9,7 +9,6 @@ nothing in it is pickled.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from lora_speech.errors import TrainingError
+from lora_speech.files import publish, staging, write_json
 
 FOLDER = "checkpoints"
 _PREFIX = "step-"
@@ -76,21 +76,13 @@ def save_checkpoint(
         tensors[f"parameter/{name}"] = parameter.detach().clone()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().clone()
-    folder = output / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{_PREFIX}{progress.step:08d}"
-    partial = folder / f".{final.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file(tensors, partial / "state.safetensors")
     record = {"progress": vars(progress), "run": run}
-    (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        _sync(file)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _sync(folder)
+    final = output / FOLDER / f"{_PREFIX}{progress.step:08d}"
+    with staging(final) as partial:
+        partial.mkdir()
+        save_file(tensors, partial / "state.safetensors")
+        write_json(partial / "state.json", record)
+        publish(partial, final)
     for old in list_checkpoints(output)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -155,11 +147,3 @@ def load_checkpoint(
                 optimizer.state[parameter] = state
     torch.set_rng_state(tensors["random"].to(torch.uint8))
     return progress
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,6 +21,7 @@ import numpy as np
 
 from lora_speech.audio import SAMPLING_RATE, load_audio, prepare_samples
 from lora_speech.errors import ManifestError, MissingExtraError
+from lora_speech.files import write_jsonl
 
 _TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text")
 """Names that data sets give the transcript, in the order they are looked for."""
@@ -122,7 +123,7 @@ def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]
     """
     path = Path(path)
     folder = path.parent.resolve()
-    lines = []
+    records = []
     for utterance in utterances:
         if isinstance(utterance.audio, (bytes, np.ndarray)):
             raise ManifestError(
@@ -138,11 +139,8 @@ def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]
             record["adapter"] = utterance.adapter
         if utterance.language is not None:
             record["language"] = utterance.language
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
-    return path
+        records.append(record)
+    return write_jsonl(path, records)
 
 
 def load_utterances(source: Any, *, split: str | None = None) -> list[Utterance]:

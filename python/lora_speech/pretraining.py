@@ -8,9 +8,7 @@ training to find which sound belongs to which word. A killed run goes on from it
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
 
 from lora_speech import synthesis
+from lora_speech.files import publish, staging, sweep, write_json
 from lora_speech.pretraining_data import Batch, BatchMaker, batches
 from lora_speech.pretraining_evaluation import Report, evaluate, write_model_card
 from lora_speech.pretraining_model import (
@@ -138,6 +137,7 @@ def train(
         _parameter_groups(trainee, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98)
     )
     work.mkdir(parents=True, exist_ok=True)
+    sweep(work)
     first, best, seconds = 0, math.inf, 0.0
     if (work / _CHECKPOINT).exists():
         first, best, seconds = _resume(work / _CHECKPOINT, recipe, trainee, optimizer)
@@ -225,7 +225,6 @@ def _checkpoint(
     best: float,
     seconds: float,
 ) -> None:
-    partial = path.with_suffix(".partial")
     state = {
         "recipe": asdict(recipe),
         "trainee": trainee.state_dict(),
@@ -234,8 +233,9 @@ def _checkpoint(
         "best": best,
         "seconds": seconds,
     }
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with staging(path) as partial:
+        torch.save(state, partial)
+        publish(partial, path)
 
 
 def _resume(
@@ -258,22 +258,17 @@ def _resume(
 def _save(
     folder: Path, whisper: WhisperForConditionalGeneration, processor: WhisperProcessor
 ) -> None:
-    """Write a folder so that nobody ever sees half of it."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    whisper.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    # The file that every version of transformers looks for, beside the processor's newer one.
-    processor.feature_extractor.save_pretrained(partial)
-    # transformers reads the spellings of tokenizer.normalize() but does not write them.
-    spellings = json.dumps(SPELLINGS, indent=2) + "\n"
-    (partial / "normalizer.json").write_text(spellings, encoding="utf-8")
-    replaced = folder.with_name(folder.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Write a folder, each file appearing whole."""
+    folder.mkdir(exist_ok=True)
+    with staging(folder) as partial:
+        whisper.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        # The file that every version of transformers looks for, beside the processor's newer one.
+        processor.feature_extractor.save_pretrained(partial)
+        # transformers reads the spellings of tokenizer.normalize() but does not write them.
+        write_json(partial / "normalizer.json", SPELLINGS)
+        for file in partial.iterdir():
+            publish(file, folder / file.name)
 
 
 def _finish(recipe: Recipe, output: Path, work: Path, seconds: float) -> Report:

@@ -25,7 +25,7 @@ from lora_speech.checkpoints import (
 )
 from lora_speech.errors import TrainingError
 from lora_speech.evaluation import evaluate
-from lora_speech.files import write_jsonl
+from lora_speech.files import publish, staging, sweep, write_jsonl
 from lora_speech.manifest import load_utterances
 from lora_speech.models.loading import SpeechModel, load_base
 from lora_speech.training_config import TrainingConfig, TrainingEvent, TrainingResult
@@ -137,6 +137,8 @@ class _Run:
                 found[-1], self.parameters, self.optimizer, self.started_with
             )
             self.log = [r for r in read_log(self.output) if r["step"] <= self.progress.step]
+        for folder in (self.output, self.output / FOLDER):
+            sweep(folder)
         write_jsonl(self.output / LOG, self.log)
         batches = self._batches(self.progress.batches)
         with open(self.output / LOG, "a", encoding="utf-8") as log:
@@ -297,14 +299,10 @@ def attach_lora(speech_model: SpeechModel, config: TrainingConfig) -> Any:
 
 def save_adapter(model: Any, output: Path) -> None:
     """Write the adapter as a PEFT folder, each file appearing whole."""
-    partial = output / f".adapter.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with staging(output / "adapter") as partial:
         model.save_pretrained(partial, safe_serialization=True)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            (partial / name).replace(output / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            publish(partial / name, output / name)
 
 
 def read_log(output: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import torch
 from tiny_whisper import tone
 
-from lora_speech import training
+from lora_speech import checkpoints, training
 from lora_speech.batching import ExampleStore, epoch_batches, hash_seed, spec_augment
 from lora_speech.checkpoints import FOLDER, list_checkpoints
 from lora_speech.decoding import greedy_decode
@@ -19,6 +22,7 @@ from lora_speech.features import extract_features
 from lora_speech.manifest import Utterance
 from lora_speech.models.loading import load_base, load_for_serving
 from lora_speech.training import TrainingConfig, TrainingEvent, finetune, read_log
+from lora_speech.training_config import TrainingResult
 
 WORDS = ["go", "stop", "left", "right", "up", "down"]
 
@@ -66,35 +70,83 @@ def test_it_learns(tiny_whisper_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "changes"),
+    ("interrupted_at", "changes"),
     [(5, {}), (3, {"accumulation": 2, "augment": False}), (7, {"dropout": 0.0, "seed": 3})],
 )
-def test_resume_after_a_kill_is_exact(
+def test_resume_after_an_interruption_is_exact(
     tiny_whisper_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    killed_at: int,
+    interrupted_at: int,
     changes: dict,
 ) -> None:
     settings = config(**changes)
     data, held_out = utterances(), utterances(3)
     whole = finetune(tiny_whisper_folder, data, held_out, tmp_path / "whole", settings)
 
-    def kill(event: TrainingEvent) -> None:
-        if event.stage == "train" and event.done == killed_at:
+    def interrupt(event: TrainingEvent) -> None:
+        if event.stage == "train" and event.done == interrupted_at:
             raise KeyboardInterrupt
 
     torch.manual_seed(99)  # whatever the process did before must not matter
     with pytest.raises(KeyboardInterrupt):
-        finetune(tiny_whisper_folder, data, held_out, tmp_path / "cut", settings, progress=kill)
+        finetune(
+            tiny_whisper_folder, data, held_out, tmp_path / "cut", settings, progress=interrupt
+        )
     torch.rand(5)
     resumed = finetune(tiny_whisper_folder, data, held_out, tmp_path / "cut", settings, resume=True)
+    assert_same(resumed, whole)
+
+
+def assert_same(resumed: TrainingResult, whole: TrainingResult) -> None:
+    """Two runs left the same, bit for bit, and nothing else."""
     assert resumed.losses == whole.losses
     assert len(whole.losses) == 8
     assert resumed.validations == whole.validations
-    assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
+    assert read_log(resumed.output) == read_log(whole.output)
+    left = [sorted(p.relative_to(r.output) for p in r.output.rglob("*")) for r in (resumed, whole)]
+    assert left[0] == left[1]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (resumed.output / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def train_until_killed(base: Path, output: Path, moment: str) -> None:
+    """Go on with a training and kill this process at a moment."""
+
+    def kill(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: TrainingEvent) -> None:
+        if moment == "step" and event.stage == "train" and event.done == 5:
+            kill()
+
+    if moment == "adapter":
+        training.publish = kill
+    if moment == "checkpoint":
+        checkpoints.publish = kill
+    torch.set_num_threads(1)
+    finetune(base, utterances(), utterances(3), output, config(), resume=True, progress=watch)
+
+
+@pytest.mark.slow
+def test_resume_after_kills_is_exact(tiny_whisper_folder: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    # What each kill leaves staged; the next run sweeps it.
+    moments = {"step": [], "adapter": [".adapter"], "checkpoint": [".step-00000006"]}
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload([__name__, "peft"])  # imported once for all, which takes seconds
+    for moment, staged in moments.items():
+        process = fresh.Process(target=train_until_killed, args=(tiny_whisper_folder, cut, moment))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert [p.name for p in list_checkpoints(cut)] == ["step-00000003"]
+        assert [p.name for p in cut.rglob("*.partial")] == [
+            f"{name}.{process.pid}.partial" for name in staged
+        ]
+    data, held_out = utterances(), utterances(3)
+    whole = finetune(tiny_whisper_folder, data, held_out, tmp_path / "whole", config())
+    resumed = finetune(tiny_whisper_folder, data, held_out, cut, config(), resume=True)
+    assert_same(resumed, whole)
 
 
 def test_a_partial_checkpoint_and_log_line_do_no_harm(
