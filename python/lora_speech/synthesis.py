@@ -121,6 +121,8 @@ class _Engine:
                 f"espeak-ng found no usable data in {data}; pip install --force-reinstall "
                 "espeakng-loader"
             )
+        # By default it is the time, and breathy voices would differ from one process to the next.
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
         self._variants = {path.name for path in (Path(data) / "voices" / "!v").iterdir()}
         # Kept on the object: ctypes would free a callback that nothing in Python refers to.
         self._callback = _Callback(self._collect)

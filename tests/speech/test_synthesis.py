@@ -1,6 +1,9 @@
 """The synthesiser: speakers, samples, noise and rooms."""
 
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -69,6 +72,22 @@ def test_every_accent_speaks(accent: str) -> None:
 @pytest.mark.parametrize("variant", synthesis.VARIANTS)
 def test_every_variant_speaks(variant: str) -> None:
     assert len(synthesis.synthesize("five", Speaker(f"en-us+{variant}"))) > 1000
+
+
+@needs_espeak
+def test_a_new_process_says_the_same() -> None:
+    # A breathy voice, and not in the same second: by default the time seeds the breath.
+    code = (
+        "import sys; from lora_speech.synthesis import Speaker, synthesize; "
+        "sys.stdout.buffer.write(synthesize('one', Speaker('en-us+f2')).tobytes())"
+    )
+    spoken = []
+    for pause in (0.0, 1.0):
+        time.sleep(pause)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        spoken.append(process.stdout)
+    assert len(spoken[0]) > 1000
+    assert spoken[0] == spoken[1]
 
 
 @needs_espeak
