@@ -1,4 +1,4 @@
-"""Batches for pretraining the base model: made up, spoken, spoilt and turned into features.
+"""Batches for pretraining the base model: speech is spoilt and turned into features and targets.
 
 Nothing is stored: espeak-ng speaks about a thousand times faster than real time, so every batch
 is fresh, and one process beside the trainer keeps up with it.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from queue import Empty, Full
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ import torch
 from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
 from lora_speech import corpus, synthesis
-from lora_speech.synthesis import SAMPLING_RATE, Samples, Speaker
+from lora_speech.pretraining_speech import Utterance, random_utterance
+from lora_speech.synthesis import SAMPLING_RATE, Samples
 
 HOP = 160  # samples between feature frames: 10 ms
 FRAMES_PER_POSITION = 2  # the encoder's second convolution halves the rate
@@ -33,14 +36,8 @@ _CHARACTER_IDS = {character: index + 1 for index, character in enumerate(CHARACT
 
 # Windows in seconds. Short ones teach the same sounds for less work.
 WINDOWS = (1.5, 2.0, 2.5, 3.5, 5.0)
-_MARGIN = 0.1  # seconds of every window without speech, so that its end can be heard
 
-# At 170 words per minute.
-_SECONDS_PER_CHARACTER = 0.062
-
-_SPANISH = 0.25
-_TIMESTAMPS = 0.25
-_NO_SPEECH = 0.015
+_TIMESTAMPS = 0.25  # share of the utterances
 
 # Noise is cut from long stretches made once: making it anew would cost as much as the speech.
 _NOISE_SAMPLES = 20 * SAMPLING_RATE
@@ -71,24 +68,6 @@ class Batch:
     labels: torch.Tensor
     characters: torch.Tensor
     character_lengths: torch.Tensor
-
-
-@dataclass
-class Segment:
-    """A stretch of speech: seconds from the window's start, and its words."""
-
-    start: float
-    end: float
-    text: str
-
-
-@dataclass
-class Utterance:
-    """Dry speech in a window of silence; no segments means that nobody speaks."""
-
-    samples: Samples
-    segments: list[Segment]
-    language: str
 
 
 def window_seconds(step: int, steps: int, rng: random.Random) -> float:
@@ -165,7 +144,7 @@ class BatchMaker:
         noise = np.random.default_rng((self.seed, index))
         window = window_seconds(index, steps, rng)
         count = min(int(self.batch_size * WINDOWS[-1] / window), 2 * self.batch_size)
-        utterances = [self._utterance(window, rng) for _ in range(count)]
+        utterances = [random_utterance(window, rng) for _ in range(count)]
         waves = np.stack([self._spoil(utterance, noise) for utterance in utterances])
         features = self._features(torch.from_numpy(waves), noise)
         texts = [" ".join(part.text for part in item.segments) for item in utterances]
@@ -178,42 +157,6 @@ class BatchMaker:
             characters=torch.tensor([letter for row in characters for letter in row]),
             character_lengths=torch.tensor([len(row) for row in characters]),
         )
-
-    def _utterance(self, window: float, rng: random.Random) -> Utterance:
-        """Draw an utterance that fits into a window, and its place there."""
-        total = round(window * SAMPLING_RATE)
-        if rng.random() < _NO_SPEECH:
-            return Utterance(np.zeros(total, np.float32), [], rng.choice(corpus.LANGUAGES))
-        language = "es" if rng.random() < _SPANISH else "en"
-        room = total - round(_MARGIN * SAMPLING_RATE)
-        parts = self._parts(language, room, rng)
-        slack = room - sum(len(samples) + pause for samples, _, pause in parts)
-        lead = rng.randint(0, min(slack, SAMPLING_RATE)) if rng.random() < 0.8 else 0
-        samples = np.zeros(total, np.float32)
-        segments = []
-        for spoken, text, pause in parts:
-            lead += pause
-            samples[lead : lead + len(spoken)] = spoken
-            end = lead + len(spoken)
-            segments.append(Segment(lead / SAMPLING_RATE, end / SAMPLING_RATE, text))
-            lead = end
-        return Utterance(samples, segments, language)
-
-    def _parts(
-        self, language: str, room: int, rng: random.Random
-    ) -> list[tuple[Samples, str, int]]:
-        """Draw one sentence, or two with a pause: (samples, text, samples of silence before)."""
-        first = None
-        while first is None:
-            first = _speak(language, room, rng)
-        parts = [(*first, 0)]
-        pause = rng.randint(SAMPLING_RATE // 5, SAMPLING_RATE)
-        left = room - len(first[0]) - pause
-        if left > SAMPLING_RATE and rng.random() < 0.35:
-            second = _speak(language, left, rng)
-            if second is not None:
-                parts.append((*second, pause))
-        return parts
 
     def _noise(self, count: int, rng: np.random.Generator) -> Samples:
         noise = self._noises[rng.integers(len(self._noises))]
@@ -295,54 +238,6 @@ class BatchMaker:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _speak(language: str, room: int, rng: random.Random) -> tuple[Samples, str] | None:
-    """Have a drawn seen speaker say a drawn text; None if that is longer than ``room`` samples."""
-    accent = rng.choice([a for a in synthesis.SEEN_ACCENTS if a.split("-")[0] == language])
-    speaker = synthesis.random_speaker(accent, rng)
-    kind = rng.random()
-    if kind < 0.12:
-        return _spaced_digits(language, speaker, room, rng)
-    if kind < 0.22:
-        digits = rng.choices(corpus.DIGITS[language], k=rng.randint(1, 7))
-        text = " ".join(digits)
-    elif kind < 0.27:
-        text = rng.choice(sorted(corpus.VOCABULARY[language]))
-    else:
-        text = next(corpus.sentence_stream(rng, language=language))
-    # Synthesis is what costs here, so what is clearly too long is not spoken.
-    expected = len(text) * _SECONDS_PER_CHARACTER * 170 / speaker.rate * SAMPLING_RATE
-    if corpus.split_of(text) != "train" or expected > 1.25 * room:
-        return None
-    samples = _varied(synthesis.synthesize(text, speaker), rng)
-    return (samples, text) if len(samples) <= room else None
-
-
-def _spaced_digits(
-    language: str, speaker: Speaker, room: int, rng: random.Random
-) -> tuple[Samples, str] | None:
-    """Digits spoken one by one with short silences between them."""
-    most = max(1, min(6, int(room / SAMPLING_RATE / 0.45)))
-    digits = rng.choices(corpus.DIGITS[language], k=rng.randint(1, most))
-    if corpus.split_of(" ".join(digits)) != "train":
-        return None
-    longest = rng.choice((0.05, 0.2, 0.4)) * SAMPLING_RATE
-    parts: list[Samples] = []
-    for digit in digits:
-        if parts:
-            parts.append(np.zeros(int(rng.uniform(0.0, longest)), np.float32))
-        parts.append(_varied(synthesis.synthesize(digit, speaker), rng))
-    samples = np.concatenate(parts)
-    return (samples, " ".join(digits)) if len(samples) <= room else None
-
-
-def _varied(samples: Samples, rng: random.Random) -> Samples:
-    """Play a little faster or slower, which moves the formants: another vocal tract's length."""
-    if rng.random() < 0.5:
-        return samples
-    positions = np.arange(0, len(samples) - 1, rng.uniform(0.88, 1.14))
-    return np.interp(positions, np.arange(len(samples)), samples).astype(np.float32)
-
-
 def _equalisers(batch: int, mels: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """Random microphones: a smooth gain per mel band, sometimes with a telephone's low pass."""
     knots = np.linspace(0, mels - 1, 6)
@@ -371,23 +266,20 @@ def _mask(features: torch.Tensor, rng: np.random.Generator) -> None:
 
 def _produce(queue: Any, maker: BatchMaker, first: int, steps: int) -> None:
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
     for index in range(first, steps):
         batch = maker.make(index, steps)
         arrays = {name: value.numpy() for name, value in vars(batch).items()}
         arrays["features"] = arrays["features"].astype(np.float16)
-        while not _put(queue, arrays):
-            # A trainer that was killed cannot end this process, so it looks for itself.
-            if parent is None or not parent.is_alive():
-                return
+        queue.put(arrays)
 
 
-def _put(queue: Any, arrays: dict[str, npt.NDArray[Any]]) -> bool:
-    try:
-        queue.put(arrays, timeout=5.0)
-    except Full:
-        return False
-    return True
+def _end_with_trainer() -> None:
+    """A trainer that was killed cannot end this process, which waits for room in the queue."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)  # whatever the other thread does: it may never come back
 
 
 def batches(maker: BatchMaker, first: int, steps: int, *, ahead: int = 24) -> Iterator[Batch]:
