@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lora_speech.adapter_rows import AdapterRows
 from lora_speech.encoding import FlatEncoder
 from lora_speech.errors import ModelError
-from lora_speech.projections import AdapterRows, joint_projection, projection
+from lora_speech.projections import joint_projection, projection
 from lora_speech.prompts import (
     TimestampRules,
     default_language,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_speech.projections import AdapterRows, joint_projection, projection
+from lora_speech.adapter_rows import AdapterRows
+from lora_speech.projections import joint_projection, projection
 
 
 class FlatEncoder:

@@ -10,11 +10,12 @@ import torch
 from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
+from lora_speech.adapter_rows import AdapterRows
 from lora_speech.decoding import greedy_decode
 from lora_speech.errors import ModelError
 from lora_speech.features import extract_features
 from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
-from lora_speech.projections import AdapterRows, joint_projection, projection
+from lora_speech.projections import joint_projection, projection
 from lora_speech.prompts import TimestampRules, prompt_tokens, special_tokens
 
 
