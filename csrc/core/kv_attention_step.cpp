@@ -176,7 +176,7 @@ Status run(const KvAttentionStepPlan& plan, const KvAttentionStepArgs& args, con
   const KvAttentionStepProblem& p = plan.problem;
   if (Status status = check_args(p, args); !status.ok()) return status;
   if (p.rows == 0 || p.tokens == 0 || p.heads == 0) return {};
-  kTable.count_run(plan.implementation);
+  if (executor.leads) kTable.count_run(plan.implementation);
   plan.implementation->run(plan, args, executor);
   return {};
 }

@@ -49,7 +49,7 @@ Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executo
   Check check("lora_linear");
   check_lora_bank(&check, p.lora, args.lora);
   if (!check.status().ok()) return check.status();
-  kTable.count_run(plan.implementation);
+  if (executor.leads) kTable.count_run(plan.implementation);
   plan.implementation->run(plan, args, executor);
   return {};
 }
@@ -66,7 +66,7 @@ Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& arg
   Check check("lora_linear_backward");
   check_lora_bank(&check, p.lora, args.lora);
   if (!check.status().ok()) return check.status();
-  kTable.count_run(plan.implementation);
+  if (executor.leads) kTable.count_run(plan.implementation);
   plan.implementation->run_backward(plan, args, executor);
   return {};
 }

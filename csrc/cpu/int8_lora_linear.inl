@@ -53,10 +53,11 @@ struct Int8Scratch {
   int64_t rows, q_stride;
   uint8_t* q;     // [rows][q_stride], quantized rows
   float* scales;  // [rows], s_x
-  float* x;       // [rows][K], x as fp32 where it is stored otherwise and LoRA wants it
+  float* x;       // [rows][K], x as fp32 where it is normalized, or stored otherwise and LoRA wants it
   float* t;       // [rows][padded rank]
   float* down;    // the panel of A
   float* up;      // [kPanelsPerBlock] panels of B
+  float* best;    // [rows] times two vectors: per lane the largest y so far, and its column
 
   Int8Scratch(float* memory, const Int8LoraLinearProblem& p, const Int8Grid& grid) : base(memory) {
     const bool lora = p.lora.present();
@@ -65,10 +66,11 @@ struct Int8Scratch {
     q_stride = round_up(p.in_features, 64) + 64;
     q = reinterpret_cast<uint8_t*>(take(rows * q_stride / 4));
     scales = take(rows);
-    x = take(lora && p.dtype != DType::kFloat32 ? rows * p.in_features : 0);
+    x = take(p.has_norm || (lora && p.dtype != DType::kFloat32) ? rows * p.in_features : 0);
     t = take(lora ? rows * padded_rank(p.lora) : 0);
     down = take(lora ? down_scratch(p.lora, p.in_features) : 0);
     up = take(lora ? p.lora.max_rank * kInt8BlockChannels : 0);
+    best = take(p.argmax ? 2 * rows * kLanes : 0);
   }
   float* take(int64_t floats) {
     float* p = base + used;
@@ -76,58 +78,6 @@ struct Int8Scratch {
     return p;
   }
 };
-
-// ---------- Quantization of a row
-
-template <class T>
-inline F load_at(const T* x, int64_t k, int64_t depth) {
-  return k + kLanes <= depth ? load(x + k) : k < depth ? load_n(x + k, static_cast<int>(depth - k)) : zero();
-}
-
-// max |x| as bits: among the bits of magnitudes, infinities and NaNs are the largest, so they always win.
-template <class T>
-inline int32_t magnitude_bits(const T* x, int64_t depth) {
-  I most[4] = {set_int(0), set_int(0), set_int(0), set_int(0)};
-  int64_t k = 0;
-  for (; k + 4 * kLanes <= depth; k += 4 * kLanes)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) most[j] = max_int(most[j], bits_of(abs(load(x + k + j * kLanes))));
-  for (; k < depth; k += kLanes) most[0] = max_int(most[0], bits_of(abs(load_at(x, k, depth))));
-  return reduce_max_int(max_int(max_int(most[0], most[1]), max_int(most[2], most[3])));
-}
-
-// q[k] = clamp(round_half_even(x[k] * inverse), -127, 127), up to a multiple of 4 k; what follows K meets zero weights.
-template <class T>
-inline void quantize_row(const T* x, int64_t depth, float inverse, uint8_t* q) {
-  const F factor = set(inverse), low = set(-127.0f), high = set(127.0f);
-  const auto quantized = [&](F v) { return to_int(min(max(v * factor, low), high)); };
-  int64_t k = 0;
-  for (; k + 4 * kLanes <= depth; k += 4 * kLanes) {
-    const T* v = x + k;
-    store_activations(q + k, quantized(load(v)), quantized(load(v + kLanes)), quantized(load(v + 2 * kLanes)),
-                      quantized(load(v + 3 * kLanes)));
-  }
-  if (k < depth) {
-    alignas(64) uint8_t tail[4 * kLanes];
-    store_activations(tail, quantized(load_at(x, k, depth)), quantized(load_at(x, k + kLanes, depth)),
-                      quantized(load_at(x, k + 2 * kLanes, depth)), quantized(load_at(x, k + 3 * kLanes, depth)));
-    memcpy(q + k, tail, static_cast<size_t>(int8_padded_depth(depth) - k));
-  }
-}
-
-// Quantizes a row and returns its scale; NaN for a row with a non-finite element, whose outputs are then NaN.
-template <class T>
-inline float quantize(const T* x, int64_t depth, const float* x_scale, uint8_t* q) {
-  const int32_t bits = magnitude_bits(x, depth);
-  float most;
-  memcpy(&most, &bits, sizeof most);
-  const bool finite = bits < 0x7f800000;
-  float inverse = x_scale ? 1.0f / *x_scale : 127.0f / most, scale = x_scale ? *x_scale : most / 127.0f;
-  if (!finite) inverse = 0, scale = __builtin_nanf("");
-  if (!__builtin_isfinite(inverse)) inverse = 0, scale = 0;  // zeros, or too small for 127 / most to be a float
-  quantize_row(x, depth, inverse, q);
-  return scale;
-}
 
 // ---------- Integer products
 
@@ -265,6 +215,7 @@ LORA_KERNELS_APART void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ah
   }
   const int64_t left = task.epilogue.out_features - task.column - c, columns = left < NV * kLanes ? left : NV * kLanes;
   if (columns <= 0) return;
+  if (!task.epilogue.y) return keep_best(s.best + i * 2 * kLanes, task.column + c, columns, MR, sums);
   with_type(task.epilogue.dtype, task.epilogue.y, [&](auto* y) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(y)>>;
     finish_rows<T>(task.epilogue, m, task.column + c, columns, MR, sums);
@@ -297,48 +248,45 @@ inline void int8_block(Int8Task& task, int64_t rows, int64_t block_bytes) {
 
 // ---------- A task
 
-// Quantizes rows [begin, end) of x and computes their t.
+// Normalizes (where asked) and quantizes rows [begin, end) of x, and computes their t.
 inline void int8_prepare(const Int8LoraLinearProblem& p, const Int8LoraLinearArgs& args, const Int8Task& task,
                          int64_t begin, int64_t end, int64_t* packed_adapter) {
   const int64_t K = p.in_features;
   const Int8Scratch& s = task.s;
   const float* x_scale = p.static_scale ? args.x_scale : nullptr;
+  // Where x is fp32 already, or nobody but the quantization reads it, it is read as it lies.
+  const bool copied = p.has_norm || (task.bank && p.dtype != DType::kFloat32);
   with_type(p.dtype, args.x, [&](auto* x) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     for (int64_t m = begin; m < end; ++m) {
       const int64_t i = m - begin;
-      const T* row = x + m * args.x_stride;
-      if (std::is_same<T, float>::value || !task.bank) {
-        s.scales[i] = quantize(row, K, x_scale, s.q + i * s.q_stride);
-      } else {
-        convert_row(row, K, s.x + i * K);
-        s.scales[i] = quantize(s.x + i * K, K, x_scale, s.q + i * s.q_stride);
-      }
+      const auto* row = x + m * args.x_stride;
+      uint8_t* q = s.q + i * s.q_stride;
+      float* copy = s.x + i * K;
+      if (p.has_norm)
+        with_type(p.norm_dtype, args.norm_weight, [&](auto* weight) {
+          normalize_row(row, K, weight, static_cast<decltype(weight)>(args.norm_bias), p.norm_eps, copy);
+        });
+      else if (copied)
+        convert_row(row, K, copy);
+      s.scales[i] = copied ? quantize(copy, K, x_scale, q) : quantize(row, K, x_scale, q);
     }
   });
   if (!task.bank) return;
-  if (p.dtype == DType::kFloat32)
-    down_rows(*task.bank, static_cast<const float*>(args.x), args.x_stride, begin, end, K, s.t, s.down, packed_adapter);
-  else
-    down_rows(*task.bank, s.x - begin * K, K, begin, end, K, s.t, s.down, packed_adapter);
+  const float* x = copied ? s.x - begin * K : static_cast<const float*>(args.x);
+  down_rows(*task.bank, x, copied ? K : args.x_stride, begin, end, K, s.t, s.down, packed_adapter);
 }
 
 inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Bank& bank,
-                          const Int8Grid& grid, int64_t index) {
+                          const Int8Grid& grid, int64_t index, float* memory, Best* found) {
   const Int8LoraLinearProblem& p = plan.problem;
-  float* memory = static_cast<float*>(args.workspace) + index * (plan.workspace / 4 / plan.tasks);
   const int64_t blocks = int8_blocks(p), block_bytes = int8_block_bytes(p.in_features);
   const int64_t row_part = index / grid.block_parts, block_part = index % grid.block_parts;
   const int64_t first = p.rows * row_part / grid.row_parts, end = p.rows * (row_part + 1) / grid.row_parts;
   const int64_t first_block = blocks * block_part / grid.block_parts;
   const int64_t last_block = blocks * (block_part + 1) / grid.block_parts;
-  const Epilogue epilogue = {p.has_bias ? args.bias : nullptr,
-                             p.bias_dtype,
-                             p.activation,
-                             p.has_residual ? args.residual : nullptr,
-                             args.y,
-                             p.dtype,
-                             p.out_features};
+  const Epilogue epilogue = {
+      p.has_bias ? args.bias : nullptr, p.bias_dtype, p.activation,  p.has_residual ? args.residual : nullptr,
+      p.argmax ? nullptr : args.y,      p.dtype,      p.out_features};
   alignas(64) float bias[kInt8BlockChannels] = {};
   Int8Task task{bank.present() ? &bank : nullptr,
                 epilogue,
@@ -359,6 +307,9 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
     const int64_t stop = m + task.s.rows < end ? m + task.s.rows : end;
     int8_prepare(p, args, task, m, stop, &packed_adapter);
     task.first_row = m;
+    if (p.argmax)
+      for (int64_t i = 0; i < (stop - m) * 2 * kLanes; ++i)
+        task.s.best[i] = i / kLanes % 2 ? static_cast<float>(first_block * kInt8BlockChannels) : -__builtin_inff();
     for (int64_t block = first_block; block < last_block; ++block) {
       task.weights = args.packed_weight + block * block_bytes;
       task.weight_scales = reinterpret_cast<const float*>(task.weights + task.steps * kBlockBytesPerStep);
@@ -372,6 +323,13 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
         });
       int8_block(task, stop - m, block_bytes);
     }
+    if (p.argmax)
+      for (int64_t i = 0; i < stop - m; ++i) {
+        Best best;
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          best.take(task.s.best[2 * i * kLanes + lane], task.s.best[(2 * i + 1) * kLanes + lane]);
+        found[block_part * p.rows + m + i] = best;
+      }
   }
 }
 
@@ -387,11 +345,27 @@ inline void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   if (worth < static_cast<double>(tasks)) tasks = static_cast<int64_t>(worth) + 1;
   const Int8Grid grid = int8_grid(p, tasks);
   plan->tasks = static_cast<int>(grid.row_parts * grid.block_parts);
-  plan->workspace = Int8Scratch(nullptr, p, grid).used * plan->tasks * static_cast<int64_t>(sizeof(float));
+  const int64_t floats = Int8Scratch(nullptr, p, grid).used * plan->tasks;
+  plan->workspace = floats * static_cast<int64_t>(sizeof(float)) +
+                    (p.argmax ? p.rows * grid.block_parts * static_cast<int64_t>(sizeof(Best)) : 0);
 }
 
 inline void run_forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor) {
-  const Bank bank = Bank::forward(plan.problem.lora, args.lora, plan.problem.rows);
-  const Int8Grid grid = int8_grid(plan.problem, plan.tasks);
-  for_each_task(executor, plan.tasks, [&](int64_t index) { int8_run_task(plan, args, bank, grid, index); });
+  const Int8LoraLinearProblem& p = plan.problem;
+  const Bank bank = Bank::forward(p.lora, args.lora, p.rows);
+  const Int8Grid grid = int8_grid(p, plan.tasks);
+  const int64_t scratch = Int8Scratch(nullptr, p, grid).used;
+  float* memory = static_cast<float*>(args.workspace);
+  Best* found = reinterpret_cast<Best*>(memory + scratch * plan.tasks);  // [block_parts][rows], for argmax
+  for_each_task(executor, plan.tasks,
+                [&](int64_t index) { int8_run_task(plan, args, bank, grid, index, memory + index * scratch, found); });
+  if (!p.argmax) return;
+  in_one_task(executor, [&] {
+    for (int64_t m = 0; m < p.rows; ++m) {
+      Best best;
+      for (int64_t part = 0; part < grid.block_parts; ++part)
+        best.take(found[part * p.rows + m].value, found[part * p.rows + m].column);
+      args.best[m] = static_cast<int64_t>(best.column);
+    }
+  });
 }

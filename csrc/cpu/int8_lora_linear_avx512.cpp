@@ -13,6 +13,9 @@ namespace {
 #include "cpu/gemm.inl"
 #include "cpu/lora.inl"
 #include "cpu/epilogue.inl"
+#include "cpu/norm.inl"
+#include "cpu/argmax.inl"
+#include "cpu/int8_rows.inl"
 #include "cpu/int8_lora_linear.inl"
 // clang-format on
 

@@ -49,7 +49,8 @@ struct StepMemory {
   int32_t* counts;     // [cache_rows + 1]
   QueryBlock* blocks;  // [rows * T]
   int64_t* before;     // [rows * T + 1]: cost of the blocks before each one
-  float* tasks;        // task_floats each
+  int64_t* block_count;
+  float* tasks;  // task_floats each
   int64_t task_floats;
   int64_t q_stride;  // of a query's row of q and of acc, in floats
   int64_t score_stride;
@@ -67,6 +68,7 @@ struct StepMemory {
     counts = reinterpret_cast<int32_t*>(take(p.slots == KvSlots::kPerRow ? (p.cache_rows + 1) * 4 : 0));
     blocks = reinterpret_cast<QueryBlock*>(take(queries * static_cast<int64_t>(sizeof(QueryBlock))));
     before = reinterpret_cast<int64_t*>(take((queries + 1) * 8));
+    block_count = reinterpret_cast<int64_t*>(take(8));
     q_stride = round_up(p.head_size, 16);
     // Not a multiple of 4096 bytes: the scores of a block's queries at one position would share a set of the first
     // cache.
@@ -309,8 +311,11 @@ inline void run_step(const KvAttentionStepPlan& plan, const KvAttentionStepArgs&
   const KvAttentionStepProblem& p = plan.problem;
   const Step s{plan, p, args};
   StepMemory m(args.workspace, p, plan.tasks);
-  sort_rows(s, m);
-  const int64_t blocks = make_blocks(s, m);
+  in_one_task(executor, [&] {
+    sort_rows(s, m);
+    *m.block_count = make_blocks(s, m);
+  });
+  const int64_t blocks = *m.block_count;
 
   // Every row is written before any row attends: rows may read each other's cache rows.
   if (p.append) {

@@ -18,6 +18,8 @@ _unpack_op = torch.ops.lora_kernels.int8_unpack.default
 _BLOCK_CHANNELS = 64
 _STEP_DEPTH = 4
 
+_ARGUMENTS_AFTER_OUT_FEATURES = 13
+
 
 def int8_lora_linear(
     x: torch.Tensor,
@@ -33,6 +35,8 @@ def int8_lora_linear(
     residual: torch.Tensor | None = None,
     activation: str = "none",
     x_scale: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    argmax: bool = False,
 ) -> torch.Tensor:
     """Compute ``act((q_x q_wt) (s_x s_w) + bias + s (x At) B) + residual``.
 
@@ -72,11 +76,18 @@ def int8_lora_linear(
     x_scale
         fp32 [1], positive: a calibrated scale for every row. None quantizes each row by its own
         largest magnitude.
+    norm
+        Weight [K], bias [K] (both fp32 or of the dtype of ``x``) and epsilon of a LayerNorm that
+        ``x`` goes through first, in fp32; quantization and LoRA see its result.
+    argmax
+        Return the column of each row's largest result instead of the result: the first among
+        equals, a NaN before any number. Takes neither ``activation`` nor ``residual``.
 
     Returns
     -------
     torch.Tensor
-        [..., N] in the dtype of ``x``; everything after the integer sums in fp32.
+        [..., N] in the dtype of ``x``; everything after the integer sums in fp32. With ``argmax``
+        int64 [...].
 
     Raises
     ------
@@ -84,6 +95,7 @@ def int8_lora_linear(
         If a shape, dtype or value does not fit (the text names the argument, what was expected,
         what came, and the fix), or if a gradient is asked for.
     """
+    norm_weight, norm_bias, norm_eps = (None, None, 0.0) if norm is None else norm
     call = _straight if forward_only(x) else _op
     return call(
         x,
@@ -98,6 +110,10 @@ def int8_lora_linear(
         residual,
         activation,
         x_scale,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        argmax,
     )
 
 
@@ -153,8 +169,16 @@ def int8_unpack(
 
 @torch.library.register_fake("lora_kernels::int8_lora_linear")
 def _fake(
-    x: torch.Tensor, packed_weight: torch.Tensor, out_features: int, *args: Any
+    x: torch.Tensor,
+    packed_weight: torch.Tensor,
+    out_features: int,
+    *args: Any,
+    argmax: bool = False,
+    **rest: Any,
 ) -> torch.Tensor:
+    # The schema's fields after out_features; argmax is the last, and left out where it is False.
+    if argmax or (len(args) == _ARGUMENTS_AFTER_OUT_FEATURES and args[-1]):
+        return x.new_empty(x.shape[:-1], dtype=torch.int64)
     return x.new_empty(*x.shape[:-1], out_features)
 
 

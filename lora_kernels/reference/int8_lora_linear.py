@@ -124,6 +124,8 @@ def int8_lora_linear(
     residual: torch.Tensor | None = None,
     activation: str = "none",
     x_scale: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    argmax: bool = False,
     compute_dtype: torch.dtype | None = torch.float64,
 ) -> torch.Tensor:
     """``act(acc * (s_x s_w) + bias + s (x At) B) + residual`` with integer accumulators acc.
@@ -140,15 +142,25 @@ def int8_lora_linear(
         As in :func:`lora_kernels.reference.lora_linear`.
     x_scale
         fp32 [1], a calibrated scale for every row; None quantizes each row by its own maximum.
+    norm
+        Weight, bias and epsilon of a LayerNorm of ``x`` in fp32, before everything else.
+    argmax
+        Return the column of each row's largest result instead.
     compute_dtype
         Dtype of everything after the integer accumulators. None: the dtype of ``x``.
 
     Returns
     -------
     torch.Tensor
-        [..., N] in ``compute_dtype``; rows of ``x`` with a non-finite value are NaN.
+        [..., N] in ``compute_dtype``; rows of ``x`` with a non-finite value are NaN. With
+        ``argmax`` int64 [...].
     """
     dtype = compute_dtype or x.dtype
+    if norm is not None:
+        norm_weight, norm_bias, norm_eps = norm
+        x = torch.nn.functional.layer_norm(
+            x.float(), x.shape[-1:], norm_weight.float(), norm_bias.float(), norm_eps
+        )
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # K may be 0
     q_x, s_x = quantize_rows(rows) if x_scale is None else quantize_static(rows, x_scale)
     accumulators = int8_accumulators(q_x, q_weight)
@@ -167,4 +179,5 @@ def int8_lora_linear(
             adapter_ids=adapter_ids,
         )
     y = apply_activation(y, activation).reshape(*x.shape[:-1], q_weight.shape[0])
-    return y if residual is None else y + residual.to(dtype)
+    y = y if residual is None else y + residual.to(dtype)
+    return y.argmax(dim=-1) if argmax else y

@@ -3,8 +3,9 @@
 `transformers`' `generate()` rebuilds masks, caches and module calls for every token. Here one step
 is a flat loop over precomputed closures and tensors, about ten operator calls per decoder layer:
 bias, GELU, residual and LoRA ride in the epilogue of the projection they belong to, the cache is
-written in place, and cross-attention keys and values are computed once per utterance. The tokens
-are those of `generate(do_sample=False, num_beams=1)`.
+written in place, and cross-attention keys and values are computed once per utterance. Under INT8
+all of a step is recorded and run in one call (`decoder_step`). The tokens are those of
+`generate(do_sample=False, num_beams=1)`, but for ties that the INT8 vocabulary breaks otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_speech.adapter_rows import AdapterRows
+from lora_speech.decoder_step import DecoderParts
 from lora_speech.encoding import FlatEncoder
 from lora_speech.errors import ModelError
 from lora_speech.projections import joint_projection, projection
@@ -29,6 +31,7 @@ from lora_speech.prompts import (
     special_tokens,
     token_limit,
 )
+from lora_speech.stepping import FlatSteps, RecordedSteps, Steps
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class WhisperDecoder:
         self.encode = FlatEncoder(whisper.model.encoder, rows)
         self.rows = rows
         self.tokens = special_tokens(whisper)
-        self.width = int(whisper.config.d_model)
+        # INT8 throughout: steps are recorded and run in one call each.
+        self.parts = DecoderParts.of(whisper) if whisper.device.type == "cpu" else None
         self.embedding = decoder.embed_tokens.weight
         self.positions = decoder.embed_positions.weight
         self.layers = [_flatten_layer(layer, rows) for layer in decoder.layers]
@@ -126,7 +130,9 @@ class WhisperDecoder:
             cross_keys = keys(encoded, None).view(shape).transpose(1, 2).contiguous()
             cross_values = values(encoded, None).view(shape).transpose(1, 2).contiguous()
             cross.append((cross_keys, cross_values))
-            empty = encoded.new_empty(2, batch, heads, capacity, width // heads)
+            # Beside INT8 weights bf16 is precise enough, and half of what a step reads here.
+            dtype = torch.bfloat16 if self.parts else encoded.dtype
+            empty = encoded.new_empty(2, batch, heads, capacity, width // heads, dtype=dtype)
             own.append((empty[0], empty[1]))
         lengths = torch.full((batch,), frames, dtype=torch.int32, device=encoded.device)
         return DecoderState(own, cross, self.rows, None, lengths)
@@ -236,81 +242,78 @@ def greedy_decode(
     )
     limit = token_limit(tokens, prompt_length, max_new_tokens)
     state = decoder.start(encoded, prompt_length + limit)
+    steps: Steps = RecordedSteps(decoder, state) if decoder.parts else FlatSteps(decoder, state)
     if detect:
-        languages = _detect_languages(decoder, state, languages, batch, features.device)
+        languages = _detect_languages(decoder, steps, languages, batch, features.device)
     prompts = torch.tensor(
         [prompt_tokens(tokens, code, task=task, timestamps=timestamps) for code in languages],
         device=features.device,
     )
-    emitted, steps = _step_to_end(decoder, state, prompts, limit, min_new_tokens, timestamps)
-    return Hypotheses(emitted, languages, steps)
+    emitted, count = _step_to_end(decoder, steps, prompts, limit, min_new_tokens, timestamps)
+    return Hypotheses(emitted, languages, count)
 
 
 def _step_to_end(
     decoder: WhisperDecoder,
-    state: DecoderState,
+    steps: Steps,
     prompts: torch.Tensor,
     limit: int,
     min_new_tokens: int,
     timestamps: bool,
 ) -> tuple[list[list[int]], int]:
     batch, prompt_length = prompts.shape
-    tokens = decoder.tokens
+    tokens, state = decoder.tokens, steps.state
     device = prompts.device
     emitted: list[list[int]] = [[] for _ in range(batch)]
     active = list(range(batch))
     rules = TimestampRules(tokens) if timestamps else None
     first = torch.tensor(tokens.suppressed_first, dtype=torch.int64, device=device)
-    # Every length the cache will have, made in one go, so that no step spends a call on counting.
-    lengths = torch.arange(prompt_length + limit, dtype=torch.int32, device=device)
-    lengths = lengths[:, None].expand(-1, batch).contiguous()
-    hidden = decoder.hidden(prompts, lengths[0], 0, state)[:, -1:]
-    end, vocabulary = tokens.end, decoder.vocabulary
+    end, chosen = tokens.end, prompts
     for step in range(limit):
-        logits = vocabulary(hidden, None)
-        if step == 0 and first.numel():
-            logits.index_fill_(-1, first, -math.inf)
-        if step < min_new_tokens:
-            logits[..., end] = -math.inf
-        if rules is not None:
-            rules(logits[:, 0], [emitted[row] for row in active])
-        chosen = logits.argmax(-1)
+        begin = prompt_length + step - 1 if step else 0
+        if step == 0 or rules is not None:
+            logits = steps.logits(chosen, begin)
+            if step == 0 and first.numel():
+                logits.index_fill_(-1, first, -math.inf)
+            if step < min_new_tokens:
+                logits[..., end] = -math.inf
+            if rules is not None:
+                rules(logits, [emitted[row] for row in active])
+            best = logits.argmax(-1)
+        else:
+            best = steps.choose(chosen, begin, step >= min_new_tokens)
         finished = False
-        for row, token in zip(active, chosen.view(-1).tolist(), strict=True):
+        for row, token in zip(active, best.tolist(), strict=True):
             if token == end:
                 finished = True
             else:
                 emitted[row].append(token)
-        if step + 1 == limit:
-            break
         if finished:
-            keep = (chosen.view(-1) != end).nonzero().view(-1)
+            keep = (best != end).nonzero().view(-1)
             if not keep.numel():
                 return emitted, step
             # Finished rows leave the batch; the cache stays where it is, slots say where.
             active = [active[index] for index in keep.tolist()]
-            chosen = chosen[keep]
+            best = best[keep]
             state.slots = torch.tensor(active, dtype=torch.int32, device=device)
             state.rows.keep(keep)
             state.cross_lengths = state.cross_lengths[: len(active)]
-            lengths = lengths[:, : len(active)].contiguous()
-        position = prompt_length + step
-        hidden = decoder.hidden(chosen, lengths[position], position, state)
+            steps.keep()
+        chosen = best[:, None]
     return emitted, limit
 
 
 def _detect_languages(
     decoder: WhisperDecoder,
-    state: DecoderState,
+    steps: Steps,
     languages: list[str | None],
     batch: int,
     device: torch.device,
 ) -> list[str | None]:
     codes, ids = zip(*decoder.tokens.languages.items(), strict=True)
     start = torch.full((batch, 1), decoder.tokens.start, device=device)
-    nothing = torch.zeros(batch, dtype=torch.int32, device=device)
-    logits = decoder.all_tokens(decoder.hidden(start, nothing, 0, state), None)
-    best = logits[:, 0, list(ids)].argmax(-1).tolist()
+    logits = steps.logits(start, 0, suppress=False)
+    best = logits[:, list(ids)].argmax(-1).tolist()
     return [code or codes[index] for code, index in zip(languages, best, strict=True)]
 
 

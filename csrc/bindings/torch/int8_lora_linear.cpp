@@ -4,7 +4,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "common.h"
+#include "calls.h"
 
 namespace lora_kernels {
 namespace {
@@ -23,43 +23,37 @@ Tensor packed_weight_of(const char* op, const Tensor& packed, int64_t out_featur
   return packed.is_contiguous() ? packed : torch::stable::contiguous(packed);
 }
 
+// The dtype of LayerNorm's weight and bias [K]: fp32 or that of x.
+DType norm_dtype_of(const char* op, const Int8LoraLinearTensors& t, int64_t in_features) {
+  const std::pair<const char*, const Tensor&> both[] = {{"norm_weight", *t.norm_weight}, {"norm_bias", *t.norm_bias}};
+  for (const auto& [name, tensor] : both) {
+    if (!(tensor.dim() == 1 && tensor.size(0) == in_features && tensor.is_contiguous()))
+      refuse(op, name, "expected a contiguous [" + std::to_string(in_features) + "], got " + shape_of(tensor));
+    const DType dtype = dtype_of(op, name, tensor);
+    if (!(dtype == DType::kFloat32 || tensor.scalar_type() == t.x.scalar_type()) ||
+        tensor.scalar_type() != t.norm_weight->scalar_type())
+      refuse(op, name, std::string("expected float32 or the dtype of x, as the other one, got ") + name_of(dtype));
+  }
+  return dtype_of(op, "norm_weight", *t.norm_weight);
+}
+
 Tensor int8_lora_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_features, const OptionalTensor& bias,
                         const OptionalTensor& lora_a, const OptionalTensor& lora_b, const OptionalTensor& scales,
                         const OptionalTensor& offsets, const OptionalTensor& adapter_ids,
-                        const OptionalTensor& residual, const std::string activation, const OptionalTensor& x_scale) {
-  const char* op = "int8_lora_linear";
-  Int8LoraLinearProblem problem;
-  problem.dtype = dtype_of(op, "x", x);
-  const RowView rows = rows_of(op, "x", x);
-  const Tensor packed = packed_weight_of(op, packed_weight, out_features, rows.columns);
-  const LoraOperands lora = lora_operands(op, lora_a, lora_b, scales, offsets, adapter_ids, rows.columns, out_features);
-  const BiasAndResidual extra = bias_and_residual(op, bias, residual, x, out_features);
-  problem.rows = rows.rows;
-  problem.in_features = rows.columns;
-  problem.out_features = out_features;
-  problem.bias_dtype = extra.bias_dtype;
-  problem.has_bias = extra.bias != nullptr;
-  problem.has_residual = extra.residual != nullptr;
-  problem.activation = activation_of(op, activation);
-  problem.lora = lora.shape;
-  Int8LoraLinearArgs args;
-  if (x_scale) {
-    expect_tensor(op, "x_scale", *x_scale, ScalarType::Float, {1});
-    problem.static_scale = true;
-    args.x_scale = static_cast<const float*>(x_scale->data_ptr());
-  }
+                        const OptionalTensor& residual, const std::string activation, const OptionalTensor& x_scale,
+                        const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                        bool argmax) {
+  Int8LoraLinearCall call =
+      int8_lora_linear_call({x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets, adapter_ids,
+                             residual, activation, x_scale, norm_weight, norm_bias, norm_eps, argmax});
   Int8LoraLinearPlan chosen;
-  raise_if_failed(plan(problem, current_device(), &chosen));
-  Tensor y = new_tensor(x, output_sizes(x, out_features));
-  args.x = rows.data;
-  args.x_stride = rows.stride;
-  args.packed_weight = static_cast<const uint8_t*>(packed.data_ptr());
-  args.bias = extra.bias;
-  args.lora = lora.bank;
-  args.residual = extra.residual;
-  args.y = y.data_ptr();
-  args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, args, torch_executor()));
+  raise_if_failed(plan(call.problem, current_device(), &chosen));
+  std::vector<int64_t> sizes = output_sizes(x, out_features);
+  if (argmax) sizes.pop_back();
+  Tensor y = new_tensor(x, sizes, argmax ? std::optional<ScalarType>(ScalarType::Long) : std::nullopt);
+  set_output(&call, y);
+  call.args.workspace = workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, call.args, torch_executor()));
   return y;
 }
 
@@ -101,6 +95,60 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed_weight, int64_t out_featu
 }
 
 }  // namespace
+
+Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& t) {
+  const char* op = "int8_lora_linear";
+  Int8LoraLinearCall call;
+  Int8LoraLinearProblem& problem = call.problem;
+  Int8LoraLinearArgs& args = call.args;
+  problem.dtype = dtype_of(op, "x", t.x);
+  const RowView rows = rows_of(op, "x", t.x);
+  const Tensor packed = packed_weight_of(op, t.packed_weight, t.out_features, rows.columns);
+  LoraOperands lora =
+      lora_operands(op, t.lora_a, t.lora_b, t.scales, t.offsets, t.adapter_ids, rows.columns, t.out_features);
+  BiasAndResidual extra = bias_and_residual(op, t.bias, t.residual, t.x, t.out_features);
+  problem.rows = rows.rows;
+  problem.in_features = rows.columns;
+  problem.out_features = t.out_features;
+  problem.bias_dtype = extra.bias_dtype;
+  problem.has_bias = extra.bias != nullptr;
+  problem.has_residual = extra.residual != nullptr;
+  problem.activation = activation_of(op, t.activation);
+  problem.argmax = t.argmax;
+  problem.lora = lora.shape;
+  if (t.x_scale) {
+    expect_tensor(op, "x_scale", *t.x_scale, ScalarType::Float, {1});
+    problem.static_scale = true;
+    args.x_scale = static_cast<const float*>(t.x_scale->data_ptr());
+  }
+  if (t.norm_weight.has_value() != t.norm_bias.has_value())
+    refuse(op, t.norm_weight ? "norm_bias" : "norm_weight", "expected both or none, got None for this one");
+  if (t.norm_weight) {
+    problem.has_norm = true;
+    problem.norm_eps = static_cast<float>(t.norm_eps);
+    problem.norm_dtype = norm_dtype_of(op, t, rows.columns);
+    args.norm_weight = t.norm_weight->data_ptr();
+    args.norm_bias = t.norm_bias->data_ptr();
+  }
+  args.x = rows.data;
+  args.x_stride = rows.stride;
+  args.packed_weight = static_cast<const uint8_t*>(packed.data_ptr());
+  args.bias = extra.bias;
+  args.lora = lora.bank;
+  args.residual = extra.residual;
+  call.keep = {rows.tensor, packed};
+  for (std::vector<Tensor>* copies : {&lora.keep, &extra.keep})
+    call.keep.insert(call.keep.end(), copies->begin(), copies->end());
+  return call;
+}
+
+void set_output(Int8LoraLinearCall* call, const Tensor& y) {
+  if (call->problem.argmax)
+    call->args.best = static_cast<int64_t*>(y.data_ptr());
+  else
+    call->args.y = y.data_ptr();
+}
+
 }  // namespace lora_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "common.h"
+#include "calls.h"
 
 namespace lora_kernels {
 namespace {
@@ -79,8 +79,29 @@ std::tuple<Tensor, Tensor> kv_attention_step(const Tensor& q, const OptionalTens
                                              const OptionalTensor& k_scales, const OptionalTensor& v_scales,
                                              const Tensor& lengths, const OptionalTensor& slots, double scale,
                                              const std::optional<std::vector<int64_t>> heads) {
-  KvAttentionStepProblem p;
-  KvAttentionStepArgs args;
+  KvAttentionStepCall call =
+      kv_attention_step_call({q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, heads});
+  const KvAttentionStepProblem& p = call.problem;
+  KvAttentionStepPlan chosen;
+  raise_if_failed(plan(p, current_device(), &chosen));
+  Tensor out = new_tensor(q, {p.rows, p.tokens, p.heads, p.head_size});
+  Tensor weights = new_tensor(
+      q, heads ? std::vector<int64_t>{p.rows, p.weight_heads, p.tokens, p.capacity} : std::vector<int64_t>{0},
+      ScalarType::Float);
+  call.args.weights = p.weight_heads > 0 ? static_cast<float*>(weights.data_ptr()) : nullptr;
+  call.args.out = out.data_ptr();
+  call.args.workspace = workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, call.args, torch_executor()));
+  return std::make_tuple(out, weights);
+}
+
+}  // namespace
+
+KvAttentionStepCall kv_attention_step_call(const KvAttentionStepTensors& t) {
+  const auto& [q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, heads] = t;
+  KvAttentionStepCall call;
+  KvAttentionStepProblem& p = call.problem;
+  KvAttentionStepArgs& args = call.args;
   if (q.dim() != 4) refuse(kOp, "q", "expected [rows, tokens, heads, head size], got " + shape_of(q));
   p.rows = q.size(0);
   p.tokens = q.size(1);
@@ -132,25 +153,17 @@ std::tuple<Tensor, Tensor> kv_attention_step(const Tensor& q, const OptionalTens
     p.weight_heads = static_cast<int64_t>(heads->size());
     args.weight_heads = heads->data();
   }
-  KvAttentionStepPlan chosen;
-  raise_if_failed(plan(p, current_device(), &chosen));
-  Tensor out = new_tensor(q, {p.rows, p.tokens, p.heads, p.head_size});
-  Tensor weights = new_tensor(
-      q, heads ? std::vector<int64_t>{p.rows, p.weight_heads, p.tokens, p.capacity} : std::vector<int64_t>{0},
-      ScalarType::Float);
   args.q = q_rows.data_ptr();
   args.k_cache = k_cache.data_ptr();
   args.v_cache = v_cache.data_ptr();
   args.lengths = static_cast<const int32_t*>(length_rows.data_ptr());
   args.scale = static_cast<float>(scale);
-  args.weights = p.weight_heads > 0 ? static_cast<float*>(weights.data_ptr()) : nullptr;
-  args.out = out.data_ptr();
-  args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, args, torch_executor()));
-  return std::make_tuple(out, weights);
+  call.keep = {q_rows, length_rows};
+  for (const OptionalTensor* copy : {&k_rows, &v_rows, &slot_rows})
+    if (*copy) call.keep.push_back(**copy);
+  return call;
 }
 
-}  // namespace
 }  // namespace lora_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {

@@ -13,6 +13,16 @@ struct Executor {
   void (*parallel_for)(void* pool, int64_t tasks, Task task, void* context) = nullptr;
   void* pool = nullptr;
   void* stream = nullptr;  // cudaStream_t, for CUDA implementations
+
+  // Optional. Runs member(context, i, n) for every i in [0, n) at the same time, on n threads that may wait for each
+  // other; the pool chooses n, at most `most`.
+  using Member = void (*)(void* context, int64_t index, int64_t members);
+  void (*team)(void* pool, int64_t most, Member member, void* context) = nullptr;
+
+  // A composite lets every member of a team make the same calls; tasks are shared out among them. What a call does
+  // outside of its tasks every member does, so there it only reads shared memory.
+  bool shared = false;
+  bool leads = true;  // false in all members but one
 };
 
 // The executor of a single thread: tasks in order, in the caller.
@@ -27,13 +37,17 @@ inline Executor serial_executor() {
 // Calls body(i) for every i in [0, tasks).
 template <class Body>
 void for_each_task(const Executor& executor, int64_t tasks, const Body& body) {
-  if (tasks <= 1) {
-    if (tasks == 1) body(int64_t{0});
-    return;
-  }
+  if (tasks <= 0) return;
+  if (tasks == 1 && !executor.shared) return body(int64_t{0});
   executor.parallel_for(
       executor.pool, tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); },
       const_cast<Body*>(&body));
+}
+
+// Calls body() once, whoever else makes the same call.
+template <class Body>
+void in_one_task(const Executor& executor, const Body& body) {
+  for_each_task(executor, 1, [&](int64_t) { body(); });
 }
 
 }  // namespace lora_kernels

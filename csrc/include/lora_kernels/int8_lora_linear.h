@@ -2,6 +2,8 @@
 // and x quantized to INT8 per row on the fly (dynamic) or by a calibrated scale (static).
 //   q_x = clamp(round_half_even(x * (127 / amax(row))), -127, 127); integer sums are exact, so they are equal in every
 //   implementation. The LoRA branch sees x before quantization. A row with a non-finite element gives NaN.
+// Prologue: x may first go through LayerNorm, in fp32; everything above then sees the normalized x. Epilogue: instead
+// of y, the column of each row's largest y (greedy choice over a vocabulary), which saves writing and reading y.
 #pragma once
 
 #include <string>
@@ -26,6 +28,10 @@ struct Int8LoraLinearProblem {
   bool has_bias = false;
   bool has_residual = false;
   bool static_scale = false;  // x_scale is given
+  bool has_norm = false;      // x becomes (x - mean) / sqrt(variance + norm_eps) * norm_weight + norm_bias
+  DType norm_dtype = DType::kFloat32;
+  float norm_eps = 1e-5f;
+  bool argmax = false;  // best is written and not y; the first column wins among equals, a NaN over all numbers
   Activation activation = Activation::kNone;
   LoraShape lora;
 };
@@ -36,10 +42,13 @@ struct Int8LoraLinearArgs {
   const uint8_t* packed_weight = nullptr;  // int8_packed_bytes(N, K), aligned to 64 bytes
   const void* bias = nullptr;              // [N]
   LoraBank lora;
-  const float* x_scale = nullptr;  // [1], for static quantization
-  const void* residual = nullptr;  // [M, N] contiguous
-  void* y = nullptr;               // [M, N] contiguous
-  void* workspace = nullptr;       // workspace_bytes(plan), aligned to 64 bytes
+  const float* x_scale = nullptr;     // [1], for static quantization
+  const void* norm_weight = nullptr;  // [K]
+  const void* norm_bias = nullptr;    // [K]
+  const void* residual = nullptr;     // [M, N] contiguous
+  void* y = nullptr;                  // [M, N] contiguous, or null
+  int64_t* best = nullptr;            // [M], or null
+  void* workspace = nullptr;          // workspace_bytes(plan), aligned to 64 bytes
 };
 
 struct Int8LoraLinearPlan {

@@ -1,0 +1,48 @@
+// Operators as calls: tensors translated to a Problem and its Args, to be run at once or recorded in a composite.
+#pragma once
+
+#include "common.h"
+#include "lora_kernels/int8_lora_linear.h"
+#include "lora_kernels/kv_attention_step.h"
+
+namespace lora_kernels {
+
+// What the schema of int8_lora_linear names, in its order.
+struct Int8LoraLinearTensors {
+  const Tensor& x;
+  const Tensor& packed_weight;
+  int64_t out_features;
+  const OptionalTensor &bias, &lora_a, &lora_b, &scales, &offsets, &adapter_ids, &residual;
+  const std::string& activation;
+  const OptionalTensor &x_scale, &norm_weight, &norm_bias;
+  double norm_eps;
+  bool argmax;
+};
+struct Int8LoraLinearCall {
+  Int8LoraLinearProblem problem;
+  Int8LoraLinearArgs args;   // without output and workspace
+  std::vector<Tensor> keep;  // copies that args point into
+};
+Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& tensors);
+// y [..., N], or with argmax int64 [...]
+void set_output(Int8LoraLinearCall* call, const Tensor& y);
+
+// What the schema of kv_attention_step names, in its order.
+struct KvAttentionStepTensors {
+  const Tensor& q;
+  const OptionalTensor &k, &v;
+  const Tensor &k_cache, &v_cache;
+  const OptionalTensor &k_scales, &v_scales;
+  const Tensor& lengths;
+  const OptionalTensor& slots;
+  double scale;
+  const std::optional<std::vector<int64_t>>& heads;
+};
+struct KvAttentionStepCall {
+  KvAttentionStepProblem problem;
+  KvAttentionStepArgs args;  // without outputs and workspace; weight_heads points into tensors.heads
+  std::vector<Tensor> keep;
+};
+KvAttentionStepCall kv_attention_step_call(const KvAttentionStepTensors& tensors);
+
+}  // namespace lora_kernels

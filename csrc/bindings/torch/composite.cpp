@@ -1,0 +1,156 @@
+// Composites as torch sees them: a handle, operators recorded under it with their output tensors, and one call that
+// runs them all. Recorded tensors are kept alive and read and written in place at every run.
+#include "lora_kernels/composite.h"
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "calls.h"
+#include "lora_kernels/implementations.h"
+
+namespace lora_kernels {
+namespace {
+
+struct Recording {
+  CompositeProblem problem;
+  CompositeArgs args;
+  std::vector<Tensor> keep;
+  CompositePlan plan;
+  bool planned = false;
+  int threads = 0;     // of the plan
+  std::string forced;  // implementation, of the plan
+};
+
+// Handles are numbers because the stable ABI has no objects of ours.
+struct Registry {
+  std::mutex mutex;
+  std::map<int64_t, std::shared_ptr<Recording>> recordings;
+  int64_t next = 1;
+};
+Registry& registry() {
+  static Registry all;
+  return all;
+}
+
+std::shared_ptr<Recording> find(int64_t handle) {
+  Registry& all = registry();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto found = all.recordings.find(handle);
+  if (found == all.recordings.end())
+    refuse("composite", "handle", "expected one that composite_new returned, got " + std::to_string(handle));
+  return found->second;
+}
+
+int64_t create() {
+  Registry& all = registry();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.recordings.emplace(all.next, std::make_shared<Recording>());
+  return all.next++;
+}
+
+void release(int64_t handle) {
+  Registry& all = registry();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.recordings.erase(handle);
+}
+
+// A copy made while recording would never see what is written to the original later.
+void expect_in_place(const char* argument, const OptionalTensor& t) {
+  if (t && !t->is_contiguous())
+    refuse("composite", argument,
+           "expected a contiguous tensor, as it is read anew at every run, got " + shape_of(*t) +
+               " with strides; make it with .contiguous() and write to that");
+}
+
+template <class Call>
+void record(int64_t handle, Call& call, std::vector<OptionalTensor> operands) {
+  Recording& recording = *find(handle);
+  recording.problem.stages.emplace_back(call.problem);
+  recording.args.stages.emplace_back(call.args);
+  recording.planned = false;
+  recording.keep.insert(recording.keep.end(), call.keep.begin(), call.keep.end());
+  for (const OptionalTensor& t : operands)
+    if (t) recording.keep.push_back(*t);
+}
+
+void record_int8_lora_linear(int64_t handle, const Tensor& x, const Tensor& packed_weight, int64_t out_features,
+                             const OptionalTensor& bias, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+                             const OptionalTensor& scales, const OptionalTensor& offsets,
+                             const OptionalTensor& adapter_ids, const OptionalTensor& residual,
+                             const std::string activation, const OptionalTensor& x_scale,
+                             const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                             bool argmax, const Tensor& out) {
+  expect_in_place("lora_a", lora_a);
+  expect_in_place("bias", bias);
+  expect_in_place("residual", residual);
+  expect_in_place("out", out);
+  Int8LoraLinearCall call =
+      int8_lora_linear_call({x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets, adapter_ids,
+                             residual, activation, x_scale, norm_weight, norm_bias, norm_eps, argmax});
+  if (call.args.x != x.data_ptr()) expect_in_place("x", x);  // rows may be apart, their elements may not
+  if (!(out.scalar_type() == (argmax ? ScalarType::Long : x.scalar_type()) &&
+        out.numel() == call.problem.rows * (argmax ? 1 : out_features)))
+    refuse("composite", "out",
+           "expected the elements and dtype of the result (int64 with argmax), got " + shape_of(out) + " for x " +
+               shape_of(x));
+  set_output(&call, out);
+  record(handle, call,
+         {x, packed_weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual, x_scale, norm_weight,
+          norm_bias, out});
+}
+
+void record_kv_attention_step(int64_t handle, const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
+                              const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scales,
+                              const OptionalTensor& v_scales, const Tensor& lengths, const OptionalTensor& slots,
+                              double scale, const Tensor& out) {
+  expect_in_place("q", q);
+  expect_in_place("k", k);
+  expect_in_place("v", v);
+  expect_in_place("lengths", lengths);
+  expect_in_place("slots", slots);
+  expect_in_place("out", out);
+  const std::optional<std::vector<int64_t>> heads;
+  KvAttentionStepCall call =
+      kv_attention_step_call({q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, heads});
+  if (!(out.scalar_type() == q.scalar_type() && out.numel() == q.numel()))
+    refuse("composite", "out", "expected the elements and dtype of q " + shape_of(q) + ", got " + shape_of(out));
+  call.args.out = out.data_ptr();
+  record(handle, call, {q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, out});
+}
+
+void run_composite(int64_t handle) {
+  const std::shared_ptr<Recording> recording = find(handle);
+  const DeviceInfo device = current_device();
+  const std::string forced = forced_implementation();
+  if (!recording->planned || recording->threads != device.threads || recording->forced != forced) {
+    raise_if_failed(plan(recording->problem, device, &recording->plan));
+    recording->planned = true;
+    recording->threads = device.threads;
+    recording->forced = forced;
+  }
+  recording->args.workspace = workspace(workspace_bytes(recording->plan));
+  raise_if_failed(run(recording->plan, recording->args, torch_executor()));
+}
+
+std::string describe_composite(int64_t handle) {
+  const std::shared_ptr<Recording> recording = find(handle);
+  CompositePlan chosen;
+  raise_if_failed(plan(recording->problem, current_device(), &chosen));
+  return to_string(chosen);
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
+  m.impl("composite_int8_lora_linear", TORCH_BOX(&lora_kernels::record_int8_lora_linear));
+  m.impl("composite_kv_attention_step", TORCH_BOX(&lora_kernels::record_kv_attention_step));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("composite_new", TORCH_BOX(&lora_kernels::create));
+  m.impl("composite_free", TORCH_BOX(&lora_kernels::release));
+  m.impl("composite_run", TORCH_BOX(&lora_kernels::run_composite));
+  m.impl("composite_describe", TORCH_BOX(&lora_kernels::describe_composite));
+}

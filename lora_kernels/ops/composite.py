@@ -1,0 +1,130 @@
+"""Operators that run one after the other in one call: a whole decoder step, say.
+
+A call of one operator costs some microseconds around its kernel, as long as a small projection
+takes, and on several threads a fork and a join. A composite is recorded once and then run as
+often as needed, each time in one call and with the threads gathered once.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from . import _library as _library
+
+_ops = torch.ops.lora_kernels
+
+
+class Composite:
+    """Records operators with the tensors they read and write, and runs them in that order.
+
+    Each method takes what the operator of its name takes, and ``out``, where the result goes.
+    Nothing runs while recording. :meth:`run` reads all tensors anew, so what changes from run to
+    run is written into them in place; none may be moved, resized or freed meanwhile (the composite
+    holds them). A tensor that would have to be copied to be read is refused.
+
+    Forward only, on the CPU, outside of ``torch.compile``; runs of one composite must not overlap.
+
+    Examples
+    --------
+    >>> step = Composite()
+    >>> step.int8_lora_linear(x, fc1, 2048, out=h, activation="gelu", norm=(weight, bias, 1e-5))
+    >>> step.int8_lora_linear(h, fc2, 512, out=x, residual=x)
+    >>> step.run()
+    """
+
+    def __init__(self) -> None:
+        self._handle: int = _ops.composite_new()
+        weakref.finalize(self, _ops.composite_free, self._handle)
+        self._run = _ops.composite_run.default
+
+    def int8_lora_linear(
+        self,
+        x: torch.Tensor,
+        packed_weight: torch.Tensor,
+        out_features: int,
+        bias: torch.Tensor | None = None,
+        lora_a: torch.Tensor | None = None,
+        lora_b: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+        adapter_ids: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        activation: str = "none",
+        x_scale: torch.Tensor | None = None,
+        norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+        argmax: bool = False,
+    ) -> None:
+        """Record :func:`lora_kernels.ops.int8_lora_linear`.
+
+        Parameters
+        ----------
+        out
+            As many elements as the result has, of its dtype, contiguous. It may be ``residual``
+            itself.
+        """
+        norm_weight, norm_bias, norm_eps = (None, None, 0.0) if norm is None else norm
+        _ops.composite_int8_lora_linear(
+            self._handle,
+            x,
+            packed_weight,
+            out_features,
+            bias,
+            lora_a,
+            lora_b,
+            scales,
+            offsets,
+            adapter_ids,
+            residual,
+            activation,
+            x_scale,
+            norm_weight,
+            norm_bias,
+            norm_eps,
+            argmax,
+            out,
+        )
+
+    def kv_attention_step(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        out: torch.Tensor,
+        scale: float,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> None:
+        """Record :func:`lora_kernels.ops.kv_attention_step`, without weights of heads.
+
+        Parameters
+        ----------
+        out
+            As many elements as ``q`` has, of its dtype, contiguous.
+        """
+        _ops.composite_kv_attention_step(
+            self._handle, q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, out
+        )
+
+    def run(self) -> None:
+        """Run all that was recorded.
+
+        Raises
+        ------
+        RuntimeError
+            If a value that was read now does not fit (a length beyond the cache, say); the text
+            names the operator and the argument. What earlier operators wrote stays written.
+        """
+        self._run(self._handle)
+
+    def __repr__(self) -> str:
+        """Plans of all stages, as they would run now."""
+        return _ops.composite_describe(self._handle)

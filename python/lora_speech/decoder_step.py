@@ -1,0 +1,248 @@
+"""Whisper's decoder step under INT8, recorded once and run in one call per token.
+
+Everything of a step but the lookup of the embedding is operators of `lora_kernels`: LayerNorm and
+the quantization that follows are prologues of the projections, GELU and residuals their
+epilogues, the greedy choice the epilogue of the vocabulary's. What is left around them is one
+call, where a flat loop over the same operators makes about ten per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+
+from lora_speech.projections import AdapterRows, LinearParts, linear_parts
+
+Norm = tuple[torch.Tensor, torch.Tensor, float]
+Head = Literal["choice", "logits"]
+
+_packed_vocabularies: WeakKeyDictionary[Any, tuple[torch.Tensor, int, torch.Tensor]] = (
+    WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One decoder layer: its linears with INT8 weights, and its norms."""
+
+    norms: tuple[Norm, Norm, Norm]
+    q: LinearParts
+    k: LinearParts
+    v: LinearParts
+    out: LinearParts
+    cross_q: LinearParts
+    cross_out: LinearParts
+    fc1: LinearParts
+    fc2: LinearParts
+    heads: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """What a recorded step of one Whisper is made of.
+
+    Attributes
+    ----------
+    embedding, positions : Tensor
+        [vocabulary, width] and [positions, width].
+    layers : list of LayerParts
+    norm : tuple
+        Weight, bias and epsilon of the last layer norm.
+    vocabulary : Tensor
+        The vocabulary's projection, packed INT8.
+    """
+
+    embedding: torch.Tensor
+    positions: torch.Tensor
+    layers: list[LayerParts]
+    norm: Norm
+    vocabulary: torch.Tensor
+
+    @classmethod
+    def of(cls, whisper: Any) -> DecoderParts | None:
+        """Take a Whisper's decoder apart; None unless all of its linears are INT8."""
+        decoder = whisper.model.decoder
+        layers = []
+        for layer in decoder.layers:
+            own, cross = layer.self_attn, layer.encoder_attn
+            modules = {
+                "q": own.q_proj,
+                "k": own.k_proj,
+                "v": own.v_proj,
+                "out": own.out_proj,
+                "cross_q": cross.q_proj,
+                "cross_out": cross.out_proj,
+                "fc1": layer.fc1,
+                "fc2": layer.fc2,
+            }
+            parts = {name: linear_parts(module) for name, module in modules.items()}
+            if any(part is None or not part.packed for part in parts.values()):
+                return None
+            norms = (
+                _norm(layer.self_attn_layer_norm),
+                _norm(layer.encoder_attn_layer_norm),
+                _norm(layer.final_layer_norm),
+            )
+            linears: dict[str, Any] = parts
+            layers.append(LayerParts(norms, **linears, heads=own.num_heads, scaling=own.scaling))
+        if linear_parts(whisper.proj_out) is None or whisper.proj_out.bias is not None:
+            return None
+        return cls(
+            decoder.embed_tokens.weight,
+            decoder.embed_positions.weight,
+            layers,
+            _norm(decoder.layer_norm),
+            _packed_vocabulary(whisper.proj_out),
+        )
+
+
+class RecordedStep:
+    """A decoder step for fixed rows and a fixed number of new tokens.
+
+    Parameters
+    ----------
+    parts : DecoderParts
+    self_cache : sequence of (keys, values)
+        Per layer, [utterances, heads, positions, head size]; extended in place.
+    cross_cache : sequence of CrossCache
+        Per layer.
+    rows : AdapterRows
+        Adapters of the rows as they are now.
+    slots : Tensor or None
+        int32 [rows], cache row of each row.
+    cross_lengths : Tensor
+        int32 [rows], frames of each row's utterance.
+    count : int
+        New tokens per row.
+    head : {"choice", "logits"}
+        What :meth:`run` returns of each row's last token.
+    bias : Tensor or None
+        fp32 [vocabulary], added to the logits; read anew at every run.
+    """
+
+    def __init__(
+        self,
+        parts: DecoderParts,
+        self_cache: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        cross_cache: Sequence[tuple[torch.Tensor, ...]],
+        rows: AdapterRows,
+        slots: torch.Tensor | None,
+        cross_lengths: torch.Tensor,
+        count: int,
+        head: Head,
+        bias: torch.Tensor | None,
+    ) -> None:
+        from lora_kernels.ops import Composite
+
+        self.parts, self.count = parts, count
+        batch = cross_lengths.shape[0]
+        width = parts.embedding.shape[1]
+        self.lengths = torch.zeros(batch, dtype=torch.int32)
+        self.x = parts.embedding.new_empty(batch * count, width)
+        self._x3 = self.x.view(batch, count, width)
+        self._composite = step = Composite()
+        x = self._x3
+        normal, attended = torch.empty_like(x), torch.empty_like(x)
+
+        def linear(
+            x: torch.Tensor, part: LinearParts, out: torch.Tensor, **extra: Any
+        ) -> torch.Tensor:
+            lora: dict[str, Any] = {}
+            if part.lora is not None and rows.ids is not None:
+                a, b, scales, offsets = part.lora
+                lora = dict(
+                    lora_a=a, lora_b=b, scales=scales, offsets=offsets, adapter_ids=rows.ids
+                )
+            step.int8_lora_linear(
+                x, part.weight, part.out_features, part.bias, x_scale=part.x_scale, out=out,
+                **lora, **extra,
+            )  # fmt: skip
+            return out
+
+        for layer, own, cross in zip(parts.layers, self_cache, cross_cache, strict=True):
+            first, second, third = layer.norms
+            shape = (batch, count, layer.heads, width // layer.heads)
+            q, k, v = (
+                linear(x, part, torch.empty_like(x), norm=first).view(shape)
+                for part in (layer.q, layer.k, layer.v)
+            )
+            out = attended.view(shape)
+            step.kv_attention_step(
+                q, k, v, *own, self.lengths, slots=slots, scale=layer.scaling, out=out
+            )
+            linear(attended, layer.out, x, residual=x)
+            linear(x, layer.cross_q, normal, norm=second)
+            keys, values, *scales = cross
+            k_scales, v_scales = scales or (None, None)
+            step.kv_attention_step(
+                normal.view(shape), None, None, keys, values, cross_lengths, k_scales=k_scales,
+                v_scales=v_scales, slots=slots, scale=layer.scaling, out=out,
+            )  # fmt: skip
+            linear(attended, layer.cross_out, x, residual=x)
+            hidden = x.new_empty(batch, count, layer.fc1.out_features)
+            linear(x, layer.fc1, hidden, norm=third, activation="gelu")
+            linear(hidden, layer.fc2, x, residual=x)
+
+        words = parts.embedding.shape[0]
+        last = self.x[count - 1 :: count]
+        choice = head == "choice"
+        self.result = (
+            torch.empty(batch, dtype=torch.int64) if choice else self.x.new_empty(batch, words)
+        )
+        step.int8_lora_linear(
+            last, parts.vocabulary, words, bias, norm=parts.norm, argmax=choice, out=self.result
+        )
+
+    def run(self, tokens: torch.Tensor, begin: int) -> torch.Tensor:
+        """Run the step.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            int64 [rows, count].
+        begin : int
+            Position of the first of them.
+
+        Returns
+        -------
+        Tensor
+            The step's own, overwritten by the next run: int64 [rows], the likeliest next token,
+            or the logits [rows, vocabulary].
+        """
+        torch.index_select(self.parts.embedding, 0, tokens.view(-1), out=self.x)
+        self._x3 += self.parts.positions[begin : begin + self.count]
+        self.lengths.fill_(begin)
+        self._composite.run()
+        return self.result
+
+
+def suppressing_bias(suppressed: Sequence[int], words: int) -> torch.Tensor:
+    """Bias that takes tokens out of the choice: fp32 [words], minus infinity at `suppressed`."""
+    bias = torch.zeros(words)
+    bias[list(suppressed)] = -math.inf
+    return bias
+
+
+def _norm(module: Any) -> Norm:
+    return module.weight, module.bias, module.eps
+
+
+def _packed_vocabulary(module: Any) -> torch.Tensor:
+    """INT8 of the vocabulary's projection, kept for as long as the module and its values live."""
+    from lora_kernels.nn.int8_rows import quantize_weight
+    from lora_kernels.ops import int8_pack
+
+    weight = module.weight
+    version = -1 if weight.is_inference() else weight._version
+    known = _packed_vocabularies.get(module)
+    if known is not None and known[0] is weight and known[1] == version:
+        return known[2]
+    packed = int8_pack(*quantize_weight(weight))
+    _packed_vocabularies[module] = (weight, version, packed)
+    return packed
