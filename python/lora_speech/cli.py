@@ -17,6 +17,7 @@ import typer
 
 from lora_speech.cli_options import choose_adapters, named_folders
 from lora_speech.errors import SpeechError
+from lora_speech.training_config import TrainingConfig
 
 app = typer.Typer(
     name="lora-speech",
@@ -40,6 +41,7 @@ Language = Annotated[
     str | None,
     typer.Option(help="Language of the speech, e.g. en or es.", metavar="CODE"),
 ]
+Int8 = Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")]
 BatchSize = Annotated[int, typer.Option(help="Recordings decoded at once.", min=1, max=1024)]
 
 
@@ -61,14 +63,6 @@ class Normalizer(str, Enum):
     none = "none"
 
 
-class TrainingDefaults:
-    """Defaults of `TrainingConfig`, so that help and library never disagree."""
-
-    steps, batch_size, accumulation, learning_rate = 400, 8, 1, 1e-3
-    rank, alpha, dropout, seed = 16, 32.0, 0.05, 0
-    validate_every = checkpoint_every = 100
-
-
 @app.command()
 def finetune(
     train: Annotated[
@@ -86,39 +80,37 @@ def finetune(
         str | None,
         typer.Option(help="Recordings to choose the best adapter by; the same kinds as --train."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = TrainingDefaults.steps,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = TrainingConfig.steps,
     batch_size: Annotated[
         int, typer.Option(help="Recordings per step.")
-    ] = TrainingDefaults.batch_size,
+    ] = TrainingConfig.batch_size,
     accumulation: Annotated[
         int, typer.Option(help="Batches whose gradients are added up for one step.")
-    ] = TrainingDefaults.accumulation,
+    ] = TrainingConfig.accumulation,
     learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate.")
-    ] = TrainingDefaults.learning_rate,
-    rank: Annotated[
-        int, typer.Option(help="LoRA rank: the adapter's size.")
-    ] = TrainingDefaults.rank,
+    ] = TrainingConfig.learning_rate,
+    rank: Annotated[int, typer.Option(help="LoRA rank: the adapter's size.")] = TrainingConfig.rank,
     alpha: Annotated[
         float, typer.Option(help="LoRA alpha: the update is scaled by alpha / rank.")
-    ] = TrainingDefaults.alpha,
+    ] = TrainingConfig.alpha,
     dropout: Annotated[
         float, typer.Option(help="Dropout on the adapter's input.")
-    ] = TrainingDefaults.dropout,
+    ] = TrainingConfig.dropout,
     target: Annotated[
         list[str] | None,
         typer.Option(help="Name of the linears to adapt, repeatable; by default all of them."),
     ] = None,
     augment: Annotated[
         bool, typer.Option(help="Mask bands and stretches of the features (SpecAugment).")
-    ] = True,
+    ] = TrainingConfig.augment,
     validate_every: Annotated[
         int, typer.Option(help="Steps between validations.")
-    ] = TrainingDefaults.validate_every,
+    ] = TrainingConfig.validate_every,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps between checkpoints.")
-    ] = TrainingDefaults.checkpoint_every,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = TrainingDefaults.seed,
+    ] = TrainingConfig.checkpoint_every,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = TrainingConfig.seed,
     language: Language = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")
@@ -133,7 +125,6 @@ def finetune(
     """
     from lora_speech.progress import STDERR, progress_bars, training_bars
     from lora_speech.training import finetune as run
-    from lora_speech.training_config import TrainingConfig
 
     given = locals()
     settings = {f.name: given[f.name] for f in fields(TrainingConfig) if f.name in given}
@@ -173,7 +164,7 @@ def evaluate(
             metavar="[NAME=]FOLDER",
         ),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")] = False,
+    int8: Int8 = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the totals (wer, cer, ...) here.")
     ] = None,
@@ -244,7 +235,7 @@ def transcribe(
             metavar="NAME",
         ),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")] = False,
+    int8: Int8 = False,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
     output_dir: Annotated[
         Path | None,
