@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from lora_speech.projections import AdapterRows, LinearParts, linear_parts
+from lora_speech.adapter_rows import AdapterRows
+from lora_speech.linear_parts import LinearParts, linear_parts
 
 Norm = tuple[torch.Tensor, torch.Tensor, float]
 Head = Literal["choice", "logits"]
