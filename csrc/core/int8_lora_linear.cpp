@@ -23,8 +23,8 @@ const Table<Int8LoraLinearImplementation> kTable = {
 // 127 * 127 * K and the compensation 128 * 127 * K must fit an int32 (partial sums may wrap around, the last one does
 // not).
 constexpr int64_t kMostInFeatures = 131072;
-// Columns are compared as fp32 numbers, exact up to here.
-constexpr int64_t kMostArgmaxFeatures = int64_t{1} << 24;
+// Lists of the largest outputs are kept sorted by insertion.
+constexpr int64_t kMostTopK = 256;
 
 Status validate(const Int8LoraLinearProblem& p) {
   Check check("int8_lora_linear");
@@ -35,10 +35,11 @@ Status validate(const Int8LoraLinearProblem& p) {
                " columns, so that integer sums cannot overflow" + got(p.in_features) + "; split the layer");
   if (!is_floating(p.dtype))
     check.fail("x: expected float32, float16 or bfloat16, got int8; x is quantized by the operator");
-  if (p.argmax && (p.activation != Activation::kNone || p.has_residual))
-    check.fail("argmax: expected neither an activation nor a residual with it; leave them out, or take y");
-  if (p.argmax && !(p.out_features >= 1 && p.out_features <= kMostArgmaxFeatures))
-    check.fail("argmax: expected 1 to " + std::to_string(kMostArgmaxFeatures) + " out_features" + got(p.out_features));
+  if (p.top_k && (p.activation != Activation::kNone || p.has_residual))
+    check.fail("top_k: expected neither an activation nor a residual with it; leave them out, or take y");
+  const int64_t most = p.out_features < kMostTopK ? p.out_features : kMostTopK;
+  if (p.top_k && !(p.top_k >= 1 && p.top_k <= most))
+    check.fail("top_k: expected 1 to " + std::to_string(most) + got(p.top_k));
   if (p.has_norm && !(p.norm_eps >= 0 && std::isfinite(p.norm_eps)))
     check.fail("norm_eps: expected a finite number of at least 0, got " + std::to_string(p.norm_eps));
   check_lora_shape(&check, p.lora, p.rows);
@@ -79,7 +80,7 @@ std::string to_string(const Int8LoraLinearProblem& p) {
   text << "int8_lora_linear rows=" << p.rows << " in=" << p.in_features << " out=" << p.out_features << " "
        << name_of(p.dtype) << (p.has_norm ? " norm" : "") << (p.static_scale ? " static" : " dynamic")
        << (p.has_bias ? " bias" : "") << " activation=" << name_of(p.activation) << (p.has_residual ? " residual" : "")
-       << (p.argmax ? " argmax" : "");
+       << (p.top_k ? " top_k=" + std::to_string(p.top_k) : "") << (p.log_sum ? " log_sum" : "");
   if (p.lora.present())
     text << " adapters=" << p.lora.adapters << " rank=" << p.lora.total_rank << " (largest " << p.lora.max_rank << ") "
          << name_of(p.lora.dtype);

@@ -57,7 +57,6 @@ struct Int8Scratch {
   float* t;       // [rows][padded rank]
   float* down;    // the panel of A
   float* up;      // [kPanelsPerBlock] panels of B
-  float* best;    // [rows] times two vectors: per lane the largest y so far, and its column
 
   Int8Scratch(float* memory, const Int8LoraLinearProblem& p, const Int8Grid& grid) : base(memory) {
     const bool lora = p.lora.present();
@@ -70,7 +69,6 @@ struct Int8Scratch {
     t = take(lora ? rows * padded_rank(p.lora) : 0);
     down = take(lora ? down_scratch(p.lora, p.in_features) : 0);
     up = take(lora ? p.lora.max_rank * kInt8BlockChannels : 0);
-    best = take(p.argmax ? 2 * rows * kLanes : 0);
   }
   float* take(int64_t floats) {
     float* p = base + used;
@@ -155,6 +153,9 @@ struct Int8Task {
   int64_t steps;  // of four k
   Int8Scratch s;
   int64_t first_row;  // of the chunk
+  int64_t top;        // outputs to keep of each row; 0: store them all
+  bool log_sum;
+  float* lists;  // of every row of x, by this task's blocks
   // of the block at hand
   const uint8_t* weights;
   const float *weight_scales, *bias;
@@ -215,7 +216,12 @@ LORA_KERNELS_APART void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ah
   }
   const int64_t left = task.epilogue.out_features - task.column - c, columns = left < NV * kLanes ? left : NV * kLanes;
   if (columns <= 0) return;
-  if (!task.epilogue.y) return keep_best(s.best + i * 2 * kLanes, task.column + c, columns, MR, sums);
+  if (task.top) {
+    for (int r = 0; r < MR; ++r)
+      TopList(task.lists + (m + r) * TopList::floats(task.top, task.log_sum), task.top, task.log_sum)
+          .take(sums + r * kInt8BlockChannels, task.column + c, columns);
+    return;
+  }
   with_type(task.epilogue.dtype, task.epilogue.y, [&](auto* y) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(y)>>;
     finish_rows<T>(task.epilogue, m, task.column + c, columns, MR, sums);
@@ -277,22 +283,29 @@ inline void int8_prepare(const Int8LoraLinearProblem& p, const Int8LoraLinearArg
 }
 
 inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Bank& bank,
-                          const Int8Grid& grid, int64_t index, float* memory, Best* found) {
+                          const Int8Grid& grid, int64_t index, float* memory, float* lists) {
   const Int8LoraLinearProblem& p = plan.problem;
   const int64_t blocks = int8_blocks(p), block_bytes = int8_block_bytes(p.in_features);
   const int64_t row_part = index / grid.block_parts, block_part = index % grid.block_parts;
   const int64_t first = p.rows * row_part / grid.row_parts, end = p.rows * (row_part + 1) / grid.row_parts;
   const int64_t first_block = blocks * block_part / grid.block_parts;
   const int64_t last_block = blocks * (block_part + 1) / grid.block_parts;
-  const Epilogue epilogue = {
-      p.has_bias ? args.bias : nullptr, p.bias_dtype, p.activation,  p.has_residual ? args.residual : nullptr,
-      p.argmax ? nullptr : args.y,      p.dtype,      p.out_features};
+  const Epilogue epilogue = {p.has_bias ? args.bias : nullptr,
+                             p.bias_dtype,
+                             p.activation,
+                             p.has_residual ? args.residual : nullptr,
+                             args.y,
+                             p.dtype,
+                             p.out_features};
   alignas(64) float bias[kInt8BlockChannels] = {};
   Int8Task task{bank.present() ? &bank : nullptr,
                 epilogue,
                 int8_padded_depth(p.in_features) / kInt8StepDepth,
                 Int8Scratch(memory, p, grid),
                 0,
+                p.top_k,
+                p.log_sum,
+                lists + block_part * p.rows * TopList::floats(p.top_k, p.log_sum),
                 nullptr,
                 nullptr,
                 bias,
@@ -307,9 +320,9 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
     const int64_t stop = m + task.s.rows < end ? m + task.s.rows : end;
     int8_prepare(p, args, task, m, stop, &packed_adapter);
     task.first_row = m;
-    if (p.argmax)
-      for (int64_t i = 0; i < (stop - m) * 2 * kLanes; ++i)
-        task.s.best[i] = i / kLanes % 2 ? static_cast<float>(first_block * kInt8BlockChannels) : -__builtin_inff();
+    if (p.top_k)
+      for (int64_t row = m; row < stop; ++row)
+        TopList(task.lists + row * TopList::floats(p.top_k, p.log_sum), p.top_k, p.log_sum).clear();
     for (int64_t block = first_block; block < last_block; ++block) {
       task.weights = args.packed_weight + block * block_bytes;
       task.weight_scales = reinterpret_cast<const float*>(task.weights + task.steps * kBlockBytesPerStep);
@@ -323,13 +336,6 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
         });
       int8_block(task, stop - m, block_bytes);
     }
-    if (p.argmax)
-      for (int64_t i = 0; i < stop - m; ++i) {
-        Best best;
-        for (int64_t lane = 0; lane < kLanes; ++lane)
-          best.take(task.s.best[2 * i * kLanes + lane], task.s.best[(2 * i + 1) * kLanes + lane]);
-        found[block_part * p.rows + m + i] = best;
-      }
   }
 }
 
@@ -345,27 +351,31 @@ inline void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   if (worth < static_cast<double>(tasks)) tasks = static_cast<int64_t>(worth) + 1;
   const Int8Grid grid = int8_grid(p, tasks);
   plan->tasks = static_cast<int>(grid.row_parts * grid.block_parts);
-  const int64_t floats = Int8Scratch(nullptr, p, grid).used * plan->tasks;
-  plan->workspace = floats * static_cast<int64_t>(sizeof(float)) +
-                    (p.argmax ? p.rows * grid.block_parts * static_cast<int64_t>(sizeof(Best)) : 0);
+  int64_t floats = Int8Scratch(nullptr, p, grid).used * plan->tasks;
+  if (p.top_k) floats += p.rows * grid.block_parts * TopList::floats(p.top_k, p.log_sum);
+  plan->workspace = floats * static_cast<int64_t>(sizeof(float));
 }
 
 inline void run_forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor) {
   const Int8LoraLinearProblem& p = plan.problem;
   const Bank bank = Bank::forward(p.lora, args.lora, p.rows);
   const Int8Grid grid = int8_grid(p, plan.tasks);
-  const int64_t scratch = Int8Scratch(nullptr, p, grid).used;
+  const int64_t scratch = Int8Scratch(nullptr, p, grid).used, list = TopList::floats(p.top_k, p.log_sum);
   float* memory = static_cast<float*>(args.workspace);
-  Best* found = reinterpret_cast<Best*>(memory + scratch * plan.tasks);  // [block_parts][rows], for argmax
+  float* lists = memory + scratch * plan.tasks;  // [block_parts][rows], for top_k
   for_each_task(executor, plan.tasks,
-                [&](int64_t index) { int8_run_task(plan, args, bank, grid, index, memory + index * scratch, found); });
-  if (!p.argmax) return;
+                [&](int64_t index) { int8_run_task(plan, args, bank, grid, index, memory + index * scratch, lists); });
+  if (!p.top_k) return;
   in_one_task(executor, [&] {
     for (int64_t m = 0; m < p.rows; ++m) {
-      Best best;
-      for (int64_t part = 0; part < grid.block_parts; ++part)
-        best.take(found[part * p.rows + m].value, found[part * p.rows + m].column);
-      args.best[m] = static_cast<int64_t>(best.column);
+      TopList top(lists + m * list, p.top_k, p.log_sum);
+      for (int64_t part = 1; part < grid.block_parts; ++part)
+        top.merge(TopList(lists + (part * p.rows + m) * list, p.top_k, p.log_sum));
+      for (int64_t i = 0; i < p.top_k; ++i) {
+        args.top_columns[m * p.top_k + i] = top.columns[i];
+        if (args.top_values) args.top_values[m * p.top_k + i] = top.values[i];
+      }
+      if (p.log_sum) args.log_sum[m] = top.log_of_sum();
     }
   });
 }

@@ -14,7 +14,7 @@ namespace {
 #include "cpu/lora.inl"
 #include "cpu/epilogue.inl"
 #include "cpu/norm.inl"
-#include "cpu/argmax.inl"
+#include "cpu/topk.inl"
 #include "cpu/int8_rows.inl"
 #include "cpu/int8_lora_linear.inl"
 // clang-format on

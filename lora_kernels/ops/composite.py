@@ -56,7 +56,6 @@ class Composite:
         activation: str = "none",
         x_scale: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
-        argmax: bool = False,
     ) -> None:
         """Record :func:`lora_kernels.ops.int8_lora_linear`.
 
@@ -84,8 +83,54 @@ class Composite:
             norm_weight,
             norm_bias,
             norm_eps,
-            argmax,
             out,
+        )
+
+    def int8_lora_topk(
+        self,
+        x: torch.Tensor,
+        packed_weight: torch.Tensor,
+        out_features: int,
+        bias: torch.Tensor | None = None,
+        lora_a: torch.Tensor | None = None,
+        lora_b: torch.Tensor | None = None,
+        *,
+        values: torch.Tensor,
+        columns: torch.Tensor,
+        log_sum: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+        adapter_ids: torch.Tensor | None = None,
+        x_scale: torch.Tensor | None = None,
+        norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    ) -> None:
+        """Record :func:`lora_kernels.ops.int8_lora_topk`.
+
+        Parameters
+        ----------
+        values, columns, log_sum
+            Where the results go: fp32 and int64 [..., k], fp32 [...] or None.
+        """
+        norm_weight, norm_bias, norm_eps = (None, None, 0.0) if norm is None else norm
+        _ops.composite_int8_lora_topk(
+            self._handle,
+            x,
+            packed_weight,
+            out_features,
+            columns.shape[-1],
+            bias,
+            lora_a,
+            lora_b,
+            scales,
+            offsets,
+            adapter_ids,
+            x_scale,
+            norm_weight,
+            norm_bias,
+            norm_eps,
+            values,
+            columns,
+            log_sum,
         )
 
     def kv_attention_step(

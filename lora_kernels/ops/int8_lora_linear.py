@@ -18,8 +18,6 @@ _unpack_op = torch.ops.lora_kernels.int8_unpack.default
 _BLOCK_CHANNELS = 64
 _STEP_DEPTH = 4
 
-_ARGUMENTS_AFTER_OUT_FEATURES = 13
-
 
 def int8_lora_linear(
     x: torch.Tensor,
@@ -36,7 +34,6 @@ def int8_lora_linear(
     activation: str = "none",
     x_scale: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
-    argmax: bool = False,
 ) -> torch.Tensor:
     """Compute ``act((q_x q_wt) (s_x s_w) + bias + s (x At) B) + residual``.
 
@@ -79,15 +76,11 @@ def int8_lora_linear(
     norm
         Weight [K], bias [K] (both fp32 or of the dtype of ``x``) and epsilon of a LayerNorm that
         ``x`` goes through first, in fp32; quantization and LoRA see its result.
-    argmax
-        Return the column of each row's largest result instead of the result: the first among
-        equals, a NaN before any number. Takes neither ``activation`` nor ``residual``.
 
     Returns
     -------
     torch.Tensor
-        [..., N] in the dtype of ``x``; everything after the integer sums in fp32. With ``argmax``
-        int64 [...].
+        [..., N] in the dtype of ``x``; everything after the integer sums in fp32.
 
     Raises
     ------
@@ -113,7 +106,6 @@ def int8_lora_linear(
         norm_weight,
         norm_bias,
         norm_eps,
-        argmax,
     )
 
 
@@ -169,16 +161,8 @@ def int8_unpack(
 
 @torch.library.register_fake("lora_kernels::int8_lora_linear")
 def _fake(
-    x: torch.Tensor,
-    packed_weight: torch.Tensor,
-    out_features: int,
-    *args: Any,
-    argmax: bool = False,
-    **rest: Any,
+    x: torch.Tensor, packed_weight: torch.Tensor, out_features: int, *args: Any
 ) -> torch.Tensor:
-    # The schema's fields after out_features; argmax is the last, and left out where it is False.
-    if argmax or (len(args) == _ARGUMENTS_AFTER_OUT_FEATURES and args[-1]):
-        return x.new_empty(x.shape[:-1], dtype=torch.int64)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -200,7 +184,8 @@ def _fake_unpack(
     )
 
 
-def _no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
+def no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
+    """Refuse to differentiate an operator on INT8 weights."""
     raise RuntimeError(
         "int8_lora_linear: x, lora_a, lora_b, bias, residual: expected inputs that need no "
         "gradient, got a call to backward; this operator computes forward only. Run it under "
@@ -208,4 +193,4 @@ def _no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
     )
 
 
-torch.library.register_autograd("lora_kernels::int8_lora_linear", _no_gradient)
+torch.library.register_autograd("lora_kernels::int8_lora_linear", no_gradient)

@@ -125,7 +125,6 @@ def int8_lora_linear(
     activation: str = "none",
     x_scale: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
-    argmax: bool = False,
     compute_dtype: torch.dtype | None = torch.float64,
 ) -> torch.Tensor:
     """``act(acc * (s_x s_w) + bias + s (x At) B) + residual`` with integer accumulators acc.
@@ -144,16 +143,13 @@ def int8_lora_linear(
         fp32 [1], a calibrated scale for every row; None quantizes each row by its own maximum.
     norm
         Weight, bias and epsilon of a LayerNorm of ``x`` in fp32, before everything else.
-    argmax
-        Return the column of each row's largest result instead.
     compute_dtype
         Dtype of everything after the integer accumulators. None: the dtype of ``x``.
 
     Returns
     -------
     torch.Tensor
-        [..., N] in ``compute_dtype``; rows of ``x`` with a non-finite value are NaN. With
-        ``argmax`` int64 [...].
+        [..., N] in ``compute_dtype``; rows of ``x`` with a non-finite value are NaN.
     """
     dtype = compute_dtype or x.dtype
     if norm is not None:
@@ -179,5 +175,4 @@ def int8_lora_linear(
             adapter_ids=adapter_ids,
         )
     y = apply_activation(y, activation).reshape(*x.shape[:-1], q_weight.shape[0])
-    y = y if residual is None else y + residual.to(dtype)
-    return y.argmax(dim=-1) if argmax else y
+    return y if residual is None else y + residual.to(dtype)

@@ -192,13 +192,16 @@ class RecordedStep:
 
         words = parts.embedding.shape[0]
         last = self.x[count - 1 :: count]
-        choice = head == "choice"
-        self.result = (
-            torch.empty(batch, dtype=torch.int64) if choice else self.x.new_empty(batch, words)
-        )
-        step.int8_lora_linear(
-            last, parts.vocabulary, words, bias, norm=parts.norm, argmax=choice, out=self.result
-        )
+        vocabulary = (last, parts.vocabulary, words, bias)
+        if head == "choice":
+            values, self.result = (
+                x.new_empty(batch, 1, dtype=torch.float32),
+                torch.empty(batch, 1, dtype=torch.int64),
+            )
+            step.int8_lora_topk(*vocabulary, norm=parts.norm, values=values, columns=self.result)
+        else:
+            self.result = x.new_empty(batch, words)
+            step.int8_lora_linear(*vocabulary, norm=parts.norm, out=self.result)
 
     def run(self, tokens: torch.Tensor, begin: int) -> torch.Tensor:
         """Run the step.
@@ -213,8 +216,8 @@ class RecordedStep:
         Returns
         -------
         Tensor
-            The step's own, overwritten by the next run: int64 [rows], the likeliest next token,
-            or the logits [rows, vocabulary].
+            The step's own, overwritten by the next run: int64 [rows, 1], the likeliest next
+            token, or the logits [rows, vocabulary].
         """
         torch.index_select(self.parts.embedding, 0, tokens.view(-1), out=self.x)
         self._x3 += self.parts.positions[begin : begin + self.count]

@@ -94,7 +94,7 @@ class RecordedSteps:
     def choose(self, tokens: torch.Tensor, begin: int, may_end: bool) -> torch.Tensor:
         """See `Steps`."""
         self.bias[self.decoder.tokens.end] = self.end_bias if may_end else -math.inf
-        return self._step(1, "choice", True).run(tokens, begin)
+        return self._step(1, "choice", True).run(tokens, begin)[:, 0]
 
     def keep(self) -> None:
         """See `Steps`."""

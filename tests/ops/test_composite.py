@@ -49,9 +49,10 @@ class Layer:
         x = ops.int8_lora_linear(y.view(x.shape), w["out"], WIDTH, residual=x)
         h = ops.int8_lora_linear(x, w["fc1"], 4 * WIDTH, norm=self.norm, activation="gelu")
         x = ops.int8_lora_linear(h, w["fc2"], WIDTH, residual=x)
-        return x, ops.int8_lora_linear(x, w["words"], 1000, norm=self.norm, argmax=True)
+        _, best, log_sum = ops.int8_lora_topk(x, w["words"], 1000, 3, norm=self.norm, log_sum=True)
+        return x, torch.cat([best.float(), log_sum[:, None]], 1)
 
-    def record(self, x: torch.Tensor) -> tuple[ops.Composite, torch.Tensor]:
+    def record(self, x: torch.Tensor) -> tuple[ops.Composite, tuple[torch.Tensor, ...]]:
         w, shape = self.weights, (self.rows, 1, HEADS, WIDTH // HEADS)
         step = ops.Composite()
         q, k, v, y = (torch.empty_like(x) for _ in range(4))
@@ -65,9 +66,13 @@ class Layer:
         h = torch.empty(self.rows, 4 * WIDTH)
         step.int8_lora_linear(x, w["fc1"], 4 * WIDTH, norm=self.norm, activation="gelu", out=h)
         step.int8_lora_linear(h, w["fc2"], WIDTH, residual=x, out=x)
-        best = torch.empty(self.rows, dtype=torch.int64)
-        step.int8_lora_linear(x, w["words"], 1000, norm=self.norm, argmax=True, out=best)
-        return step, best
+        best = torch.empty(self.rows, 3, dtype=torch.int64)
+        log_sum = torch.empty(self.rows)
+        step.int8_lora_topk(
+            x, w["words"], 1000, norm=self.norm, values=torch.empty(self.rows, 3), columns=best,
+            log_sum=log_sum,
+        )  # fmt: skip
+        return step, (best, log_sum)
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -87,7 +92,7 @@ def test_equals_its_operators_bit_for_bit(name: str, rows: int, threads: int) ->
     with torch.no_grad(), force_implementation(name):
         one, two = Layer(rows), Layer(rows)
         x = torch.empty(rows, WIDTH)
-        step, best = two.record(x)
+        step, (best, log_sum) = two.record(x)
         for position in range(CAPACITY):
             given = torch.randn(rows, WIDTH)
             one.lengths.fill_(position)
@@ -96,7 +101,7 @@ def test_equals_its_operators_bit_for_bit(name: str, rows: int, threads: int) ->
             expected, expected_best = one.eager(given)
             step.run()
             assert torch.equal(x, expected), position
-            assert torch.equal(best, expected_best)
+            assert torch.equal(torch.cat([best.float(), log_sum[:, None]], 1), expected_best)
         assert torch.equal(one.caches, two.caches)
 
 
@@ -164,10 +169,12 @@ def test_operands_that_would_be_copied_are_refused() -> None:
     wide = torch.ones(4, 2).t()
     with pytest.raises(RuntimeError, match="x: expected a contiguous tensor, as it is read anew"):
         step.int8_lora_linear(wide, packed, 8, out=torch.empty(2, 8))
-    with pytest.raises(RuntimeError, match="out: expected the elements and dtype"):
+    with pytest.raises(RuntimeError, match="out: expected the 16 elements of the result"):
         step.int8_lora_linear(torch.ones(2, 4), packed, 8, out=torch.empty(2, 7))
-    with pytest.raises(RuntimeError, match="out: expected the elements and dtype"):
-        step.int8_lora_linear(torch.ones(2, 4), packed, 8, out=torch.empty(2), argmax=True)
+    with pytest.raises(RuntimeError, match="columns: expected the 4 elements"):
+        step.int8_lora_topk(
+            torch.ones(2, 4), packed, 8, values=torch.empty(2, 2), columns=torch.empty(2, 2)
+        )
 
 
 def test_says_what_it_will_run() -> None:
@@ -177,4 +184,4 @@ def test_says_what_it_will_run() -> None:
     assert text.startswith("composite threads=")
     assert text.count("int8_lora_linear") == 7
     assert text.count("kv_attention_step") == 1
-    assert "argmax" in text
+    assert "top_k=3 log_sum" in text

@@ -7,8 +7,9 @@
 
 namespace lora_kernels {
 
-// What the schema of int8_lora_linear names, in its order.
+// What the schemas of int8_lora_linear and int8_lora_topk name; `op` is for messages.
 struct Int8LoraLinearTensors {
+  const char* op;
   const Tensor& x;
   const Tensor& packed_weight;
   int64_t out_features;
@@ -16,7 +17,6 @@ struct Int8LoraLinearTensors {
   const std::string& activation;
   const OptionalTensor &x_scale, &norm_weight, &norm_bias;
   double norm_eps;
-  bool argmax;
 };
 struct Int8LoraLinearCall {
   Int8LoraLinearProblem problem;
@@ -24,8 +24,9 @@ struct Int8LoraLinearCall {
   std::vector<Tensor> keep;  // copies that args point into
 };
 Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& tensors);
-// y [..., N], or with argmax int64 [...]
-void set_output(Int8LoraLinearCall* call, const Tensor& y);
+// Values fp32 and columns int64 [..., k] of the largest outputs, and fp32 [...], in place of y.
+void set_top_k(Int8LoraLinearCall* call, int64_t k, const Tensor& values, const Tensor& columns,
+               const OptionalTensor& log_sum);
 
 // What the schema of kv_attention_step names, in its order.
 struct KvAttentionStepTensors {

@@ -74,30 +74,69 @@ void record(int64_t handle, Call& call, std::vector<OptionalTensor> operands) {
     if (t) recording.keep.push_back(*t);
 }
 
+Int8LoraLinearCall call_in_place(const Int8LoraLinearTensors& t) {
+  expect_in_place("lora_a", t.lora_a);
+  expect_in_place("bias", t.bias);
+  expect_in_place("residual", t.residual);
+  Int8LoraLinearCall call = int8_lora_linear_call(t);
+  if (call.args.x != t.x.data_ptr()) expect_in_place("x", t.x);  // rows may be apart, their elements may not
+  return call;
+}
+
+void expect_output(const char* argument, const Tensor& out, ScalarType type, int64_t elements) {
+  expect_in_place(argument, out);
+  if (out.scalar_type() == type && out.numel() == elements) return;
+  refuse("composite", argument,
+         "expected the " + std::to_string(elements) + " elements of the result, in its dtype, got " + shape_of(out) +
+             (out.scalar_type() == type ? "" : " of another dtype"));
+}
+
 void record_int8_lora_linear(int64_t handle, const Tensor& x, const Tensor& packed_weight, int64_t out_features,
                              const OptionalTensor& bias, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
                              const OptionalTensor& scales, const OptionalTensor& offsets,
                              const OptionalTensor& adapter_ids, const OptionalTensor& residual,
                              const std::string activation, const OptionalTensor& x_scale,
                              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
-                             bool argmax, const Tensor& out) {
-  expect_in_place("lora_a", lora_a);
-  expect_in_place("bias", bias);
-  expect_in_place("residual", residual);
-  expect_in_place("out", out);
+                             const Tensor& out) {
   Int8LoraLinearCall call =
-      int8_lora_linear_call({x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets, adapter_ids,
-                             residual, activation, x_scale, norm_weight, norm_bias, norm_eps, argmax});
-  if (call.args.x != x.data_ptr()) expect_in_place("x", x);  // rows may be apart, their elements may not
-  if (!(out.scalar_type() == (argmax ? ScalarType::Long : x.scalar_type()) &&
-        out.numel() == call.problem.rows * (argmax ? 1 : out_features)))
-    refuse("composite", "out",
-           "expected the elements and dtype of the result (int64 with argmax), got " + shape_of(out) + " for x " +
-               shape_of(x));
-  set_output(&call, out);
+      call_in_place({"int8_lora_linear", x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets,
+                     adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps});
+  expect_output("out", out, x.scalar_type(), call.problem.rows * out_features);
+  call.args.y = out.data_ptr();
   record(handle, call,
          {x, packed_weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual, x_scale, norm_weight,
           norm_bias, out});
+}
+
+void record_int8_lora_topk(int64_t handle, const Tensor& x, const Tensor& packed_weight, int64_t out_features,
+                           int64_t k, const OptionalTensor& bias, const OptionalTensor& lora_a,
+                           const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
+                           const OptionalTensor& adapter_ids, const OptionalTensor& x_scale,
+                           const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                           const Tensor& values, const Tensor& columns, const OptionalTensor& log_sum) {
+  Int8LoraLinearCall call = call_in_place({"int8_lora_topk",
+                                           x,
+                                           packed_weight,
+                                           out_features,
+                                           bias,
+                                           lora_a,
+                                           lora_b,
+                                           scales,
+                                           offsets,
+                                           adapter_ids,
+                                           {},
+                                           "none",
+                                           x_scale,
+                                           norm_weight,
+                                           norm_bias,
+                                           norm_eps});
+  expect_output("values", values, ScalarType::Float, call.problem.rows * k);
+  expect_output("columns", columns, ScalarType::Long, call.problem.rows * k);
+  if (log_sum) expect_output("log_sum", *log_sum, ScalarType::Float, call.problem.rows);
+  set_top_k(&call, k, values, columns, log_sum);
+  record(handle, call,
+         {x, packed_weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, x_scale, norm_weight, norm_bias, values,
+          columns, log_sum});
 }
 
 void record_kv_attention_step(int64_t handle, const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
@@ -109,12 +148,10 @@ void record_kv_attention_step(int64_t handle, const Tensor& q, const OptionalTen
   expect_in_place("v", v);
   expect_in_place("lengths", lengths);
   expect_in_place("slots", slots);
-  expect_in_place("out", out);
   const std::optional<std::vector<int64_t>> heads;
   KvAttentionStepCall call =
       kv_attention_step_call({q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, heads});
-  if (!(out.scalar_type() == q.scalar_type() && out.numel() == q.numel()))
-    refuse("composite", "out", "expected the elements and dtype of q " + shape_of(q) + ", got " + shape_of(out));
+  expect_output("out", out, q.scalar_type(), q.numel());
   call.args.out = out.data_ptr();
   record(handle, call, {q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, out});
 }
@@ -145,6 +182,7 @@ std::string describe_composite(int64_t handle) {
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("composite_int8_lora_linear", TORCH_BOX(&lora_kernels::record_int8_lora_linear));
+  m.impl("composite_int8_lora_topk", TORCH_BOX(&lora_kernels::record_int8_lora_topk));
   m.impl("composite_kv_attention_step", TORCH_BOX(&lora_kernels::record_kv_attention_step));
 }
 

@@ -37,24 +37,58 @@ DType norm_dtype_of(const char* op, const Int8LoraLinearTensors& t, int64_t in_f
   return dtype_of(op, "norm_weight", *t.norm_weight);
 }
 
+void plan_and_run(Int8LoraLinearCall* call) {
+  Int8LoraLinearPlan chosen;
+  raise_if_failed(plan(call->problem, current_device(), &chosen));
+  call->args.workspace = workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, call->args, torch_executor()));
+}
+
 Tensor int8_lora_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_features, const OptionalTensor& bias,
                         const OptionalTensor& lora_a, const OptionalTensor& lora_b, const OptionalTensor& scales,
                         const OptionalTensor& offsets, const OptionalTensor& adapter_ids,
                         const OptionalTensor& residual, const std::string activation, const OptionalTensor& x_scale,
-                        const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
-                        bool argmax) {
+                        const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps) {
   Int8LoraLinearCall call =
-      int8_lora_linear_call({x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets, adapter_ids,
-                             residual, activation, x_scale, norm_weight, norm_bias, norm_eps, argmax});
-  Int8LoraLinearPlan chosen;
-  raise_if_failed(plan(call.problem, current_device(), &chosen));
-  std::vector<int64_t> sizes = output_sizes(x, out_features);
-  if (argmax) sizes.pop_back();
-  Tensor y = new_tensor(x, sizes, argmax ? std::optional<ScalarType>(ScalarType::Long) : std::nullopt);
-  set_output(&call, y);
-  call.args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, call.args, torch_executor()));
+      int8_lora_linear_call({"int8_lora_linear", x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets,
+                             adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps});
+  Tensor y = new_tensor(x, output_sizes(x, out_features));
+  call.args.y = y.data_ptr();
+  plan_and_run(&call);
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> int8_lora_topk(const Tensor& x, const Tensor& packed_weight, int64_t out_features,
+                                                  int64_t k, const OptionalTensor& bias, const OptionalTensor& lora_a,
+                                                  const OptionalTensor& lora_b, const OptionalTensor& scales,
+                                                  const OptionalTensor& offsets, const OptionalTensor& adapter_ids,
+                                                  const OptionalTensor& x_scale, const OptionalTensor& norm_weight,
+                                                  const OptionalTensor& norm_bias, double norm_eps, bool log_sum) {
+  Int8LoraLinearCall call = int8_lora_linear_call({"int8_lora_topk",
+                                                   x,
+                                                   packed_weight,
+                                                   out_features,
+                                                   bias,
+                                                   lora_a,
+                                                   lora_b,
+                                                   scales,
+                                                   offsets,
+                                                   adapter_ids,
+                                                   {},
+                                                   "none",
+                                                   x_scale,
+                                                   norm_weight,
+                                                   norm_bias,
+                                                   norm_eps});
+  if (k < 1) refuse("int8_lora_topk", "k", "expected at least 1, got " + std::to_string(k));
+  const Tensor values = new_tensor(x, output_sizes(x, k), ScalarType::Float);
+  const Tensor columns = new_tensor(x, output_sizes(x, k), ScalarType::Long);
+  std::vector<int64_t> sizes = output_sizes(x, 0);
+  if (log_sum) sizes.pop_back();
+  const Tensor log_sums = new_tensor(x, log_sum ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+  set_top_k(&call, k, values, columns, log_sum ? OptionalTensor(log_sums) : std::nullopt);
+  plan_and_run(&call);
+  return std::make_tuple(values, columns, log_sums);
 }
 
 Tensor pack(const Tensor& weight, const Tensor& scales) {
@@ -97,7 +131,7 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed_weight, int64_t out_featu
 }  // namespace
 
 Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& t) {
-  const char* op = "int8_lora_linear";
+  const char* op = t.op;
   Int8LoraLinearCall call;
   Int8LoraLinearProblem& problem = call.problem;
   Int8LoraLinearArgs& args = call.args;
@@ -114,7 +148,6 @@ Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& t) {
   problem.has_bias = extra.bias != nullptr;
   problem.has_residual = extra.residual != nullptr;
   problem.activation = activation_of(op, t.activation);
-  problem.argmax = t.argmax;
   problem.lora = lora.shape;
   if (t.x_scale) {
     expect_tensor(op, "x_scale", *t.x_scale, ScalarType::Float, {1});
@@ -142,17 +175,20 @@ Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& t) {
   return call;
 }
 
-void set_output(Int8LoraLinearCall* call, const Tensor& y) {
-  if (call->problem.argmax)
-    call->args.best = static_cast<int64_t*>(y.data_ptr());
-  else
-    call->args.y = y.data_ptr();
+void set_top_k(Int8LoraLinearCall* call, int64_t k, const Tensor& values, const Tensor& columns,
+               const OptionalTensor& log_sum) {
+  call->problem.top_k = k;
+  call->args.top_values = static_cast<float*>(values.data_ptr());
+  call->args.top_columns = static_cast<int64_t*>(columns.data_ptr());
+  call->problem.log_sum = log_sum.has_value();
+  if (log_sum) call->args.log_sum = static_cast<float*>(log_sum->data_ptr());
 }
 
 }  // namespace lora_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("int8_lora_linear", TORCH_BOX(&lora_kernels::int8_lora_linear));
+  m.impl("int8_lora_topk", TORCH_BOX(&lora_kernels::int8_lora_topk));
   m.impl("int8_pack", TORCH_BOX(&lora_kernels::pack));
   m.impl("int8_unpack", TORCH_BOX(&lora_kernels::unpack));
 }

@@ -36,8 +36,11 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
   m.def(
       "int8_lora_linear(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? lora_a, "
       "Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, "
-      "Tensor? x_scale, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-05, bool argmax=False) "
-      "-> Tensor");
+      "Tensor? x_scale, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-05) -> Tensor");
+  m.def(
+      "int8_lora_topk(Tensor x, Tensor packed_weight, int out_features, int k, Tensor? bias, Tensor? lora_a, "
+      "Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? x_scale, Tensor? norm_weight, "
+      "Tensor? norm_bias, float norm_eps, bool log_sum) -> (Tensor, Tensor, Tensor)");
   m.def("int8_pack(Tensor weight, Tensor scales) -> Tensor");
   m.def("int8_unpack(Tensor packed_weight, int out_features, int in_features) -> (Tensor, Tensor)");
   m.def(
@@ -51,8 +54,13 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
   m.def(
       "composite_int8_lora_linear(int composite, Tensor x, Tensor packed_weight, int out_features, Tensor? bias, "
       "Tensor? lora_a, Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? residual, "
-      "str activation, Tensor? x_scale, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, bool argmax, "
-      "Tensor(a!) out) -> ()");
+      "str activation, Tensor? x_scale, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor(a!) out) "
+      "-> ()");
+  m.def(
+      "composite_int8_lora_topk(int composite, Tensor x, Tensor packed_weight, int out_features, int k, Tensor? bias, "
+      "Tensor? lora_a, Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? x_scale, "
+      "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor(a!) values, Tensor(b!) columns, "
+      "Tensor(c!)? log_sum) -> ()");
   m.def(
       "composite_kv_attention_step(int composite, Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, "
       "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor lengths, Tensor? slots, float scale, "

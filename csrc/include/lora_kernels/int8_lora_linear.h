@@ -31,7 +31,8 @@ struct Int8LoraLinearProblem {
   bool has_norm = false;      // x becomes (x - mean) / sqrt(variance + norm_eps) * norm_weight + norm_bias
   DType norm_dtype = DType::kFloat32;
   float norm_eps = 1e-5f;
-  bool argmax = false;  // best is written and not y; the first column wins among equals, a NaN over all numbers
+  int64_t top_k = 0;     // over 0: columns and values of the largest y, and not y; the first column among equals
+  bool log_sum = false;  // with top_k: also log(sum over n of exp(y[m, n]))
   Activation activation = Activation::kNone;
   LoraShape lora;
 };
@@ -47,7 +48,9 @@ struct Int8LoraLinearArgs {
   const void* norm_bias = nullptr;    // [K]
   const void* residual = nullptr;     // [M, N] contiguous
   void* y = nullptr;                  // [M, N] contiguous, or null
-  int64_t* best = nullptr;            // [M], or null
+  int64_t* top_columns = nullptr;     // [M, top_k], largest first
+  float* top_values = nullptr;        // [M, top_k], or null
+  float* log_sum = nullptr;           // [M], or null
   void* workspace = nullptr;          // workspace_bytes(plan), aligned to 64 bytes
 };
 

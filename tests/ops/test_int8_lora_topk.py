@@ -1,4 +1,4 @@
-"""LayerNorm before and the greedy choice after int8_lora_linear, every implementation in turn."""
+"""LayerNorm before and the largest outputs after int8_lora_linear, in every implementation."""
 
 from __future__ import annotations
 
@@ -64,60 +64,88 @@ def test_norm_is_exact_where_quantization_cannot_move() -> None:
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 64, 51865)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_argmax_is_that_of_the_result(shape: tuple[int, int, int], threads: int) -> None:
+@pytest.mark.parametrize("k", [1, 10])
+def test_largest_of_the_outputs(shape: tuple[int, int, int], threads: int, k: int) -> None:
+    rows, _, n = shape
+    k = min(k, n)
     x, q, scales, norm = operands(*shape)
-    packed, bias = ops.int8_pack(q, scales), torch.randn(shape[2])
+    packed, bias = ops.int8_pack(q, scales), torch.randn(n)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        y = ops.int8_lora_linear(x, packed, shape[2], bias, norm=norm)
-        best = ops.int8_lora_linear(x, packed, shape[2], bias, norm=norm, argmax=True)
+        y = ops.int8_lora_linear(x, packed, n, bias, norm=norm)
+        values, columns, log_sum = ops.int8_lora_topk(
+            x, packed, n, k, bias, norm=norm, log_sum=True
+        )
     finally:
         torch.set_num_threads(before)
-    assert best.dtype == torch.int64
-    assert best.tolist() == y.argmax(-1).tolist()
+    assert values.shape == columns.shape == (rows, k)
+    assert torch.equal(values, y.topk(k).values)
+    assert torch.equal(columns, y.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+    assert_close(log_sum, y.double().logsumexp(-1), what="log of the sum of exponentials")
 
 
 @pytest.mark.usefixtures("implementation")
-def test_argmax_of_ties_suppressed_and_nan() -> None:
+def test_ties_suppressed_columns_and_nan() -> None:
     n, k = 200, 16
     packed = ops.int8_pack(torch.ones(n, k, dtype=torch.int8), torch.ones(n))
-    x = torch.ones(3, k)
-    assert ops.int8_lora_linear(x, packed, n, argmax=True).tolist() == [0, 0, 0]
+    x = torch.ones(2, k)
+
+    def columns(bias: torch.Tensor | None, count: int) -> list[int]:
+        first, second = ops.int8_lora_topk(x, packed, n, count, bias)[1].tolist()
+        assert first == second or not torch.equal(x[0], x[1])
+        return second
+
+    assert columns(None, 3) == [0, 1, 2]
     bias = torch.full((n,), -torch.inf)
-    assert ops.int8_lora_linear(x, packed, n, bias, argmax=True).tolist() == [0, 0, 0]
+    assert columns(bias, 2) == [0, 1]
     bias[[70, 150]] = 1.0
-    assert ops.int8_lora_linear(x, packed, n, bias, argmax=True).tolist() == [70, 70, 70]
+    assert columns(bias, 3) == [70, 150, 0]
     bias[[130, 140]] = torch.nan
-    assert ops.int8_lora_linear(x, packed, n, bias, argmax=True).tolist() == [130, 130, 130]
+    assert columns(bias, 3) == [130, 140, 70]
     x[1] = torch.nan
-    assert ops.int8_lora_linear(x, packed, n, argmax=True).tolist() == [0, 0, 0]
+    assert columns(None, 2) == [0, 1]
+    assert ops.int8_lora_topk(x, packed, n, log_sum=True)[2].isnan().tolist() == [False, True]
+
+
+def test_log_sum_of_suppressed_columns_leaves_them_out() -> None:
+    packed = ops.int8_pack(torch.zeros(100, 4, dtype=torch.int8), torch.ones(100))
+    bias = torch.full((100,), -torch.inf)
+    bias[[3, 99]] = torch.tensor([-200.0, -200.0])
+    _, _, log_sum = ops.int8_lora_topk(torch.ones(1, 4), packed, 100, 1, bias, log_sum=True)
+    assert log_sum is not None
+    assert log_sum.item() == pytest.approx(-200 + torch.log(torch.tensor(2.0)).item())
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("call", "change", "text"),
     [
-        ({"argmax": True, "activation": "gelu"}, "argmax: expected neither an activation"),
-        ({"argmax": True, "residual": torch.zeros(2, 8)}, "argmax: expected neither"),
-        ({"norm": (torch.ones(5), torch.ones(4), 1e-5)}, "norm_weight: expected a contiguous"),
-        ({"norm": (torch.ones(4), torch.ones(4).half(), 1e-5)}, "norm_bias: expected float32"),
-        ({"norm": (torch.ones(4), torch.ones(4), -1.0)}, "norm_eps: expected a finite number"),
+        ("topk", {"k": 0}, "k: expected at least 1"),
+        ("topk", {"k": 9}, "top_k: expected 1 to 8"),
+        ("linear", {"norm": (torch.ones(5), torch.ones(4), 1e-5)}, "norm_weight: expected a cont"),
+        ("topk", {"norm": (torch.ones(5), torch.ones(4), 1e-5)}, "int8_lora_topk: norm_weight"),
+        ("linear", {"norm": (torch.ones(4), torch.ones(4).half(), 1e-5)}, "norm_bias: expected fl"),
+        ("linear", {"norm": (torch.ones(4), torch.ones(4), -1.0)}, "norm_eps: expected a finite"),
     ],
 )
-def test_bad_input_is_named(change: dict, text: str) -> None:
+def test_bad_input_is_named(call: str, change: dict, text: str) -> None:
     packed = ops.int8_pack(torch.ones(8, 4, dtype=torch.int8), torch.ones(8))
     with pytest.raises(RuntimeError, match=text):
-        ops.int8_lora_linear(torch.ones(2, 4), packed, 8, **change)
+        getattr(ops, f"int8_lora_{call}")(torch.ones(2, 4), packed, 8, **change)
 
 
-@pytest.mark.parametrize("argmax", [False, True])
-def test_opcheck_and_compile(argmax: bool) -> None:
+def test_opcheck_and_compile() -> None:
     x, q, scales, norm = operands(3, 16, 24)
     packed = ops.int8_pack(q, scales)
-    arguments = (x, packed, 24, *[None] * 7, "none", None, *norm, argmax)
+    arguments = (x, packed, 24, *[None] * 7, "none", None, *norm)
     torch.library.opcheck(torch.ops.lora_kernels.int8_lora_linear.default, arguments)
+    for log_sum in (False, True):
+        arguments = (x, packed, 24, 2, *[None] * 7, *norm, log_sum)
+        torch.library.opcheck(torch.ops.lora_kernels.int8_lora_topk.default, arguments)
 
-    def call(x: torch.Tensor) -> torch.Tensor:
-        return ops.int8_lora_linear(x, packed, 24, norm=norm, argmax=argmax)
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = ops.int8_lora_linear(x, packed, 24, norm=norm)
+        return y, *ops.int8_lora_topk(x, packed, 24, 2, norm=norm)[:2]
 
-    assert torch.equal(torch.compile(call, fullgraph=True)(x), call(x))
+    compiled = torch.compile(call, fullgraph=True)(x)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, call(x), strict=True))
