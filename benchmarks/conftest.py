@@ -12,7 +12,7 @@ import torch
 
 from lora_kernels import environment, implementations
 from lora_kernels.benchmarking import roofline
-from lora_kernels.benchmarking.turns import Turns, percentiles
+from lora_kernels.benchmarking.turns import Turns, percentiles, ratio
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,7 +71,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
 
         turns = Turns(contestants)
         benchmark.pedantic(ours, setup=turns.take, rounds=rounds, iterations=1)
-        mine = _microseconds(turns.samples["ours"])
+        seconds = turns.samples
+        mine = _microseconds(seconds["ours"])
         limit = roofline.measure(threads).seconds(work.bytes_read, work.operations, work.kind)
         chosen = next(
             row.name for row in implementations.describe()[1] if row.op == op and row.selected
@@ -86,8 +87,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
             roofline_us=limit * 1e6,
             roofline_fraction=limit / (mine["p50_us"] / 1e6),
             ours=mine,
-            peers={name: _microseconds(turns.samples[name]) for name in peers},
-            ratio_to_peer={name: turns.ratio("ours", name) for name in peers},
+            peers={name: _microseconds(seconds[name]) for name in peers},
+            ratio_to_peer={name: ratio(seconds["ours"], seconds[name]) for name in peers},
         )
         return benchmark.extra_info
 

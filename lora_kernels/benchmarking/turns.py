@@ -46,10 +46,10 @@ class Turns(Generic[Name]):
             function()
             self.samples[name].append(time.perf_counter() - begin)
 
-    def ratio(self, name: Name, to: Name) -> float:
-        """Median over the rounds of one contestant's time as a multiple of another's."""
-        pairs = zip(self.samples[name], self.samples[to], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+
+def ratio(samples: Sequence[float], to: Sequence[float]) -> float:
+    """Median over the rounds of one contestant's time as a multiple of another's."""
+    return statistics.median(a / b for a, b in zip(samples, to, strict=True))
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
