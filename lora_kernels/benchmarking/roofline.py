@@ -42,10 +42,14 @@ class Limits:
         return {f"{name}_per_second": value for name, value in asdict(self).items()}
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that this many threads read from memory; measured anew at every call."""
+def read_bandwidth(threads: int, nbytes: int = 256 * 2**20) -> float:
+    """Bytes per second that this many threads read; measured anew at every call.
+
+    The default, 256 MiB, is far beyond any cache share of one process. A block that is as large as
+    what a decoding step reads gives the limit for reading it again and again, cache and all.
+    """
     torch.set_num_threads(threads)
-    block = torch.ones(64 * 2**20)  # 256 MiB, far beyond any cache share of one process
+    block = torch.ones(max(1, nbytes // 4))
     return block.numel() * block.element_size() / _best(lambda: block.sum())
 
 
