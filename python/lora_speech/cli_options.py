@@ -1,10 +1,60 @@
-"""Options of the command line that need reading: which adapters, and for which files."""
+"""Options that commands share, and those that need reading: which adapters for which files."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from lora_speech.errors import SpeechError
+
+Base = Annotated[
+    str,
+    typer.Option(
+        help="The model to start from: 'shipped' (a small one inside this package), a folder in "
+        "the Hugging Face layout, or a hub name such as openai/whisper-tiny.",
+        show_default=True,
+    ),
+]
+Language = Annotated[
+    str | None,
+    typer.Option(help="Language of the speech, e.g. en or es.", metavar="CODE"),
+]
+BatchSize = Annotated[int, typer.Option(help="Recordings decoded at once.", min=1, max=1024)]
+
+
+class Format(str, Enum):
+    """What `transcribe` writes."""
+
+    text = "text"
+    json = "json"
+    srt = "srt"
+    vtt = "vtt"
+
+
+class Normalizer(str, Enum):
+    """What `evaluate` does to texts before counting."""
+
+    auto = "auto"
+    whisper = "whisper"
+    basic = "basic"
+    none = "none"
+
+
+class Suite(str, Enum):
+    """What `bench` measures."""
+
+    cpu = "cpu"
+
+
+class TrainingDefaults:
+    """Defaults of `TrainingConfig`, so that help and library never disagree."""
+
+    steps, batch_size, accumulation, learning_rate = 400, 8, 1, 1e-3
+    rank, alpha, dropout, seed = 16, 32.0, 0.05, 0
+    validate_every = checkpoint_every = 100
 
 
 def named_folders(options: list[str] | None) -> dict[str, Path]:
