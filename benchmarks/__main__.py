@@ -64,8 +64,7 @@ def main() -> int:
         unfinished.unlink(missing_ok=True)
         return int(code) or 1
     results = json.loads(unfinished.read_text())
-    for name in ("node", "library"):  # this machine's name and paths say nothing to others
-        results["machine_info"].pop(name, None)
+    results["machine_info"].pop("node", None)  # this machine's name says nothing to others
     for entry in results["benchmarks"]:
         entry["stats"].pop("data", None)  # percentiles are kept, single rounds are not
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -7,19 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from lora_kernels import ops
+from lora_kernels.benchmarking import torch_int8
+from lora_kernels.benchmarking.cold import copies, cycling
 from lora_kernels.reference import quantize_weight
 
-from .conftest import Work, copies, cycling
+from .conftest import Work
 from .shapes import DECODING, ENCODING, RANK, Shape
-
-
-def torch_packed(weight: torch.Tensor, bias: torch.Tensor, engine: str):
-    """A weight prepacked for torch's dynamically quantized linear."""
-    torch.backends.quantized.engine = engine
-    scales = (weight.abs().amax(1) / 127).double()
-    zero_points = torch.zeros(weight.shape[0], dtype=torch.int64)
-    quantized = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(quantized, bias)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
@@ -41,13 +34,12 @@ def test_forward(compare, shape: Shape, lora: bool) -> None:
 
     def peer(engine: str):
         theirs = [
-            (torch_packed(weights[i % len(weights)], bias, engine), *factors[i])
+            (torch_int8.pack(weights[i % len(weights)], bias, engine), *factors[i])
             for i in range(count)
         ]
 
         def call(weight, lora_a, lora_b):
-            torch.backends.quantized.engine = engine
-            y = torch.ops.quantized.linear_dynamic(x, weight, True)
+            y = torch_int8.linear(x, weight, engine)
             return y if lora_a is None else y + F.linear(F.linear(x, lora_a), lora_b.t()) * 2.0
 
         return cycling(call, theirs)
@@ -59,5 +51,5 @@ def test_forward(compare, shape: Shape, lora: bool) -> None:
         "int8",
     )
     operands = [(packed[i], *factors[i]) for i in range(count)]
-    peers = {f"torch_{engine}": peer(engine) for engine in ("x86", "onednn")}
+    peers = {f"torch_{engine}": peer(engine) for engine in torch_int8.ENGINES}
     compare("int8_lora_linear", cycling(ours, operands), peers, work)

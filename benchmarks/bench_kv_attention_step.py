@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from lora_kernels import ops
+from lora_kernels.benchmarking.cold import copies, cycling
 
-from .conftest import Work, copies, cycling
+from .conftest import Work
 
 HEADS, HEAD_SIZE = 8, 64  # Whisper base
 

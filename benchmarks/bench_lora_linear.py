@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from lora_kernels import ops
+from lora_kernels.benchmarking.cold import copies, cycling
 
-from .conftest import Work, copies, cycling
+from .conftest import Work
 from .shapes import DECODING, ENCODING, RANK, Shape
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +11,8 @@ import pytest
 import torch
 
 from lora_kernels import environment, implementations
-
-from . import roofline
-
-# Weights are cycled over copies of this many bytes in all, so that a decoding step finds them out
-# of cache, as it does in a model; hot weights flatter a library three to five times.
-COLD_BYTES = 96 * 2**20
+from lora_kernels.benchmarking import roofline
+from lora_kernels.benchmarking.turns import Turns, percentiles, ratio
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,27 +34,6 @@ class Work:
     bytes_read: float
     operations: float
     kind: str  # "float32", "bfloat16" or "int8"
-
-
-def copies(bytes_each: int) -> int:
-    """How many copies of a weight put it out of cache."""
-    return max(2, min(256, COLD_BYTES // bytes_each + 1))
-
-
-def cycling(function: Callable[..., Any], operands: list[tuple]) -> Callable[[], Any]:
-    """Call ``function`` with the next operands, round and round.
-
-    Every contestant gets a copy of the tensors and modules: with shared memory whoever comes soon
-    after another would find in the cache what that one has just read.
-    """
-    turn = itertools.cycle([tuple(_own(item) for item in group) for group in operands])
-    return lambda: function(*next(turn))
-
-
-def _own(item: Any) -> Any:
-    if isinstance(item, torch.Tensor):
-        return item.detach().clone() if item.layout is torch.strided else item
-    return copy.deepcopy(item) if isinstance(item, torch.nn.Module) else item
 
 
 @pytest.fixture
@@ -88,7 +60,6 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
         op: str, ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], work: Work
     ) -> dict:
         contestants = {"ours": ours, **peers}
-        samples: dict[str, list[float]] = {name: [] for name in contestants}
         for function in contestants.values():
             for _ in range(3):
                 function()
@@ -98,23 +69,11 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
         once = max(time.perf_counter() - begin, 1e-6)
         rounds = int(max(7, min(500, request.config.getoption("--seconds") / once)))
 
-        # Shuffled, not rotated: nobody always comes after the one that leaves the caches worst.
-        order, shuffle = list(contestants.items()), random.Random(0).shuffle
-
-        def take_turns() -> None:
-            shuffle(order)
-            for name, function in order:
-                begin = time.perf_counter()
-                function()
-                samples[name].append(time.perf_counter() - begin)
-
-        benchmark.pedantic(ours, setup=take_turns, rounds=rounds, iterations=1)
-        mine = samples.pop("ours")
+        turns = Turns(contestants)
+        benchmark.pedantic(ours, setup=turns.take, rounds=rounds, iterations=1)
+        seconds = turns.samples
+        mine = _microseconds(seconds["ours"])
         limit = roofline.measure(threads).seconds(work.bytes_read, work.operations, work.kind)
-        ratio = {
-            name: sorted(a / b for a, b in zip(mine, times, strict=True))[rounds // 2]
-            for name, times in samples.items()
-        }
         chosen = next(
             row.name for row in implementations.describe()[1] if row.op == op and row.selected
         )
@@ -126,11 +85,15 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
             bytes=work.bytes_read,
             operations=work.operations,
             roofline_us=limit * 1e6,
-            roofline_fraction=limit / (roofline.percentiles(mine)["p50_us"] / 1e6),
-            ours=roofline.percentiles(mine),
-            peers={name: roofline.percentiles(times) for name, times in samples.items()},
-            ratio_to_peer=ratio,
+            roofline_fraction=limit / (mine["p50_us"] / 1e6),
+            ours=mine,
+            peers={name: _microseconds(seconds[name]) for name in peers},
+            ratio_to_peer={name: ratio(seconds["ours"], seconds[name]) for name in peers},
         )
         return benchmark.extra_info
 
     return run
+
+
+def _microseconds(seconds: list[float]) -> dict[str, float]:
+    return {f"{name}_us": value * 1e6 for name, value in percentiles(seconds).items()}

@@ -39,7 +39,10 @@ def cpu_name() -> str:
 
 
 def facts() -> dict[str, Any]:
-    """The same as :func:`report`, as data: what benchmarks write at the head of their results."""
+    """The same as :func:`report`, as data: what benchmarks write at the head of their results.
+
+    Without this machine's paths, which say nothing to others.
+    """
     build, rows = implementations.describe()
     return {
         "platform": platform.platform(),
@@ -48,7 +51,6 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_sets": list(build.instruction_sets),
-        "library": str(library_path()),
         "compiler": build.compiler,
         "build_type": build.build_type,
         "cuda_kernels": not build.without_cuda,
@@ -66,7 +68,7 @@ def report() -> str:
     lines = [
         f"cpu: {known['cpu']}, {known['cores']} cores, torch uses {known['threads']} threads",
         f"instruction sets: {' '.join(known['instruction_sets']) or 'none of those looked for'}",
-        f"library: {known['library']}",
+        f"library: {library_path()}",
         f"built with: {known['compiler']}, {known['build_type']}; "
         + ("CUDA kernels" if known["cuda_kernels"] else f"no CUDA kernels: {known['cuda_reason']}"),
         "versions: "

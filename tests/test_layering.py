@@ -19,6 +19,7 @@ LAZY = {"lora_kernels.integrations.transformers_cache"}
 ALLOWED = {
     "errors": set(),
     "report": set(),
+    "benchmarking": set(),
     "reference": {"errors"},
     "ops": {"errors"},
     "adapters": {"errors"},

@@ -9,13 +9,22 @@ import os
 import sys
 import warnings
 from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_speech.cli_options import choose_adapters, named_folders
+from lora_speech.cli_options import (
+    Base,
+    BatchSize,
+    Format,
+    Int8,
+    Language,
+    Normalizer,
+    Suite,
+    choose_adapters,
+    named_folders,
+)
 from lora_speech.errors import SpeechError
 from lora_speech.training_config import TrainingConfig
 
@@ -28,39 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Base = Annotated[
-    str,
-    typer.Option(
-        help="The model to start from: 'shipped' (a small one inside this package), a folder in "
-        "the Hugging Face layout, or a hub name such as openai/whisper-tiny.",
-        show_default=True,
-    ),
-]
-Language = Annotated[
-    str | None,
-    typer.Option(help="Language of the speech, e.g. en or es.", metavar="CODE"),
-]
-Int8 = Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")]
-BatchSize = Annotated[int, typer.Option(help="Recordings decoded at once.", min=1, max=1024)]
-
-
-class Format(str, Enum):
-    """What `transcribe` writes."""
-
-    text = "text"
-    json = "json"
-    srt = "srt"
-    vtt = "vtt"
-
-
-class Normalizer(str, Enum):
-    """What `evaluate` does to texts before counting."""
-
-    auto = "auto"
-    whisper = "whisper"
-    basic = "basic"
-    none = "none"
 
 
 @app.command()
@@ -313,6 +289,58 @@ def demo(
         report = run_demo(base, output, DemoSettings(seed=seed), TerminalProgress(bars))
     print_table(report)
     typer.echo(f"report: {output / 'demo_report.html'} and {output / 'demo_report.json'}")
+
+
+@app.command()
+def bench(
+    suite: Annotated[Suite, typer.Option(help="What is measured.")] = Suite.cpu,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the figures here, and plots beside it as .html."),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of tiny, base, small (released shapes, random weights), shipped, and "
+            "folders of Whispers; by default the four.",
+            metavar="NAME,...",
+        ),
+    ] = None,
+    threads: Annotated[
+        str | None,
+        typer.Option(help="Numbers of threads; by default 1 and 2.", metavar="N,..."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Time for one comparison; each contestant gets 3 turns at least.")
+    ] = 20.0,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Some of decode, encoder, linear, train.", metavar="SECTION,..."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="4 tokens and 3 turns: does it run, not how fast.")
+    ] = False,
+) -> None:
+    """Measure this machine: ours beside transformers, CTranslate2, OpenVINO and torch's INT8.
+
+    Example: lora-speech bench --models tiny,base --json bench.json
+    """
+    from lora_speech.bench.plots import plots_path, render_plots
+    from lora_speech.bench.record import TerminalProgress
+    from lora_speech.bench.settings import BenchSettings
+    from lora_speech.bench.suite import run_bench
+    from lora_speech.bench.tables import print_tables
+    from lora_speech.files import write_text
+    from lora_speech.progress import progress_bars
+
+    settings = BenchSettings.parse(models, threads, seconds, only, quick)
+    page = None if json_path is None else plots_path(json_path)
+    with progress_bars() as bars:
+        data = run_bench(settings, json_path, TerminalProgress(bars))
+    print_tables(data)
+    if page is not None:
+        write_text(page, render_plots(data))
+        typer.echo(f"figures: {json_path}, plots: {page}")
 
 
 @app.command()

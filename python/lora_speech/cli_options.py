@@ -1,10 +1,53 @@
-"""Options of the command line that need reading: which adapters, and for which files."""
+"""Options that commands share, and those that need reading: which adapters for which files."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from lora_speech.errors import SpeechError
+
+Base = Annotated[
+    str,
+    typer.Option(
+        help="The model to start from: 'shipped' (a small one inside this package), a folder in "
+        "the Hugging Face layout, or a hub name such as openai/whisper-tiny.",
+        show_default=True,
+    ),
+]
+Language = Annotated[
+    str | None,
+    typer.Option(help="Language of the speech, e.g. en or es.", metavar="CODE"),
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")]
+BatchSize = Annotated[int, typer.Option(help="Recordings decoded at once.", min=1, max=1024)]
+
+
+class Format(str, Enum):
+    """What `transcribe` writes."""
+
+    text = "text"
+    json = "json"
+    srt = "srt"
+    vtt = "vtt"
+
+
+class Normalizer(str, Enum):
+    """What `evaluate` does to texts before counting."""
+
+    auto = "auto"
+    whisper = "whisper"
+    basic = "basic"
+    none = "none"
+
+
+class Suite(str, Enum):
+    """What `bench` measures."""
+
+    cpu = "cpu"
 
 
 def named_folders(options: list[str] | None) -> dict[str, Path]:

@@ -191,8 +191,9 @@ class WhisperDecoder:
 @torch.inference_mode()
 def greedy_decode(
     model: Any,
-    features: torch.Tensor,
+    features: torch.Tensor | None = None,
     *,
+    encoded: torch.Tensor | None = None,
     adapters: Any = None,
     language: str | Sequence[str | None] | None = None,
     task: str = "transcribe",
@@ -206,8 +207,10 @@ def greedy_decode(
     ----------
     model : WhisperForConditionalGeneration
         Plain, swapped, quantized, or a PEFT model of one.
-    features : Tensor
+    features : Tensor, optional
         [batch, mel bands, frames], see `features.extract_features`.
+    encoded : Tensor, optional
+        Instead of features: [batch, positions, width], the encoder's output for these adapters.
     adapters : str or sequence of (str or None), optional
         Adapter for all rows, or one per row (None: the base only).
     language : str or sequence, optional
@@ -230,11 +233,12 @@ def greedy_decode(
     ModelError
         The batch, language, task or lengths do not fit the model.
     """
-    batch = _batch_size(features)
+    given = _one_of(features, encoded)
+    batch, device = given.shape[0], given.device
     rows = AdapterRows.of(model, adapters, batch)
     decoder = WhisperDecoder(model, rows)
     tokens = decoder.tokens
-    encoded = decoder.encode(features)
+    encoded = decoder.encode(given) if encoded is None else given
     languages = language_codes(language, batch, tokens)
     detect = bool(tokens.languages) and any(code is None for code in languages)
     prompt_length = len(
@@ -244,10 +248,10 @@ def greedy_decode(
     state = decoder.start(encoded, prompt_length + limit)
     steps: Steps = RecordedSteps(decoder, state) if decoder.parts else FlatSteps(decoder, state)
     if detect:
-        languages = _detect_languages(decoder, steps, languages, batch, features.device)
+        languages = _detect_languages(decoder, steps, languages, batch, device)
     prompts = torch.tensor(
         [prompt_tokens(tokens, code, task=task, timestamps=timestamps) for code in languages],
-        device=features.device,
+        device=device,
     )
     emitted, count = _step_to_end(decoder, steps, prompts, limit, min_new_tokens, timestamps)
     return Hypotheses(emitted, languages, count)
@@ -361,10 +365,19 @@ def _flatten_layer(layer: Any, rows: AdapterRows) -> tuple[Any, ...]:
     )
 
 
-def _batch_size(features: torch.Tensor) -> int:
-    if features.dim() != 3 or not features.shape[0]:
+def _one_of(features: torch.Tensor | None, encoded: torch.Tensor | None) -> torch.Tensor:
+    given = features if encoded is None else encoded
+    if given is None or (features is not None and encoded is not None):
         raise ModelError(
-            "features: expected a tensor [batch, mel bands, frames] of at least one row, got "
-            f"{list(features.shape)}; make it with features.extract_features"
+            "features: expected either features or encoded, got "
+            f"{'neither' if given is None else 'both'}; give one of them"
         )
-    return int(features.shape[0])
+    if given.dim() != 3 or not given.shape[0]:
+        expected = "features: expected a tensor [batch, mel bands, frames]"
+        if encoded is not None:
+            expected = "encoded: expected a tensor [batch, positions, width]"
+        raise ModelError(
+            f"{expected} of at least one row, got "
+            f"{list(given.shape)}; make features with features.extract_features"
+        )
+    return given

@@ -104,6 +104,21 @@ def test_timestamp_rules_are_those_of_transformers(
     assert all(row[0] >= first for row in ours.tokens)
 
 
+@torch.inference_mode()
+def test_decoding_starts_from_the_encoders_output(
+    speech: SpeechModel, features: torch.Tensor
+) -> None:
+    encoded = speech.model.get_encoder()(features).last_hidden_state
+    expected = greedy_decode(speech.model, features, language="en")
+    assert greedy_decode(speech.model, encoded=encoded, language="en") == expected
+    with pytest.raises(ModelError, match=r"either features or encoded, got both"):
+        greedy_decode(speech.model, features, encoded=encoded)
+    with pytest.raises(ModelError, match=r"either features or encoded, got neither"):
+        greedy_decode(speech.model)
+    with pytest.raises(ModelError, match=r"encoded: expected.*positions, width.*got \[100, 64\]"):
+        greedy_decode(speech.model, encoded=encoded[0])
+
+
 def test_language_detection(speech: SpeechModel, features: torch.Tensor) -> None:
     detected = speech.model.detect_language(features).tolist()
     ours = greedy_decode(speech.model, features)

@@ -1,8 +1,7 @@
-"""What this machine can do at all, measured in the same run as the kernels."""
+"""What this machine can do at all, measured in the same run as what is judged by it."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -43,14 +42,23 @@ class Limits:
         return {f"{name}_per_second": value for name, value in asdict(self).items()}
 
 
+def read_bandwidth(threads: int, nbytes: int = 256 * 2**20) -> float:
+    """Bytes per second that this many threads read; measured anew at every call.
+
+    The default, 256 MiB, is far beyond any cache share of one process. A block that is as large as
+    what a decoding step reads gives the limit for reading it again and again, cache and all.
+    """
+    torch.set_num_threads(threads)
+    block = torch.ones(max(1, nbytes // 4))
+    return block.numel() * block.element_size() / _best(lambda: block.sum())
+
+
 @cache
 def measure(threads: int) -> Limits:
     """Measure the limits with this many threads; cached for the process."""
     torch.set_num_threads(threads)
     size = 2048
     operations = 2 * size**3
-    block = torch.ones(64 * 2**20)  # 256 MiB, far beyond any cache share of one process
-    read = block.numel() * 4 / _best(lambda: block.sum())
     a, b = torch.randn(size, size), torch.randn(size, size)
     packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
     fp32 = min(
@@ -62,11 +70,8 @@ def measure(threads: int) -> Limits:
     a8, b8 = (t.mul(20).clamp(-127, 127).to(torch.int8) for t in (a, b))
     int8 = _best(lambda: torch._int_mm(a8, b8), 3)
     return Limits(
-        read, operations / fp32, operations / bf16, max(operations / int8, operations / bf16)
+        read_bandwidth(threads),
+        operations / fp32,
+        operations / bf16,
+        max(operations / int8, operations / bf16),
     )
-
-
-def percentiles(samples: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 of some seconds, in microseconds."""
-    cuts = statistics.quantiles(samples, n=10) if len(samples) > 1 else samples * 9
-    return {"p20_us": cuts[1] * 1e6, "p50_us": cuts[4] * 1e6, "p80_us": cuts[7] * 1e6}

@@ -1,0 +1,90 @@
+"""Decoding and encoding by whole models, and how near decoding comes to what reading allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lora_kernels.benchmarking.roofline import read_bandwidth
+from lora_speech.bench.measure import OURS, Contestant, compare, reason, significant
+from lora_speech.bench.record import Record
+from lora_speech.bench.settings import RANK, BenchSettings
+from lora_speech.bench.systems import Job, Ours, System
+from lora_speech.bench.workload import Workload
+
+JOBS = {
+    "decode": (Job("decode"), Job("decode_batch8", batch=8), Job("decode_beam5", beams=5)),
+    "encoder": (Job("encoder", decode=False),),
+}
+"""What each section of the settings stands for."""
+
+
+def compare_systems(
+    job: Job,
+    work: Workload,
+    systems: Sequence[System],
+    threads: int,
+    settings: BenchSettings,
+    record: Record,
+) -> None:
+    """Tokens per second of decoding, or milliseconds of encoding one window.
+
+    The roofline goes with decoding one row without beams.
+    """
+    torch.set_num_threads(threads)
+    path = (job.name, work.key, str(threads))
+    contestants: list[Contestant] = []
+    for system in systems:
+        try:
+            contestants += system.contestants(job, threads)
+        except Exception as error:  # peers raise what they like
+            if isinstance(system, Ours):
+                raise
+            record.leave_out(f"{type(system).__name__} in {'.'.join(path)}", reason(error))
+    counter = record.progress.counter(f"{job.name} {work.key}, threads {threads}")
+    result = compare(contestants, settings, counter)
+    made = job.batch * work.new_tokens
+    record.add(path, result, lambda seconds: made / seconds if job.decode else seconds * 1e3)
+    if job == JOBS["decode"][0]:
+        found = _roofline(work, threads, made / result.median(OURS))
+        record.put(("roofline", work.key, str(threads)), found)
+
+
+def bytes_per_token(config: Any, prompt: int, new_tokens: int) -> dict[str, int]:
+    """What one decoding step at batch 1 must read at least, by the model's shapes.
+
+    INT8 for every weight, the vocabulary's included; fp32 for the adapter's A and B; 16 bits for
+    keys and values of cross-attention and, at the mean length, of self-attention. Cross-attention
+    applies its own key and value projections once per window, so they are not among the weights.
+    """
+    width, inner, layers = config.d_model, config.decoder_ffn_dim, config.decoder_layers
+    positions = config.max_source_positions + prompt + new_tokens // 2
+    return {
+        "weights": layers * (6 * width**2 + 2 * width * inner) + config.vocab_size * width,
+        "adapter": layers * 4 * RANK * (6 * 2 * width + 2 * (width + inner)),
+        "keys_and_values": layers * 2 * 2 * width * positions,
+    }
+
+
+def _roofline(work: Workload, threads: int, tokens_per_second: float) -> dict[str, Any]:
+    """Our share of what reading a step's bytes allows.
+
+    The bandwidth is that of a block as large as what a step reads, since a large cache may hold
+    it; memory's own stands beside it. Both are measured right after the decoding they judge,
+    because they drift. Computing cross-attention's keys and values is in the time and not in the
+    bytes: the share is of the whole task, and that of the steps alone is larger.
+    """
+    parts = bytes_per_token(work.config, len(work.prompt), work.new_tokens)
+    total = sum(parts.values())
+    bandwidth = read_bandwidth(threads, total)
+    limit = bandwidth / total
+    return {
+        "read_bytes_per_second": significant(bandwidth),
+        "memory_bytes_per_second": significant(read_bandwidth(threads)),
+        "bytes_per_token": total,
+        "bytes": parts,
+        "limit_tokens_per_second": significant(limit),
+        "fraction": significant(tokens_per_second / limit),
+    }
