@@ -9,6 +9,14 @@ from __future__ import annotations
 from . import _library as _library
 from .int8_lora_linear import int8_lora_linear, int8_pack, int8_unpack
 from .kv_attention_step import kv_attention_step
+from .kv_pack import kv_pack
 from .lora_linear import lora_linear
 
-__all__ = ["int8_lora_linear", "int8_pack", "int8_unpack", "kv_attention_step", "lora_linear"]
+__all__ = [
+    "int8_lora_linear",
+    "int8_pack",
+    "int8_unpack",
+    "kv_attention_step",
+    "kv_pack",
+    "lora_linear",
+]

@@ -43,6 +43,7 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "kv_attention_step(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor lengths, Tensor? slots, float scale, int[]? heads) "
       "-> (Tensor, Tensor)");
+  m.def("kv_pack(Tensor k, Tensor v, int heads) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("force_implementation(str name) -> ()");
   m.def("forced_implementation() -> str");
   m.def("describe_implementations() -> str");

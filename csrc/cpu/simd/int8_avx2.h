@@ -33,3 +33,18 @@ inline void store_activations(uint8_t* q, I a, I b, I c, I d) {
       _mm256_packs_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b), _mm256_packs_epi32((__m256i)c, (__m256i)d));
   _mm256_storeu_si256((__m256i*)q, _mm256_permutevar8x32_epi32(packed, order));
 }
+
+inline void store_bytes(uint8_t* to, I v) {
+  const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                       0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)v, low);
+  _mm_storel_epi64((__m128i*)to, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
+
+inline void store_pairs(uint8_t* to, int64_t stride, I a, I b) {
+  // Of each 128-bit lane: the low bytes of a in its first dword, those of b in its second.
+  const __m256i words = _mm256_packus_epi32((__m256i)(a & 255), (__m256i)(b & 255));
+  const __m256i bytes = _mm256_packus_epi16(words, words);
+  _mm_storel_epi64((__m128i*)to, _mm256_castsi256_si128(bytes));
+  _mm_storel_epi64((__m128i*)(to + stride), _mm256_extracti128_si256(bytes, 1));
+}

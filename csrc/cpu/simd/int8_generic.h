@@ -41,3 +41,15 @@ inline void store_activations(uint8_t* q, I a, I b, I c, I d) {
     q[3 * kLanes + i] = static_cast<uint8_t>(d[i]);
   }
 }
+
+// The low bytes of kLanes int32.
+inline void store_bytes(uint8_t* to, I v) {
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(v[i]);
+}
+
+// The low bytes of each four lanes of a and b: eight bytes to `to`, `to` + stride, ...
+inline void store_pairs(uint8_t* to, int64_t stride, I a, I b) {
+  (void)stride;  // of the next four lanes
+  store_bytes(to, a);
+  store_bytes(to + 4, b);
+}
