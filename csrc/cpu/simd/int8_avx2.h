@@ -19,6 +19,11 @@ inline void int8_dot_into(I& c, I x, const Weights& w) {
   c = (I)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
+inline void int8_dot_positive_into(I& c, I x, const Weights& w) {  // 2 * 127 * 127 fits here, too
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)x, w.value);
+  c = (I)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
 inline I max_int(I a, I b) { return (I)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 inline int32_t reduce_max_int(I v) {
   __m128i a = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));

@@ -9,6 +9,8 @@ inline Weights load_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
 // As an instruction on purpose: with intrinsics g++ 12 copies accumulators and spills them.
 inline void int8_dot_into(I& c, I x, const Weights& w) { asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(x), "v"(w)); }
 
+inline void int8_dot_positive_into(I& c, I x, const Weights& w) { int8_dot_into(c, x, w); }
+
 inline I max_int(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 inline int32_t reduce_max_int(I v) { return _mm512_reduce_max_epi32((__m512i)v); }
 

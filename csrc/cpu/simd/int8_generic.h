@@ -23,6 +23,9 @@ inline void int8_dot_into(I& c, I x, const Weights& w) {
   c += ((lanes << 16) >> 16) + (lanes >> 16);
 }
 
+// The same for values of x in [0, 127], as which they are also stored where others have 128 added.
+inline void int8_dot_positive_into(I& c, I x, const Weights& w) { int8_dot_into(c, x, w); }
+
 inline I max_int(I a, I b) {
   const I mask = a > b;
   return (a & mask) | (b & ~mask);
