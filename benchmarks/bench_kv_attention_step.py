@@ -1,4 +1,4 @@
-"""kv_attention_step against scaled_dot_product_attention on the same caches."""
+"""kv_attention_step against scaled_dot_product_attention on the same caches, and kv_pack."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_kernels import ops
+from lora_kernels import ops, reference
 from lora_kernels.benchmarking.cold import copies, cycling
 
 from .conftest import Work
@@ -37,6 +37,50 @@ def test_cross_attention(compare, rows: int, dtype: torch.dtype) -> None:
     ours = cycling(lambda k, v: ops.kv_attention_step(q, None, None, k, v, lengths), caches)
     peers = {"sdpa": cycling(lambda k, v: F.scaled_dot_product_attention(q_torch, k, v), caches)}
     compare("kv_attention_step", ours, peers, work_of(rows, frames, size))
+
+
+@pytest.mark.parametrize("heads", [6, 8, 12])  # Whisper tiny, base, small
+@pytest.mark.parametrize("beams", [1, 5])
+def test_cross_attention_int8(compare, beams: int, heads: int) -> None:
+    """Blocked INT8 K/V of one utterance; the peers are ours too: INT8 in rows, and fp32."""
+    frames = 1500
+    values = heads * frames * HEAD_SIZE
+    k, v = torch.randn(2, 1, frames, heads * HEAD_SIZE)
+    packed = ops.kv_pack(k, v, heads)
+    in_rows = reference.kv_unpack(*packed[:2], HEAD_SIZE)
+    floats = (t.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for t in (k, v))
+    q = torch.randn(beams, 1, heads, HEAD_SIZE)
+    lengths = torch.full((beams,), frames, dtype=torch.int32)
+    slots = torch.zeros(beams, dtype=torch.int32)
+
+    def attend(k, v, k_scales=None, v_scales=None):
+        return ops.kv_attention_step(
+            *(q, None, None, k, v, lengths), k_scales=k_scales, v_scales=v_scales, slots=slots
+        )
+
+    ours = cycling(attend, [packed] * copies(2 * values))
+    peers = {
+        "int8_in_rows": cycling(
+            attend, [(*(t.contiguous() for t in in_rows), *packed[2:])] * copies(2 * values)
+        ),
+        "float32": cycling(attend, [tuple(floats)] * copies(8 * values)),
+    }
+    work = Work(2.0 * values, 4.0 * beams * values, "int8")
+    compare("kv_attention_step", ours, peers, work)
+
+
+@pytest.mark.parametrize("heads", [6, 8, 12, 20])
+def test_packing(compare, heads: int) -> None:
+    """Once per utterance and layer; the peer is the projection that comes before it, in fp32."""
+    frames, width = 1500, heads * HEAD_SIZE
+    states = [
+        tuple(torch.randn(1, frames, width) for _ in range(2))
+        for _ in range(copies(8 * frames * width))
+    ]
+    x, weight = torch.randn(1, frames, width), torch.randn(2 * width, width)
+    ours = cycling(lambda k, v: ops.kv_pack(k, v, heads), states)
+    work = Work(8.0 * frames * width, 0.0, "float32")
+    compare("kv_pack", ours, {"projection": lambda: F.linear(x, weight)}, work)
 
 
 @pytest.mark.parametrize("rows", [1, 8])

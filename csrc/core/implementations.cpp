@@ -104,6 +104,7 @@ std::vector<ImplementationReport> implementations(const DeviceInfo& device) {
   report_lora_linear(device, &rows);
   report_int8_lora_linear(device, &rows);
   report_kv_attention_step(device, &rows);
+  report_kv_pack(device, &rows);
   return rows;
 }
 

@@ -5,6 +5,7 @@
 
 #include "core/select.h"
 #include "cpu/kv_attention_step.h"
+#include "lora_kernels/kv_packing.h"
 
 namespace lora_kernels {
 namespace {
@@ -29,12 +30,31 @@ Status fault(const Pieces&... pieces) {
   return Status::invalid(text.str());
 }
 
+Status validate_blocked(const KvAttentionStepProblem& p) {
+  if (p.cache_dtype != DType::kInt8)
+    return fault("k_cache, v_cache: expected int8 in the blocked layout, got ", name_of(p.cache_dtype),
+                 "; make them with kv_pack");
+  if (p.append)
+    return fault("k, v: expected None with blocked caches, which are fixed, got tensors; append to caches [",
+                 p.cache_rows, ", ", p.heads, ", C, ", p.head_size, "]");
+  if (p.scales != KvScales::kPerChannel)
+    return fault("k_scales, v_scales: expected one scale per channel with blocked caches, [", p.cache_rows, ", ",
+                 p.heads, ", 1, ", p.head_size, "], as kv_pack returns them");
+  if (p.capacity > kKvMostPositions || p.head_size > kKvMostHeadSize)
+    return fault("k_cache: expected at most ", kKvMostPositions, " positions of at most ", kKvMostHeadSize,
+                 " channels in the blocked layout, got ", p.capacity, " of ", p.head_size,
+                 "; more would overflow the integer sums");
+  return {};
+}
+
 Status validate(const KvAttentionStepProblem& p) {
   if (p.rows < 0 || p.tokens < 0 || p.heads < 0 || p.cache_rows < 0 || p.capacity < 0)
     return fault("q, k_cache: sizes must not be negative");
   if (p.head_size < 1) return fault("q: expected a head size of at least 1, got ", p.head_size);
   if (!is_floating(p.dtype))
     return fault("q: expected float32, float16 or bfloat16, got int8; only the caches may be int8");
+  if (p.layout == KvLayout::kBlocked)
+    if (Status status = validate_blocked(p); !status.ok()) return status;
   if (p.cache_dtype == DType::kInt8 && p.scales == KvScales::kNone)
     return fault("k_scales, v_scales: expected float32 scales for int8 caches, got None; give [", p.cache_rows, ", ",
                  p.heads, ", ", p.capacity, ", 1] (one per position) or [", p.cache_rows, ", ", p.heads, ", 1, ",
@@ -54,7 +74,6 @@ Status validate(const KvAttentionStepProblem& p) {
     return fault("slots: expected the cache row of each of the ", p.rows, " rows of q, as there are ", p.cache_rows,
                  " in k_cache, got None; give int32 [", p.rows, "]");
   if (p.weight_heads < 0) return fault("heads: expected a list of heads, got a negative number of them");
-  if (p.layout != KvLayout::kRowMajor) return fault("k_cache: expected the layout [S, H, C, D]");
   return {};
 }
 
@@ -124,9 +143,10 @@ Status check_appends(const KvAttentionStepProblem& p, const KvAttentionStepArgs&
   return {};
 }
 
-// Scales per channel are inputs, of the cache rows that are read. Zero is what a buffer holds that nobody has filled.
+// Scales per channel are inputs, of the cache rows that are read. Zero is what a buffer holds that nobody has filled;
+// those that kv_pack made come as they are, NaN for a channel that was not finite.
 Status check_channel_scales(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
-  if (p.scales != KvScales::kPerChannel) return {};
+  if (p.scales != KvScales::kPerChannel || p.layout == KvLayout::kBlocked) return {};
   const int64_t channels = p.heads * p.head_size;
   const auto usable = [](float scale) { return scale > 0 && scale <= 3.4028235e38f; };
   int64_t checked = -1;
@@ -189,6 +209,7 @@ std::string to_string(const KvAttentionStepProblem& p) {
   if (p.scales != KvScales::kNone)
     text << (p.scales == KvScales::kPerPosition ? " scales per position" : " scales per channel");
   if (p.slots != KvSlots::kIdentity) text << (p.slots == KvSlots::kPerRow ? " slots per row" : " slots per position");
+  if (p.layout == KvLayout::kBlocked) text << " blocked";
   if (p.append) text << " append";
   if (p.weight_heads > 0) text << " weight_heads=" << p.weight_heads;
   return text.str();

@@ -81,5 +81,6 @@ void report(const Table<Implementation>& table, const DeviceInfo& device, std::v
 void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out);
 void report_int8_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out);
 void report_kv_attention_step(const DeviceInfo& device, std::vector<ImplementationReport>* out);
+void report_kv_pack(const DeviceInfo& device, std::vector<ImplementationReport>* out);
 
 }  // namespace lora_kernels

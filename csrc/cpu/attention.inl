@@ -165,13 +165,17 @@ template <class Meanwhile>
 LORA_KERNELS_APART float exponentials(float* scores, int64_t count, const Meanwhile& meanwhile) {
   const float infinity = __builtin_inff();
   for (int64_t p = count; p < round_up(count, kLanes); ++p) scores[p] = -infinity;
-  F top = set(-infinity);
-  for (int64_t p = 0; p < count; p += kLanes) top = max(load(scores + p), top);  // in this order a NaN is passed over
-  const F largest = set(reduce_max(top));
+  F top[4] = {set(-infinity), set(-infinity), set(-infinity), set(-infinity)};  // in turns, to hide the latency
+  int64_t at = 0;
+  for (; at + 4 * kLanes <= count; at += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) top[j] = max(load(scores + at + j * kLanes), top[j]);  // so a NaN is passed over
+  for (; at < count; at += kLanes) top[0] = max(load(scores + at), top[0]);
+  const F largest = set(reduce_max(max(max(top[0], top[1]), max(top[2], top[3]))));
   F sum = zero();
   for (int64_t p = 0; p < count; p += kLanes) {
     const F x = load(scores + p) - largest;
-    const F e = select(x < set(kVanishing), zero(), exp(x));
+    const F e = select(x < set(kVanishing), zero(), exp_within(x));
     sum = sum + e;
     store(scores + p, e);
     meanwhile(p / kLanes);

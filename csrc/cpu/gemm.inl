@@ -213,6 +213,12 @@ inline void narrow_product(const float* a, int64_t a_stride, int64_t k_stride, i
 
 // ---------- Rows as fp32, dropout applied
 
+// The vector at k of a row of `depth` elements; zero from its end on.
+template <class T>
+inline F load_at(const T* x, int64_t k, int64_t depth) {
+  return k + kLanes <= depth ? load(x + k) : k < depth ? load_n(x + k, static_cast<int>(depth - k)) : zero();
+}
+
 template <class T>
 inline void convert_row(const T* x, int64_t depth, float* out) {
   int64_t k = 0;

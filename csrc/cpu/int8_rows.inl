@@ -1,11 +1,6 @@
 // Rows of x as int8_lora_linear multiplies them: INT8 with a scale per row (int8_lora_linear.h has the formulas). A row
 // is read from memory once; the two passes of its quantization find it in the first cache.
 
-template <class T>
-inline F load_at(const T* x, int64_t k, int64_t depth) {
-  return k + kLanes <= depth ? load(x + k) : k < depth ? load_n(x + k, static_cast<int>(depth - k)) : zero();
-}
-
 // max |x| as bits: among the bits of magnitudes, infinities and NaNs are the largest, so they always win.
 template <class T>
 inline int32_t magnitude_bits(const T* x, int64_t depth) {

@@ -7,10 +7,13 @@ namespace {
 
 // clang-format off: each file uses what the ones before it define
 #include "cpu/simd/avx2.h"
+#include "cpu/simd/int8_avx2.h"
 #include "cpu/simd/math.inl"
 
 #include "cpu/gemm.inl"
 #include "cpu/attention.inl"
+#include "cpu/kv_queries.inl"
+#include "cpu/kv_blocked.inl"
 #include "cpu/kv_attention_step.inl"
 // clang-format on
 

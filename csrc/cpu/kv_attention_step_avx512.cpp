@@ -7,10 +7,13 @@ namespace {
 
 // clang-format off: each file uses what the ones before it define
 #include "cpu/simd/avx512.h"
+#include "cpu/simd/int8_avx512.h"
 #include "cpu/simd/math.inl"
 
 #include "cpu/gemm.inl"
 #include "cpu/attention.inl"
+#include "cpu/kv_queries.inl"
+#include "cpu/kv_blocked.inl"
 #include "cpu/kv_attention_step.inl"
 // clang-format on
 
@@ -18,7 +21,7 @@ namespace {
 
 const KvAttentionStepImplementation kKvAttentionStepAvx512 = {
     "avx512",
-    kIsaAvx2 | kIsaAvx512,
+    kIsaAvx2 | kIsaAvx512 | kIsaAvx512Vnni,
     configure,
     run_step,
 };

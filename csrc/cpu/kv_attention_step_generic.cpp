@@ -6,10 +6,13 @@ namespace {
 
 // clang-format off: each file uses what the ones before it define
 #include "cpu/simd/generic.h"
+#include "cpu/simd/int8_generic.h"
 #include "cpu/simd/math.inl"
 
 #include "cpu/gemm.inl"
 #include "cpu/attention.inl"
+#include "cpu/kv_queries.inl"
+#include "cpu/kv_blocked.inl"
 #include "cpu/kv_attention_step.inl"
 // clang-format on
 

@@ -12,6 +12,7 @@
 
 #include "cpu/storage.h"
 #include "lora_kernels/int8_packing.h"
+#include "lora_kernels/kv_packing.h"
 #include "lora_kernels/philox.h"
 
 // clang spells target regions differently; whatever stands between BEGIN and END is compiled for the named sets.

@@ -11,6 +11,7 @@ from .composite import Composite
 from .int8_lora_linear import int8_lora_linear, int8_pack, int8_unpack
 from .int8_lora_topk import int8_lora_topk
 from .kv_attention_step import kv_attention_step
+from .kv_pack import kv_pack
 from .lora_linear import lora_linear
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "int8_pack",
     "int8_unpack",
     "kv_attention_step",
+    "kv_pack",
     "lora_linear",
 ]

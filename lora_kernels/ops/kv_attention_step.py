@@ -46,15 +46,20 @@ def kv_attention_step(
         The shape and dtype of ``q``, or both None.
     k_cache, v_cache
         Contiguous [S, H, C, D] in fp32, fp16, bf16 or int8, whatever the dtype of ``q``. Written
-        in place when k and v are given. Positions that no row attends to may hold anything.
+        in place when k and v are given. Positions that no row attends to may hold anything. Or the
+        blocked int8 caches of :func:`kv_pack`, fixed, with their scales per channel: the fastest
+        for cross-attention. Then ``q`` and the weights are rounded to 14 bits of their largest
+        magnitude, C is the number of positions rounded up to a multiple of 4, and a row with a
+        ``q`` that is not finite gets NaN.
     lengths
         int32 [rows], the valid positions before this call; not changed.
     k_scales, v_scales
         For int8 caches alone, contiguous fp32. [S, H, C, 1], one per position: the append writes
         them in place, as amax / 127 of each new vector, whose values become
         ``clamp(rint(x * (127 / amax)), -127, 127)``; a vector that holds a NaN or an infinity gets
-        the scale NaN. Or [S, H, 1, D], one per channel: finite and above 0, for caches that are
-        quantized beforehand; nothing can be appended.
+        the scale NaN. Or [S, H, 1, D], one per channel: finite and above 0 (for blocked caches as
+        :func:`kv_pack` returns them), for caches that are quantized beforehand; nothing can be
+        appended.
     slots
         int32 [rows]: row i reads and appends in cache row ``slots[i]``. int32 [rows, C]: position p
         of row i lives in cache row ``slots[i, p]`` (not with scales per channel). None: row i lives
@@ -97,6 +102,7 @@ def _fake(
     heads: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, tokens = q.shape[:2]
-    shape = (0,) if heads is None else (rows, len(heads), tokens, k_cache.shape[2])
+    capacity = k_cache.shape[2] if k_cache.dim() == 4 else 4 * v_cache.shape[2]
+    shape = (0,) if heads is None else (rows, len(heads), tokens, capacity)
     # new_empty(q.shape), not empty_like: the result is contiguous whatever the strides of q
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)

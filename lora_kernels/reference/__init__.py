@@ -12,6 +12,7 @@ from .int8_lora_linear import (
     quantize_weight,
 )
 from .kv_attention_step import kv_attention_step
+from .kv_pack import kv_pack, kv_unpack
 from .lora_linear import apply_activation, lora_branch, lora_linear
 from .philox import dropout_keep_mask, philox4x32_10
 
@@ -21,6 +22,8 @@ __all__ = [
     "int8_accumulators",
     "int8_lora_linear",
     "kv_attention_step",
+    "kv_pack",
+    "kv_unpack",
     "lora_branch",
     "lora_linear",
     "philox4x32_10",

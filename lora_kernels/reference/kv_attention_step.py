@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .int8_lora_linear import quantize_rows
+from .kv_pack import kv_unpack
 
 
 def _cache_rows(slots: torch.Tensor | None, row: int, capacity: int) -> torch.Tensor:
@@ -82,7 +83,8 @@ def kv_attention_step(
         to the positions up to its own), or None (nothing is appended, every token attends to
         the lengths[i] valid positions).
     k_cache, v_cache
-        [S, H, C, D] fp32, fp16, bf16 or int8. Written in place when k and v are given.
+        [S, H, C, D] fp32, fp16, bf16 or int8. Written in place when k and v are given. Or what
+        :func:`lora_kernels.reference.kv_pack.kv_pack` made of them, with its scales.
     lengths
         int32 [rows], the valid positions before this call.
     k_scales, v_scales
@@ -108,6 +110,8 @@ def kv_attention_step(
         tensor when ``heads`` is None.
     """
     dtype = compute_dtype or q.dtype
+    if k_cache.dim() == 6:
+        k_cache, v_cache = kv_unpack(k_cache, v_cache, q.shape[3])
     rows, tokens = q.shape[:2]
     capacity = k_cache.shape[2]
     appending = k is not None and v is not None

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "calls.h"
+#include "lora_kernels/kv_packing.h"
 
 namespace lora_kernels {
 namespace {
@@ -39,6 +40,43 @@ void expect_like_q(const char* argument, const Tensor& t, const Tensor& q) {
 void expect_in_place(const char* argument, const Tensor& t) {
   if (t.is_contiguous()) return;
   refuse(kOp, argument, "expected a contiguous tensor, got strides; store it with .contiguous() once");
+}
+
+// Caches [S, H, C, D].
+void expect_row_major(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, KvAttentionStepProblem* p) {
+  if (k_cache.dim() != 4 || k_cache.size(1) != p->heads || k_cache.size(3) != p->head_size)
+    refuse(kOp, "k_cache",
+           "expected [cache rows, " + std::to_string(p->heads) + " heads, capacity, " + std::to_string(p->head_size) +
+               "] to go with q " + shape_of(q) + ", or what kv_pack made, got " + shape_of(k_cache));
+  p->cache_rows = k_cache.size(0);
+  p->capacity = k_cache.size(2);
+  if (!has_shape(v_cache, {p->cache_rows, p->heads, p->capacity, p->head_size}) ||
+      v_cache.scalar_type() != k_cache.scalar_type())
+    refuse(kOp, "v_cache",
+           "expected the shape and dtype of k_cache, " + shape_of(k_cache) + " " + name_of(p->cache_dtype) + ", got " +
+               shape_of(v_cache) + " " + name_of(dtype_of(kOp, "v_cache", v_cache)));
+}
+
+// Blocked caches (kv_packing.h). V tells the number of positions, rounded up to a step.
+void expect_blocked(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, KvAttentionStepProblem* p) {
+  p->layout = KvLayout::kBlocked;
+  p->cache_rows = k_cache.size(0);
+  const std::vector<int64_t> keys = {p->cache_rows,     p->heads, k_cache.size(2), kv_key_steps(p->head_size),
+                                     kKvBlockPositions, kKvStep};
+  if (!has_shape(k_cache, keys))
+    refuse(kOp, "k_cache",
+           "expected " + text_of(keys) + ", the keys that kv_pack made, to go with q " + shape_of(q) + ", got " +
+               shape_of(k_cache));
+  const int64_t steps = v_cache.dim() == 5 ? v_cache.size(2) : 0;
+  p->capacity = steps * kKvStep;
+  const std::vector<int64_t> values = {p->cache_rows, p->heads, steps, kv_value_channels(p->head_size), kKvStep};
+  if (!has_shape(v_cache, values) || kv_key_blocks(p->capacity) != k_cache.size(2) ||
+      v_cache.scalar_type() != ScalarType::Char)
+    refuse(kOp, "v_cache",
+           "expected the int8 values that kv_pack made beside k_cache " + shape_of(k_cache) + ", [" +
+               std::to_string(p->cache_rows) + ", " + std::to_string(p->heads) + ", positions / 4, " +
+               std::to_string(values[3]) + ", 4], got " + shape_of(v_cache) + " " +
+               name_of(dtype_of(kOp, "v_cache", v_cache)));
 }
 
 KvScales scales_of(const OptionalTensor& k_scales, const OptionalTensor& v_scales, const KvAttentionStepProblem& p,
@@ -108,22 +146,15 @@ KvAttentionStepCall kv_attention_step_call(const KvAttentionStepTensors& t) {
   p.heads = q.size(2);
   p.head_size = q.size(3);
   p.dtype = dtype_of(kOp, "q", q);
-  if (k_cache.dim() != 4 || k_cache.size(1) != p.heads || k_cache.size(3) != p.head_size)
-    refuse(kOp, "k_cache",
-           "expected [cache rows, " + std::to_string(p.heads) + " heads, capacity, " + std::to_string(p.head_size) +
-               "] to go with q " + shape_of(q) + ", got " + shape_of(k_cache));
-  p.cache_rows = k_cache.size(0);
-  p.capacity = k_cache.size(2);
   p.cache_dtype = dtype_of(kOp, "k_cache", k_cache);
   expect_cpu(kOp, "v_cache", v_cache);
   if (k) expect_cpu(kOp, "k", *k);
   if (v) expect_cpu(kOp, "v", *v);
   if (slots) expect_cpu(kOp, "slots", *slots);
-  if (!has_shape(v_cache, {p.cache_rows, p.heads, p.capacity, p.head_size}) ||
-      v_cache.scalar_type() != k_cache.scalar_type())
-    refuse(kOp, "v_cache",
-           "expected the shape and dtype of k_cache, " + shape_of(k_cache) + " " + name_of(p.cache_dtype) + ", got " +
-               shape_of(v_cache) + " " + name_of(dtype_of(kOp, "v_cache", v_cache)));
+  if (k_cache.dim() == 6)
+    expect_blocked(q, k_cache, v_cache, &p);
+  else
+    expect_row_major(q, k_cache, v_cache, &p);
   expect_in_place("k_cache", k_cache);
   expect_in_place("v_cache", v_cache);
   if (k.has_value() != v.has_value())

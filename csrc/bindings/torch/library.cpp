@@ -65,6 +65,7 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "composite_kv_attention_step(int composite, Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, "
       "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor lengths, Tensor? slots, float scale, "
       "Tensor(e!) out) -> ()");
+  m.def("kv_pack(Tensor k, Tensor v, int heads) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("force_implementation(str name) -> ()");
   m.def("forced_implementation() -> str");
   m.def("describe_implementations() -> str");

@@ -23,6 +23,9 @@ inline void int8_dot_into(I& c, I x, const Weights& w) {
   c += ((lanes << 16) >> 16) + (lanes >> 16);
 }
 
+// The same for values of x in [0, 127], as which they are also stored where others have 128 added.
+inline void int8_dot_positive_into(I& c, I x, const Weights& w) { int8_dot_into(c, x, w); }
+
 inline I max_int(I a, I b) {
   const I mask = a > b;
   return (a & mask) | (b & ~mask);
@@ -40,4 +43,16 @@ inline void store_activations(uint8_t* q, I a, I b, I c, I d) {
     q[2 * kLanes + i] = static_cast<uint8_t>(c[i]);
     q[3 * kLanes + i] = static_cast<uint8_t>(d[i]);
   }
+}
+
+// The low bytes of kLanes int32.
+inline void store_bytes(uint8_t* to, I v) {
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(v[i]);
+}
+
+// The low bytes of each four lanes of a and b: eight bytes to `to`, `to` + stride, ...
+inline void store_pairs(uint8_t* to, int64_t stride, I a, I b) {
+  (void)stride;  // of the next four lanes
+  store_bytes(to, a);
+  store_bytes(to + 4, b);
 }

@@ -2,12 +2,11 @@
 
 #include "cpu/simd/gelu_table.inl"
 
-// exp(x), relative error below 2e-7; 0 for x < -87.3, and x > 88 is treated as 88.
-inline F exp(F x) {
-  const F low = set(-87.3f);
-  const F clamped = min(max(x, low), set(88.0f));
-  const F n = to_float(to_int(clamped * set(1.44269504f)));
-  F r = clamped - n * set(0.693359375f);  // ln 2 in two parts (Cody and Waite), so that r keeps its low bits
+// exp(x), relative error below 2e-7, for |x| < 88; anything for others, but NaN for NaN.
+inline F exp_within(F x) {
+  const I whole = to_int(x * set(1.44269504f));
+  const F n = to_float(whole);
+  F r = x - n * set(0.693359375f);  // ln 2 in two parts (Cody and Waite), so that r keeps its low bits
   r = r + n * set(2.12194440e-4f);
   // e^r = 1 + r + r^2 q(r) on |r| <= ln(2)/2: Chebyshev fit of degree 4, relative error 1e-8
   F q = set(1.393364297e-03f);
@@ -16,8 +15,13 @@ inline F exp(F x) {
   q = q * r + set(1.666657700e-01f);
   q = q * r + set(5.000000013e-01f);
   const F y = q * (r * r) + (r + set(1.0f));
-  const F scaled = y * from_bits((to_int(n) + 127) << 23);
-  const F result = select(x < low, zero(), scaled);
+  return y * from_bits((whole + 127) << 23);
+}
+
+// The same for every x: 0 for x < -87.3, and x > 88 is treated as 88.
+inline F exp(F x) {
+  const F low = set(-87.3f);
+  const F result = select(x < low, zero(), exp_within(min(max(x, low), set(88.0f))));
   return select(x != x, x, result);
 }
 

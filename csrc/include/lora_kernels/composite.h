@@ -12,13 +12,14 @@
 
 #include "lora_kernels/int8_lora_linear.h"
 #include "lora_kernels/kv_attention_step.h"
+#include "lora_kernels/kv_pack.h"
 #include "lora_kernels/lora_linear.h"
 
 namespace lora_kernels {
 
-using StageProblem = std::variant<LoraLinearProblem, Int8LoraLinearProblem, KvAttentionStepProblem>;
-using StageArgs = std::variant<LoraLinearArgs, Int8LoraLinearArgs, KvAttentionStepArgs>;
-using StagePlan = std::variant<LoraLinearPlan, Int8LoraLinearPlan, KvAttentionStepPlan>;
+using StageProblem = std::variant<LoraLinearProblem, Int8LoraLinearProblem, KvAttentionStepProblem, KvPackProblem>;
+using StageArgs = std::variant<LoraLinearArgs, Int8LoraLinearArgs, KvAttentionStepArgs, KvPackArgs>;
+using StagePlan = std::variant<LoraLinearPlan, Int8LoraLinearPlan, KvAttentionStepPlan, KvPackPlan>;
 
 struct CompositeProblem {
   std::vector<StageProblem> stages;

@@ -29,8 +29,11 @@ enum class KvSlots : uint8_t {
   kPerPosition,  // slots [rows, C]: position p of row i lives in cache row slots[i, p]
 };
 
-// The order of a cache's elements. Blocked layouts for faster dot products get their own value here.
-enum class KvLayout : uint8_t { kRowMajor /* [S, H, C, D] */ };
+// The order of a cache's elements.
+enum class KvLayout : uint8_t {
+  kRowMajor,  // [S, H, C, D]
+  kBlocked,   // int8 for integer dot products, by kv_pack (kv_packing.h): scales per channel, no append
+};
 
 struct KvAttentionStepProblem {
   int64_t rows = 0;               // of q: utterances x beams
@@ -52,7 +55,7 @@ struct KvAttentionStepArgs {
   const void* q = nullptr;  // [rows, T, H, D] contiguous
   const void* k = nullptr;  // [rows, T, H, D] contiguous, or null
   const void* v = nullptr;
-  void* k_cache = nullptr;  // [S, H, C, D] contiguous
+  void* k_cache = nullptr;  // contiguous, by Problem.layout
   void* v_cache = nullptr;
   float* k_scales = nullptr;  // by Problem.scales
   float* v_scales = nullptr;
