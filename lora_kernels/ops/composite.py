@@ -159,6 +159,23 @@ class Composite:
             self._handle, q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, out
         )
 
+    def kv_pack(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        *,
+        out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Record :func:`lora_kernels.ops.kv_pack`.
+
+        Parameters
+        ----------
+        out
+            As much memory as the four results take, of their dtypes, contiguous.
+        """
+        _ops.composite_kv_pack(self._handle, k, v, heads, *out)
+
     def run(self) -> None:
         """Run all that was recorded.
 

@@ -111,8 +111,8 @@ class RecordedStep:
     parts : DecoderParts
     self_cache : sequence of (keys, values)
         Per layer, [utterances, heads, positions, head size]; extended in place.
-    cross_cache : sequence of CrossCache
-        Per layer.
+    cross_cache : sequence of tuple
+        Per layer, what `kv_pack` made of cross-attention's keys and values.
     rows : AdapterRows
         Adapters of the rows as they are now.
     slots : Tensor or None
@@ -179,8 +179,7 @@ class RecordedStep:
             )
             linear(attended, layer.out, x, residual=x)
             linear(x, layer.cross_q, normal, norm=second)
-            keys, values, *scales = cross
-            k_scales, v_scales = scales or (None, None)
+            keys, values, k_scales, v_scales = cross
             step.kv_attention_step(
                 normal.view(shape), None, None, keys, values, cross_lengths, k_scales=k_scales,
                 v_scales=v_scales, slots=slots, scale=layer.scaling, out=out,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lora_kernels.ops import kv_pack
 from lora_speech.adapter_rows import AdapterRows
 from lora_speech.decoder_step import DecoderParts
 from lora_speech.encoding import FlatEncoder
@@ -60,7 +61,8 @@ class DecoderState:
     Attributes
     ----------
     self_cache, cross_cache : list of (keys, values)
-        Per layer, [utterances, heads, positions, head size].
+        Per layer, [utterances, heads, positions, head size]; what `kv_pack` returns of
+        cross-attention's under INT8.
     rows : AdapterRows
         Adapter of each row that is still decoded.
     slots : Tensor or None
@@ -126,10 +128,15 @@ class WhisperDecoder:
         batch, frames, width = encoded.shape
         own, cross = [], []
         for keys, values, heads in self.cross:
-            shape = (batch, frames, heads, width // heads)
-            cross_keys = keys(encoded, None).view(shape).transpose(1, 2).contiguous()
-            cross_values = values(encoded, None).view(shape).transpose(1, 2).contiguous()
-            cross.append((cross_keys, cross_values))
+            cross_keys, cross_values = keys(encoded, None), values(encoded, None)
+            if self.parts:
+                cross.append(kv_pack(cross_keys, cross_values, heads))
+            else:
+                shape = (batch, frames, heads, width // heads)
+                cross_keys, cross_values = (
+                    t.view(shape).transpose(1, 2).contiguous() for t in (cross_keys, cross_values)
+                )
+                cross.append((cross_keys, cross_values))
             # Beside INT8 weights bf16 is precise enough, and half of what a step reads here.
             dtype = torch.bfloat16 if self.parts else encoded.dtype
             empty = encoded.new_empty(2, batch, heads, capacity, width // heads, dtype=dtype)

@@ -4,6 +4,7 @@
 #include "common.h"
 #include "lora_kernels/int8_lora_linear.h"
 #include "lora_kernels/kv_attention_step.h"
+#include "lora_kernels/kv_pack.h"
 
 namespace lora_kernels {
 
@@ -45,5 +46,16 @@ struct KvAttentionStepCall {
   std::vector<Tensor> keep;
 };
 KvAttentionStepCall kv_attention_step_call(const KvAttentionStepTensors& tensors);
+
+struct KvPackCall {
+  KvPackProblem problem;
+  KvPackArgs args;  // without outputs and workspace
+  std::vector<Tensor> keep;
+};
+KvPackCall kv_pack_call(const Tensor& k, const Tensor& v, int64_t heads);
+std::vector<int64_t> packed_key_sizes(const KvPackProblem& problem);
+std::vector<int64_t> packed_value_sizes(const KvPackProblem& problem);
+void set_outputs(KvPackCall* call, const Tensor& packed_k, const Tensor& packed_v, const Tensor& k_scales,
+                 const Tensor& v_scales);
 
 }  // namespace lora_kernels

@@ -2,9 +2,11 @@
 // runs them all. Recorded tensors are kept alive and read and written in place at every run.
 #include "lora_kernels/composite.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 
 #include "calls.h"
 #include "lora_kernels/implementations.h"
@@ -156,6 +158,23 @@ void record_kv_attention_step(int64_t handle, const Tensor& q, const OptionalTen
   record(handle, call, {q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, out});
 }
 
+void record_kv_pack(int64_t handle, const Tensor& k, const Tensor& v, int64_t heads, const Tensor& packed_k,
+                    const Tensor& packed_v, const Tensor& k_scales, const Tensor& v_scales) {
+  KvPackCall call = kv_pack_call(k, v, heads);
+  if (call.args.k != k.data_ptr()) expect_in_place("k", k);
+  if (call.args.v != v.data_ptr()) expect_in_place("v", v);
+  const auto elements = [](const std::vector<int64_t>& sizes) {
+    return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
+  };
+  const int64_t scales = call.problem.cache_rows * heads * call.problem.head_size;
+  expect_output("packed_k", packed_k, ScalarType::Char, elements(packed_key_sizes(call.problem)));
+  expect_output("packed_v", packed_v, ScalarType::Char, elements(packed_value_sizes(call.problem)));
+  expect_output("k_scales", k_scales, ScalarType::Float, scales);
+  expect_output("v_scales", v_scales, ScalarType::Float, scales);
+  set_outputs(&call, packed_k, packed_v, k_scales, v_scales);
+  record(handle, call, {k, v, packed_k, packed_v, k_scales, v_scales});
+}
+
 void run_composite(int64_t handle) {
   const std::shared_ptr<Recording> recording = find(handle);
   const DeviceInfo device = current_device();
@@ -183,6 +202,7 @@ std::string describe_composite(int64_t handle) {
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("composite_int8_lora_linear", TORCH_BOX(&lora_kernels::record_int8_lora_linear));
   m.impl("composite_int8_lora_topk", TORCH_BOX(&lora_kernels::record_int8_lora_topk));
+  m.impl("composite_kv_pack", TORCH_BOX(&lora_kernels::record_kv_pack));
   m.impl("composite_kv_attention_step", TORCH_BOX(&lora_kernels::record_kv_attention_step));
 }
 

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "common.h"
+#include "calls.h"
 #include "lora_kernels/kv_packing.h"
 
 namespace lora_kernels {
@@ -16,7 +16,24 @@ constexpr const char* kOp = "kv_pack";
 Tensor states_of(const Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1 ? t : torch::stable::contiguous(t); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kv_pack(const Tensor& k, const Tensor& v, int64_t heads) {
-  KvPackProblem p;
+  KvPackCall call = kv_pack_call(k, v, heads);
+  KvPackPlan chosen;
+  raise_if_failed(plan(call.problem, current_device(), &chosen));
+  const Tensor packed_k = new_tensor(k, packed_key_sizes(call.problem), ScalarType::Char);
+  const Tensor packed_v = new_tensor(k, packed_value_sizes(call.problem), ScalarType::Char);
+  const std::vector<int64_t> scales = {call.problem.cache_rows, heads, 1, call.problem.head_size};
+  const Tensor k_scales = new_tensor(k, scales, ScalarType::Float), v_scales = new_tensor(k, scales, ScalarType::Float);
+  set_outputs(&call, packed_k, packed_v, k_scales, v_scales);
+  call.args.workspace = workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, call.args, torch_executor()));
+  return std::make_tuple(packed_k, packed_v, k_scales, v_scales);
+}
+
+}  // namespace
+
+KvPackCall kv_pack_call(const Tensor& k, const Tensor& v, int64_t heads) {
+  KvPackCall call;
+  KvPackProblem& p = call.problem;
   p.dtype = dtype_of(kOp, "k", k);
   if (k.dim() != 3) refuse(kOp, "k", "expected [utterances, positions, heads * head size], got " + shape_of(k));
   bool same = v.dim() == 3 && dtype_of(kOp, "v", v) == p.dtype;
@@ -33,34 +50,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_pack(const Tensor& k, const Tensor
   p.positions = k.size(1);
   p.heads = heads;
   p.head_size = k.size(2) / heads;
-  KvPackPlan chosen;
-  raise_if_failed(plan(p, current_device(), &chosen));
-
   const Tensor k_states = states_of(k), v_states = states_of(v);
-  Tensor packed_k = new_tensor(
-      k, {p.cache_rows, heads, kv_key_blocks(p.positions), kv_key_steps(p.head_size), kKvBlockPositions, kKvStep},
-      ScalarType::Char);
-  Tensor packed_v = new_tensor(
-      k, {p.cache_rows, heads, kv_value_steps(p.positions), kv_value_channels(p.head_size), kKvStep}, ScalarType::Char);
-  Tensor k_scales = new_tensor(k, {p.cache_rows, heads, 1, p.head_size}, ScalarType::Float);
-  Tensor v_scales = new_tensor(k, {p.cache_rows, heads, 1, p.head_size}, ScalarType::Float);
-  KvPackArgs args;
-  args.k = k_states.data_ptr();
-  args.v = v_states.data_ptr();
-  args.k_stride = k_states.stride(1);
-  args.v_stride = v_states.stride(1);
-  args.k_row_stride = k_states.stride(0);
-  args.v_row_stride = v_states.stride(0);
-  args.packed_k = static_cast<int8_t*>(packed_k.data_ptr());
-  args.packed_v = static_cast<int8_t*>(packed_v.data_ptr());
-  args.k_scales = static_cast<float*>(k_scales.data_ptr());
-  args.v_scales = static_cast<float*>(v_scales.data_ptr());
-  args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, args, torch_executor()));
-  return std::make_tuple(packed_k, packed_v, k_scales, v_scales);
+  call.args.k = k_states.data_ptr();
+  call.args.v = v_states.data_ptr();
+  call.args.k_stride = k_states.stride(1);
+  call.args.v_stride = v_states.stride(1);
+  call.args.k_row_stride = k_states.stride(0);
+  call.args.v_row_stride = v_states.stride(0);
+  call.keep = {k_states, v_states};
+  return call;
 }
 
-}  // namespace
+std::vector<int64_t> packed_key_sizes(const KvPackProblem& p) {
+  return {p.cache_rows, p.heads, kv_key_blocks(p.positions), kv_key_steps(p.head_size), kKvBlockPositions, kKvStep};
+}
+
+std::vector<int64_t> packed_value_sizes(const KvPackProblem& p) {
+  return {p.cache_rows, p.heads, kv_value_steps(p.positions), kv_value_channels(p.head_size), kKvStep};
+}
+
+void set_outputs(KvPackCall* call, const Tensor& packed_k, const Tensor& packed_v, const Tensor& k_scales,
+                 const Tensor& v_scales) {
+  call->args.packed_k = static_cast<int8_t*>(packed_k.data_ptr());
+  call->args.packed_v = static_cast<int8_t*>(packed_v.data_ptr());
+  call->args.k_scales = static_cast<float*>(k_scales.data_ptr());
+  call->args.v_scales = static_cast<float*>(v_scales.data_ptr());
+}
+
 }  // namespace lora_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) { m.impl("kv_pack", TORCH_BOX(&lora_kernels::kv_pack)); }

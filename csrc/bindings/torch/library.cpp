@@ -62,6 +62,9 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor(a!) values, Tensor(b!) columns, "
       "Tensor(c!)? log_sum) -> ()");
   m.def(
+      "composite_kv_pack(int composite, Tensor k, Tensor v, int heads, Tensor(a!) packed_k, Tensor(b!) packed_v, "
+      "Tensor(c!) k_scales, Tensor(d!) v_scales) -> ()");
+  m.def(
       "composite_kv_attention_step(int composite, Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, "
       "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor lengths, Tensor? slots, float scale, "
       "Tensor(e!) out) -> ()");
