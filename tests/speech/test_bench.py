@@ -8,13 +8,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from test_cli import failure, run
 
 from lora_speech.bench import peers
 from lora_speech.bench.measure import Contestant, compare
 from lora_speech.bench.settings import BenchSettings
 from lora_speech.bench.suite import run_bench
-from lora_speech.bench.systems import Job, System
+from lora_speech.bench.systems import Job, Ours, System, TransformersPeft
 from lora_speech.bench.whole_model import bytes_per_token
 from lora_speech.bench.workload import Workload, build_model
 
@@ -88,6 +89,17 @@ def test_command_writes_figures_and_plots(
     assert "<script" not in page
     for chart in page.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + chart.partition("</svg>")[0] + "</svg>")
+
+
+def test_contestants_compute_the_same(tiny_whisper_folder: Path, tmp_path: Path) -> None:
+    work = Workload(str(tiny_whisper_folder), miniature(tiny_whisper_folder), tmp_path)
+    features = work.features(2)
+    ours, theirs = Ours(work).encode(features), TransformersPeft(work).encode(features)
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.05  # INT8
+    merged = work.merged.model.encoder(features).last_hidden_state
+    torch.testing.assert_close(merged, theirs)
+    base = build_model(str(tiny_whisper_folder)).model.encoder(features).last_hidden_state
+    assert float((base - theirs).norm() / theirs.norm()) > 0.1  # the adapter is in all of them
 
 
 @pytest.mark.slow
