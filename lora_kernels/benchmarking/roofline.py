@@ -49,8 +49,12 @@ def read_bandwidth(threads: int, nbytes: int = 256 * 2**20) -> float:
     what a decoding step reads gives the limit for reading it again and again, cache and all.
     """
     torch.set_num_threads(threads)
-    block = torch.ones(max(1, nbytes // 4))
-    return block.numel() * block.element_size() / _best(lambda: block.sum())
+    # A sum, or a matrix-vector product: which of the two reads faster differs between machines.
+    width = 1024
+    block = torch.ones(max(1, nbytes // (4 * width)), width)
+    vector = torch.ones(width)
+    seconds = min(_best(lambda: block.sum()), _best(lambda: block @ vector))
+    return block.numel() * block.element_size() / seconds
 
 
 @cache

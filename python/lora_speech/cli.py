@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from lora_speech.bench.settings import BenchSettings
 from lora_speech.cli_options import (
     Base,
     BatchSize,
@@ -312,7 +313,7 @@ def bench(
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="Time for one comparison; each contestant gets 3 turns at least.")
-    ] = 20.0,
+    ] = BenchSettings.seconds,
     only: Annotated[
         str | None,
         typer.Option(help="Some of decode, encoder, linear, train.", metavar="SECTION,..."),
@@ -327,7 +328,6 @@ def bench(
     """
     from lora_speech.bench.plots import plots_path, render_plots
     from lora_speech.bench.record import TerminalProgress
-    from lora_speech.bench.settings import BenchSettings
     from lora_speech.bench.suite import run_bench
     from lora_speech.bench.tables import print_tables
     from lora_speech.files import write_text

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from test_cli import failure, run
 
 from lora_speech.bench import peers
 from lora_speech.bench.measure import Contestant, compare
 from lora_speech.bench.settings import BenchSettings
 from lora_speech.bench.suite import run_bench
-from lora_speech.bench.systems import Job, System
+from lora_speech.bench.systems import Job, Ours, System, TransformersPeft
 from lora_speech.bench.whole_model import bytes_per_token
 from lora_speech.bench.workload import Workload, build_model
 
@@ -90,6 +92,17 @@ def test_command_writes_figures_and_plots(
         ElementTree.fromstring("<svg" + chart.partition("</svg>")[0] + "</svg>")
 
 
+def test_contestants_compute_the_same(tiny_whisper_folder: Path, tmp_path: Path) -> None:
+    work = Workload(str(tiny_whisper_folder), miniature(tiny_whisper_folder), tmp_path)
+    features = work.features(2)
+    ours, theirs = Ours(work).encode(features), TransformersPeft(work).encode(features)
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.05  # INT8
+    merged = work.merged.model.encoder(features).last_hidden_state
+    torch.testing.assert_close(merged, theirs)
+    base = build_model(str(tiny_whisper_folder)).model.encoder(features).last_hidden_state
+    assert float((base - theirs).norm() / theirs.norm()) > 0.1  # the adapter is in all of them
+
+
 @pytest.mark.slow
 def test_training_is_measured_in_processes_of_its_own(tiny_whisper_folder: Path) -> None:
     data = run_bench(miniature(tiny_whisper_folder, "train"))
@@ -114,21 +127,26 @@ def test_broken_and_missing_peers_are_left_out_with_the_reason(
     assert left_out[f"ctranslate2 int8 in encoder.{key}.1"] == "OSError: out of luck"
 
 
-def test_the_fastest_variant_stands_for_its_name() -> None:
-    waits = {"slow": 0.004, "fast": 0.003, "hopeless": 0.05}
+def test_the_fastest_variant_stands_for_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    takes = {"slow": 2.5, "fast": 2.0, "hopeless": 5.0}
 
-    def wait(name: str) -> Any:
-        import time
+    def taking(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            clock[0] += seconds
 
-        return lambda: time.sleep(waits[name])
+        return run
 
-    contestants = [Contestant("peer", wait(name), name) for name in waits]
-    result = compare(contestants, BenchSettings(seconds=0.0), lambda done, total: None)
+    contestants = [Contestant("peer", taking(takes[name]), name) for name in takes]
+    result = compare(contestants, BenchSettings(seconds=20.0), lambda done, total: None)
     timings = result.timings()["peer"]
     assert timings["variant"] == "fast"
+    assert timings["turns"] == 4  # rounds of 4.5 s, in 20 s
     assert timings["variants"].keys() == {"slow", "fast"}
-    assert timings["slower_ms"].keys() == {"hopeless"}
-    assert result.figures(lambda seconds: 1 / seconds).keys() == {"peer"}
+    assert timings["slower_ms"] == {"hopeless": 5000.0}
+    assert result.figures(lambda seconds: 1 / seconds) == {"peer": 0.5}
 
 
 def test_bytes_per_token_of_whisper_base() -> None:

@@ -121,6 +121,7 @@ def compare(
     progress: Counter,
     *,
     share: float = 1.0,
+    beside: Callable[[], Any] | None = None,
 ) -> Comparison:
     """Let contestants take turns in random order.
 
@@ -134,6 +135,8 @@ def compare(
         Told how many turns are done.
     share : float
         Of `settings.seconds`.
+    beside : callable, optional
+        Called once a round, untimed: what must be measured in the same moments.
     """
     result = Comparison()
     chosen = _warm_up(contestants, result)
@@ -144,10 +147,12 @@ def compare(
     turns.take()
     once = time.perf_counter() - begin
     total = int(max(settings.turns, min(MOST_TURNS, share * settings.seconds / once)))
-    for done in range(1, total):
+    for done in range(1, total + 1):
+        if beside is not None:
+            beside()
         progress(done, total)
-        turns.take()
-    progress(total, total)
+        if done < total:
+            turns.take()
     calls = {contestant.key: contestant.calls for contestant in chosen}
     result.samples = {k: [s / calls[k] for s in v] for k, v in turns.samples.items()}
     return result

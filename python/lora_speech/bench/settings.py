@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_speech.errors import SpeechError
-from lora_speech.models.loading import SHIPPED
+from lora_speech.models.base import SHIPPED
 
 RELEASED = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12)}
 """Width, layers and heads of Whisper's sizes (Radford et al., 2022, table 1)."""

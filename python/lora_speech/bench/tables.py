@@ -11,6 +11,9 @@ from rich.table import Table
 
 from lora_speech.bench.labels import NAMES, SECTIONS, Section, advantage, comparisons, rules
 
+THREADS = "thr."
+"""Short, because the widest table has to fit 80 columns."""
+
 
 def print_tables(data: dict[str, Any], console: Console | None = None) -> None:
     """Print what `suite.run_bench` returned."""
@@ -33,8 +36,8 @@ def _whole_models(data: dict[str, Any], section: Section) -> Table:
     table = _table(
         f"{section.title}, {section.unit}",
         ["model"],
-        ["threads", *(NAMES[name] for name in names), "ours / best peer"]
-        + ["of roofline"] * limited,
+        [THREADS, *(NAMES[name] for name in names), "speed vs\nbest peer"]
+        + ["of\nroofline"] * limited,
     )
     for model, threads, figures in found:
         timings = data["timings"][section.key][model][threads]
@@ -62,7 +65,7 @@ def _linears(data: dict[str, Any]) -> Table:
     columns = ("int8", "int8_lora", "torch_dynamic_int8", "torch_dynamic_int8_lora")
     titles = ["INT8", "INT8 + LoRA", "torch INT8", "torch INT8 + LoRA"]
     table = _table(
-        "One projection, µs", ["model", "layer"], ["threads", "rows", *titles, "LoRA / alone"]
+        "One projection, µs", ["model", "layer"], [THREADS, "rows", *titles, "LoRA / alone"]
     )
     for model, threads, layers in comparisons(data, "linear"):
         for layer, by_rows in layers.items():
@@ -74,9 +77,7 @@ def _linears(data: dict[str, Any]) -> Table:
 
 
 def _training(data: dict[str, Any]) -> Table:
-    table = _table(
-        "A training step", ["model", "contestant"], ["threads", "ms per step", "peak MiB"]
-    )
+    table = _table("A training step", ["model", "contestant"], [THREADS, "ms per step", "peak MiB"])
     for model, figures in data["train"].items():
         for name in (name for name in NAMES if name in figures):
             step = figures[name]
@@ -91,11 +92,13 @@ def _training(data: dict[str, Any]) -> Table:
 
 
 def _table(title: str, left: list[str], right: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for name in left:
         table.add_column(name)
     for name in right:  # two lines of header keep the columns narrow
-        table.add_column(name.replace(" ", "\n", 1), justify="right")
+        table.add_column(name if "\n" in name else name.replace(" ", "\n", 1), justify="right")
     return table
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+SHIPPED = "shipped"
+"""The name of the base model inside this package."""
+
 
 @dataclass(frozen=True)
 class FeatureRecipe:

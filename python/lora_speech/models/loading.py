@@ -18,10 +18,7 @@ import torch
 
 from lora_speech.errors import MissingExtraError, ModelError
 from lora_speech.models import family_of
-from lora_speech.models.base import ModelFamily
-
-SHIPPED = "shipped"
-"""The name of the base model inside this package."""
+from lora_speech.models.base import SHIPPED, ModelFamily
 
 
 @dataclass
