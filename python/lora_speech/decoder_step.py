@@ -12,19 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 
 from lora_speech.adapter_rows import AdapterRows
 from lora_speech.linear_parts import LinearParts, linear_parts
+from lora_speech.recorded_parts import Norm, norm_of, packed_once
 
-Norm = tuple[torch.Tensor, torch.Tensor, float]
 Head = Literal["choice", "logits"]
-
-_packed_vocabularies: WeakKeyDictionary[Any, tuple[torch.Tensor, int, torch.Tensor]] = (
-    WeakKeyDictionary()
-)
 
 
 @dataclass(frozen=True)
@@ -86,9 +81,9 @@ class DecoderParts:
             if any(part is None or not part.packed for part in parts.values()):
                 return None
             norms = (
-                _norm(layer.self_attn_layer_norm),
-                _norm(layer.encoder_attn_layer_norm),
-                _norm(layer.final_layer_norm),
+                norm_of(layer.self_attn_layer_norm),
+                norm_of(layer.encoder_attn_layer_norm),
+                norm_of(layer.final_layer_norm),
             )
             linears: dict[str, Any] = parts
             layers.append(LayerParts(norms, **linears, heads=own.num_heads, scaling=own.scaling))
@@ -98,8 +93,8 @@ class DecoderParts:
             decoder.embed_tokens.weight,
             decoder.embed_positions.weight,
             layers,
-            _norm(decoder.layer_norm),
-            _packed_vocabulary(whisper.proj_out),
+            norm_of(decoder.layer_norm),
+            packed_once(whisper.proj_out),
         )
 
 
@@ -154,15 +149,9 @@ class RecordedStep:
         def linear(
             x: torch.Tensor, part: LinearParts, out: torch.Tensor, **extra: Any
         ) -> torch.Tensor:
-            lora: dict[str, Any] = {}
-            if part.lora is not None and rows.ids is not None:
-                a, b, scales, offsets = part.lora
-                lora = dict(
-                    lora_a=a, lora_b=b, scales=scales, offsets=offsets, adapter_ids=rows.ids
-                )
             step.int8_lora_linear(
                 x, part.weight, part.out_features, part.bias, x_scale=part.x_scale, out=out,
-                **lora, **extra,
+                **part.lora_of(rows.ids), **extra,
             )  # fmt: skip
             return out
 
@@ -230,22 +219,3 @@ def suppressing_bias(suppressed: Sequence[int], words: int) -> torch.Tensor:
     bias = torch.zeros(words)
     bias[list(suppressed)] = -math.inf
     return bias
-
-
-def _norm(module: Any) -> Norm:
-    return module.weight, module.bias, module.eps
-
-
-def _packed_vocabulary(module: Any) -> torch.Tensor:
-    """INT8 of the vocabulary's projection, kept for as long as the module and its values live."""
-    from lora_kernels.nn.int8_rows import quantize_weight
-    from lora_kernels.ops import int8_pack
-
-    weight = module.weight
-    version = -1 if weight.is_inference() else weight._version
-    known = _packed_vocabularies.get(module)
-    if known is not None and known[0] is weight and known[1] == version:
-        return known[2]
-    packed = int8_pack(*quantize_weight(weight))
-    _packed_vocabularies[module] = (weight, version, packed)
-    return packed

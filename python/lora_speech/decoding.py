@@ -70,7 +70,7 @@ class DecoderState:
     """
 
     self_cache: list[tuple[torch.Tensor, torch.Tensor]]
-    cross_cache: list[tuple[torch.Tensor, torch.Tensor]]
+    cross_cache: list[tuple[torch.Tensor, ...]]
     rows: AdapterRows
     slots: torch.Tensor | None = None
     cross_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -126,7 +126,8 @@ class WhisperDecoder:
             Decoder positions to make room for, prompt included.
         """
         batch, frames, width = encoded.shape
-        own, cross = [], []
+        own: list[tuple[torch.Tensor, torch.Tensor]] = []
+        cross: list[tuple[torch.Tensor, ...]] = []
         for keys, values, heads in self.cross:
             cross_keys, cross_values = keys(encoded, None), values(encoded, None)
             if self.parts:

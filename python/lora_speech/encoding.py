@@ -1,7 +1,8 @@
 """Whisper's encoder as a flat loop over fused projections, one utterance at a time on the CPU.
 
 Bias, GELU, residual and LoRA ride in the epilogue of the projection they belong to; the rest is
-torch's: convolutions, layer norms, scaled dot-product attention.
+torch's: convolutions, layer norms, scaled dot-product attention. Under INT8 all of it is recorded
+and run in one call (`recorded_encoder`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from lora_speech.adapter_rows import AdapterRows
 from lora_speech.projections import joint_projection, projection
+from lora_speech.recorded_encoder import EncoderParts, RecordedEncoder
 
 
 class FlatEncoder:
@@ -33,6 +35,10 @@ class FlatEncoder:
         self.layers = [self._flatten(layer) for layer in encoder.layers]
         norm = encoder.layer_norm
         self.norm = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        on_cpu = next(encoder.parameters()).device.type == "cpu"
+        self.parts = EncoderParts.of(encoder) if on_cpu else None
+        self.recorded: RecordedEncoder | None = None
+        self.recorded_ids: torch.Tensor | None = None
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Encode [batch, mel bands, frames] to [batch, positions, width].
@@ -56,6 +62,8 @@ class FlatEncoder:
         return torch.cat(encoded)
 
     def _encode(self, features: torch.Tensor) -> torch.Tensor:
+        if self.parts is not None:
+            return self._run_recorded(self.parts, features)
         encoder = self.encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(features))))
         x = x.transpose(1, 2) + encoder.embed_positions.weight
@@ -65,6 +73,15 @@ class FlatEncoder:
             x = out(y.transpose(1, 2).reshape(x.shape), x)
             x = fc2(fc1(torch.layer_norm(x, *n2), None), x)
         return torch.layer_norm(x, *self.norm)
+
+    def _run_recorded(self, parts: EncoderParts, features: torch.Tensor) -> torch.Tensor:
+        ids = self.own.ids
+        if self.recorded is None:
+            self.recorded_ids = None if ids is None else ids.clone()
+            self.recorded = RecordedEncoder(parts, self.recorded_ids)
+        if self.recorded_ids is not None and ids is not None:
+            self.recorded_ids.copy_(ids)
+        return self.recorded.run(features)
 
     def _flatten(self, layer: Any) -> tuple[Any, ...]:
         attention = layer.self_attn

@@ -49,6 +49,20 @@ class LinearParts:
     routed: bool = False
     x_scale: torch.Tensor | None = None
 
+    def lora_of(self, ids: torch.Tensor | None) -> dict[str, Any]:
+        """LoRA arguments of an operator for rows of these adapters; None: the base only."""
+        if self.lora is None or (self.routed and ids is None):
+            return {}
+        a, b, scales, offsets = self.lora
+        adapter_ids = ids if self.routed else None
+        return {
+            "lora_a": a,
+            "lora_b": b,
+            "scales": scales,
+            "offsets": offsets,
+            "adapter_ids": adapter_ids,
+        }
+
 
 def linear_parts(module: Any) -> LinearParts | None:
     """Take a linear apart; None where only calling the module is right."""

@@ -89,7 +89,7 @@ RowView rows_of(const char* op, const char* argument, const Tensor& t) {
   view.columns = t.size(dims - 1);
   view.rows = 1;
   for (int64_t i = 0; i + 1 < dims; ++i) view.rows *= t.size(i);
-  if (dims == 2 && (t.stride(1) == 1 || view.columns == 1) && t.stride(0) >= view.columns &&
+  if (dims == 2 && (t.stride(1) == 1 || view.columns == 1) && t.stride(0) >= 1 &&
       (size_of(dtype_of(op, argument, t)) != 2 || t.stride(0) % 2 == 0)) {
     view.stride = t.stride(0);
   } else {

@@ -1,0 +1,51 @@
+"""What recorded encoders and decoders take from modules besides their linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+Norm = tuple[torch.Tensor, torch.Tensor, float]
+"""Weight, bias and epsilon of a layer norm."""
+
+_packed: WeakKeyDictionary[Any, tuple[torch.Tensor, int, torch.Tensor]] = WeakKeyDictionary()
+
+
+def norm_of(module: Any) -> Norm:
+    """Take a layer norm apart."""
+    return module.weight, module.bias, module.eps
+
+
+def packed_once(
+    module: Any, rows: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight
+) -> torch.Tensor:
+    """INT8 of a floating-point module's weight, packed for `int8_lora_linear`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Its `weight` stays as it is. The packed one is kept for as long as the module and the
+        values of its weight live.
+    rows : callable
+        Makes the weight a matrix [out features, in features].
+
+    Returns
+    -------
+    Tensor
+        uint8.
+    """
+    from lora_kernels.nn.int8_rows import quantize_weight
+    from lora_kernels.ops import int8_pack
+
+    weight = module.weight
+    # The tensor itself, and how often it was written in place: an address could be another's.
+    version = -1 if weight.is_inference() else weight._version
+    known = _packed.get(module)
+    if known is not None and known[0] is weight and known[1] == version:
+        return known[2]
+    packed = int8_pack(*quantize_weight(rows(weight)))
+    _packed[module] = (weight, version, packed)
+    return packed
