@@ -60,24 +60,17 @@ Status run(const CompositePlan& plan, const CompositeArgs& args, const Executor&
     if (args.stages[i].index() != plan.stages[i].index())
       return Status::invalid("composite: args: stage " + std::to_string(i) +
                              " is of another operator than its plan; keep both in one order");
-  if (plan.threads <= 1 || !executor.team) return run_stages(plan, args, executor);
-  struct Shared {
-    const CompositePlan& plan;
-    const CompositeArgs& args;
-    Barrier barrier;
-    Status status;
-  } shared{plan, args, {}, {}};
-  executor.team(
-      executor.pool, plan.threads,
-      [](void* context, int64_t index, int64_t members) {
-        Shared& all = *static_cast<Shared*>(context);
-        TeamMember member(&all.barrier, index, members);
-        // Every member comes to the same status: it depends on what they all read.
-        const Status status = run_stages(all.plan, all.args, member.executor());
-        if (index == 0) all.status = status;
-      },
-      &shared);
-  return shared.status;
+  if (plan.threads <= 1) return run_stages(plan, args, executor);
+  TeamBoard board;
+  Status status;
+  for_each_task(executor, plan.threads, [&](int64_t index) {
+    TeamMember member(&board, index, plan.threads);
+    // Every member comes to the same status: it depends on what they all read.
+    Status own = run_stages(plan, args, member.executor());
+    if (index == 0) status = std::move(own);
+    member.leave();
+  });
+  return status;
 }
 
 std::string to_string(const CompositeProblem& problem) {

@@ -151,7 +151,6 @@ inline void run_step(const KvAttentionStepPlan& plan, const KvAttentionStepArgs&
     sort_rows(s, m);
     *m.block_count = make_blocks(s, m);
   });
-  const int64_t blocks = *m.block_count;
 
   // Every row is written before any row attends: rows may read each other's cache rows.
   if (p.append) {
@@ -165,10 +164,13 @@ inline void run_step(const KvAttentionStepPlan& plan, const KvAttentionStepArgs&
 
   // Units (block, head) in the order of memory, cut into ranges of equal cost. Blocks that read the same memory take
   // turns at each head: what one of them has read, the next finds in the second cache.
-  const int64_t total = m.before[blocks] * p.heads;
-  int64_t tasks = total / kTaskBytes + 1;
-  if (tasks > plan.tasks) tasks = plan.tasks;
-  for_each_task(executor, tasks, [&](int64_t task) {
+  const auto worthwhile = [&] {  // tasks, by the bytes of the past as it is now
+    const int64_t tasks = m.before[*m.block_count] * p.heads / kTaskBytes + 1;
+    return tasks < plan.tasks ? tasks : int64_t{plan.tasks};
+  };
+  for_each_task(executor, executor.shared ? plan.tasks : worthwhile(), [&](int64_t task) {
+    const int64_t blocks = *m.block_count, total = m.before[blocks] * p.heads, tasks = worthwhile();
+    if (task >= tasks) return;
     // total fits 2^53 by far, but not total * tasks
     const int64_t begin = total / tasks * task, end = task + 1 == tasks ? total : total / tasks * (task + 1);
     float* scratch = m.tasks + task * m.task_floats;

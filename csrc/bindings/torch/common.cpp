@@ -1,11 +1,9 @@
 #include "common.h"
 
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
-#include <thread>
 
 namespace lora_kernels {
 
@@ -223,17 +221,6 @@ Executor torch_executor() {
   executor.parallel_for = [](void*, int64_t tasks, Executor::Task task, void* context) {
     torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) task(context, i);
-    });
-  };
-  // Tasks 0 ... most - 1, one per thread where the pool has enough; in a parallel region of torch's, or on a pool that
-  // gives fewer threads, some get several. When all tasks have begun, as many threads as took any are here at once.
-  executor.team = [](void*, int64_t most, Executor::Member member, void* context) {
-    std::atomic<int64_t> members{0}, begun{0};
-    torch::stable::parallel_for(0, most, 1, [&](int64_t begin, int64_t end) {
-      const int64_t index = members.fetch_add(1);
-      begun.fetch_add(end - begin);
-      while (begun.load() < most) std::this_thread::yield();
-      member(context, index, members.load());
     });
   };
   return executor;

@@ -14,13 +14,10 @@ struct Executor {
   void* pool = nullptr;
   void* stream = nullptr;  // cudaStream_t, for CUDA implementations
 
-  // Optional. Runs member(context, i, n) for every i in [0, n) at the same time, on n threads that may wait for each
-  // other; the pool chooses n, at most `most`.
-  using Member = void (*)(void* context, int64_t index, int64_t members);
-  void (*team)(void* pool, int64_t most, Member member, void* context) = nullptr;
-
   // A composite lets every member of a team make the same calls; tasks are shared out among them. What a call does
-  // outside of its tasks every member does, so there it only reads shared memory.
+  // outside of its tasks every member does, perhaps late, when others are at later calls: there it may read its Plan
+  // and Args and what they point to, and neither write anything shared nor read the workspace. All members must come to
+  // the same numbers of tasks.
   bool shared = false;
   bool leads = true;  // false in all members but one
 };
