@@ -10,7 +10,7 @@ import torch
 from lora_speech.decoder_step import Head, RecordedStep, suppressing_bias
 
 if TYPE_CHECKING:
-    from lora_speech.decoding import DecoderState, WhisperDecoder
+    from lora_speech.whisper_decoder import DecoderState, WhisperDecoder
 
 
 class Steps(Protocol):

@@ -11,9 +11,10 @@ import torch
 import lora_kernels as lk
 from lora_speech.bench.measure import OURS, Contestant
 from lora_speech.bench.workload import Workload
-from lora_speech.decoding import greedy_decode, whisper_of
+from lora_speech.decoding import greedy_decode
 from lora_speech.encoding import FlatEncoder
 from lora_speech.projections import AdapterRows
+from lora_speech.whisper_decoder import whisper_of
 
 ADAPTER = "adapter"
 
