@@ -157,6 +157,7 @@ def _step_to_end(
             active = [active[index] for index in keep.tolist()]
             best = best[keep]
             state.slots = torch.tensor(active, dtype=torch.int32, device=device)
+            state.cross_slots = state.slots
             state.rows.keep(keep)
             state.cross_lengths = state.cross_lengths[: len(active)]
             steps.keep()

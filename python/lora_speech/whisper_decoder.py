@@ -33,17 +33,22 @@ class DecoderState:
     ----------
     self_cache, cross_cache : list of (keys, values)
         Per layer, [utterances, heads, positions, head size]; what `kv_pack` returns of
-        cross-attention's under INT8.
+        cross-attention's under INT8. Of the self-attention's cache a beam search has as many rows
+        per utterance as beams.
     rows : AdapterRows
         Adapter of each row that is still decoded.
     slots : Tensor or None
-        int32 [rows], cache row of each row still decoded; None while all are.
+        int32 [rows], cache row of each row still decoded, or [rows, positions], of each of its
+        positions; None while all rows are decoded.
+    cross_slots : Tensor or None
+        int32 [rows], utterance of each row; None while each has one row and all are decoded.
     """
 
     self_cache: list[tuple[torch.Tensor, torch.Tensor]]
     cross_cache: list[tuple[torch.Tensor, ...]]
     rows: AdapterRows
     slots: torch.Tensor | None = None
+    cross_slots: torch.Tensor | None = None
     cross_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -86,7 +91,7 @@ class WhisperDecoder:
         self.vocabulary = projection(whisper.proj_out, rows, extra_bias=suppress)
         self.all_tokens = projection(whisper.proj_out, rows)
 
-    def start(self, encoded: torch.Tensor, capacity: int) -> DecoderState:
+    def start(self, encoded: torch.Tensor, capacity: int, beams: int = 1) -> DecoderState:
         """Allocate the cache and compute cross-attention's keys and values.
 
         Parameters
@@ -95,6 +100,8 @@ class WhisperDecoder:
             [batch, frames, width], the encoder's output.
         capacity : int
             Decoder positions to make room for, prompt included.
+        beams : int
+            Hypotheses per utterance to make room for.
         """
         batch, frames, width = encoded.shape
         own: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -111,10 +118,14 @@ class WhisperDecoder:
                 cross.append((cross_keys, cross_values))
             # Beside INT8 weights bf16 is precise enough, and half of what a step reads here.
             dtype = torch.bfloat16 if self.parts else encoded.dtype
-            empty = encoded.new_empty(2, batch, heads, capacity, width // heads, dtype=dtype)
+            size = (2, batch * beams, heads, capacity, width // heads)
+            empty = encoded.new_empty(size, dtype=dtype)
             own.append((empty[0], empty[1]))
         lengths = torch.full((batch,), frames, dtype=torch.int32, device=encoded.device)
-        return DecoderState(own, cross, self.rows, None, lengths)
+        slots = None
+        if beams > 1:
+            slots = torch.arange(0, batch * beams, beams, dtype=torch.int32, device=encoded.device)
+        return DecoderState(own, cross, self.rows, slots, cross_lengths=lengths)
 
     def hidden(self, tokens: torch.Tensor, lengths: torch.Tensor, begin: int, state: DecoderState):
         """Run the layers over new tokens.
@@ -140,7 +151,7 @@ class WhisperDecoder:
         count = tokens.shape[1]
         x = F.embedding(tokens, self.embedding) + self.positions[begin : begin + count]
         shape = x.shape
-        slots, cross_lengths = state.slots, state.cross_lengths
+        slots, cross_slots, cross_lengths = state.slots, state.cross_slots, state.cross_lengths
         for layer, (keys, values), (cross_keys, cross_values) in zip(
             self.layers, state.self_cache, state.cross_cache, strict=True
         ):
@@ -158,7 +169,7 @@ class WhisperDecoder:
                 None,
                 None,
                 cross_lengths,
-                slots,
+                cross_slots,
                 scale,
                 None,
             )
@@ -175,7 +186,7 @@ def whisper_of(model: Any) -> Any:
     ):
         raise ModelError(
             "model: expected a WhisperForConditionalGeneration, or a PEFT model of one, got "
-            f"{type(inner).__name__}; greedy_decode steps Whisper's decoder only"
+            f"{type(inner).__name__}; only Whisper's decoder is stepped here"
         )
     return inner
 
