@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,11 +38,38 @@ class Hypotheses:
         Language code per row, detected or given; None for an English-only model.
     steps : int
         Decoder steps that were run after the prompt.
+    scores : list of float or None
+        Of a beam search: log-probability per row, divided by its length to the power of the
+        length penalty (see `beam_search.Hypothesis`).
     """
 
     tokens: list[list[int]]
     languages: list[str | None]
     steps: int
+    scores: list[float] | None = None
+
+
+class Start(NamedTuple):
+    """What a search over one batch starts from.
+
+    Attributes
+    ----------
+    decoder : WhisperDecoder
+    steps : Steps
+        One row per utterance; nothing is in the cache yet.
+    prompts : Tensor
+        int64 [batch, prompt length].
+    languages : list of str or None
+        Code per row, given or detected.
+    limit : int
+        New tokens at most.
+    """
+
+    decoder: WhisperDecoder
+    steps: Steps
+    prompts: torch.Tensor
+    languages: list[str | None]
+    limit: int
 
 
 @torch.inference_mode()
@@ -90,6 +117,30 @@ def greedy_decode(
     ModelError
         The batch, language, task or lengths do not fit the model.
     """
+    start = begin_decoding(
+        model, features, encoded, adapters, language, task, timestamps, max_new_tokens
+    )
+    emitted, count = _step_to_end(
+        start.decoder, start.steps, start.prompts, start.limit, min_new_tokens, timestamps
+    )
+    return Hypotheses(emitted, start.languages, count)
+
+
+def begin_decoding(
+    model: Any,
+    features: torch.Tensor | None,
+    encoded: torch.Tensor | None,
+    adapters: Any,
+    language: str | Sequence[str | None] | None,
+    task: str,
+    timestamps: bool,
+    max_new_tokens: int | None,
+    beams: int = 1,
+) -> Start:
+    """Encode a batch and settle all that a search starts from.
+
+    Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for.
+    """
     given = _one_of(features, encoded)
     batch, device = given.shape[0], given.device
     rows = AdapterRows.of(model, adapters, batch)
@@ -102,7 +153,7 @@ def greedy_decode(
         prompt_tokens(tokens, default_language(tokens), task=task, timestamps=timestamps)
     )
     limit = token_limit(tokens, prompt_length, max_new_tokens)
-    state = decoder.start(encoded, prompt_length + limit)
+    state = decoder.start(encoded, prompt_length + limit, beams)
     steps: Steps = RecordedSteps(decoder, state) if decoder.parts else FlatSteps(decoder, state)
     if detect:
         languages = _detect_languages(decoder, steps, languages, batch, device)
@@ -110,8 +161,7 @@ def greedy_decode(
         [prompt_tokens(tokens, code, task=task, timestamps=timestamps) for code in languages],
         device=device,
     )
-    emitted, count = _step_to_end(decoder, steps, prompts, limit, min_new_tokens, timestamps)
-    return Hypotheses(emitted, languages, count)
+    return Start(decoder, steps, prompts, languages, limit)
 
 
 def _step_to_end(
