@@ -26,6 +26,7 @@ _HOME = {
     "TrainingResult": "training_config",
     "TranscriptionInfo": "transcription",
     "Utterance": "manifest",
+    "beam_decode": "beam_decoding",
     "evaluate": "evaluation",
     "finetune": "training",
     "greedy_decode": "decoding",
@@ -56,6 +57,7 @@ __all__ = [
     "TrainingResult",
     "TranscriptionInfo",
     "Utterance",
+    "beam_decode",
     "evaluate",
     "finetune",
     "greedy_decode",
@@ -74,6 +76,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lora_speech.audio import load_audio
+    from lora_speech.beam_decoding import beam_decode
     from lora_speech.decoding import greedy_decode
     from lora_speech.demo import run_demo
     from lora_speech.errors import (

@@ -88,6 +88,13 @@ class AdapterRows:
             ids = ids[row : row + 1]
         return names, ids
 
+    def repeat(self, times: int) -> None:
+        """Go on with every row `times` times, its copies side by side."""
+        if self.names is not None and len(self.names) > 1:
+            self.names = [name for name in self.names for _ in range(times)]
+        if self.ids is not None and self.ids.numel() > 1:
+            self.ids = self.ids.repeat_interleave(times)
+
     def keep(self, index: torch.Tensor) -> None:
         """Go on with some of the rows only."""
         if self.names is not None and len(self.names) > 1:

@@ -18,6 +18,7 @@ from lora_speech.bench.settings import BenchSettings
 from lora_speech.cli_options import (
     Base,
     BatchSize,
+    BeamSize,
     Format,
     Int8,
     Language,
@@ -157,6 +158,7 @@ def evaluate(
         ),
     ] = Normalizer.auto,
     language: Language = None,
+    beam_size: BeamSize = 1,
     batch_size: BatchSize = 8,
 ) -> None:
     """Measure word and character error rates.
@@ -180,6 +182,7 @@ def evaluate(
             adapter=only,
             language=language,
             normalization=normalizer.value,
+            beam_size=beam_size,
             batch_size=batch_size,
             progress=counter(bars, "evaluate", len(listed)),
         )
@@ -225,6 +228,7 @@ def transcribe(
     timestamps: Annotated[
         bool, typer.Option("--timestamps", help="Let the model write times within a window.")
     ] = False,
+    beam_size: BeamSize = 1,
     batch_size: BatchSize = 8,
 ) -> None:
     """Turn recordings into text or subtitles.
@@ -254,6 +258,7 @@ def transcribe(
         language=language,
         task=task,
         timestamps=timestamps,
+        beam_size=beam_size,
         batch_size=batch_size,
     )
     texts = [render(segments, info, format.value) for segments, info in results]

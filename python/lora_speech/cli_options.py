@@ -23,6 +23,9 @@ Language = Annotated[
     typer.Option(help="Language of the speech, e.g. en or es.", metavar="CODE"),
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")]
+BeamSize = Annotated[
+    int, typer.Option(help="Hypotheses kept while decoding; 1 is greedy and fastest.", min=1)
+]
 BatchSize = Annotated[int, typer.Option(help="Recordings decoded at once.", min=1, max=1024)]
 
 

@@ -2,7 +2,7 @@
 
 Everything of a step but the lookup of the embedding is operators of `lora_kernels`: LayerNorm and
 the quantization that follows are prologues of the projections, GELU and residuals their
-epilogues, the greedy choice the epilogue of the vocabulary's. What is left around them is one
+epilogues, the choice of tokens the epilogue of the vocabulary's. What is left around them is one
 call, where a flat loop over the same operators makes about ten per layer.
 """
 
@@ -19,7 +19,7 @@ from lora_speech.adapter_rows import AdapterRows
 from lora_speech.linear_parts import LinearParts, linear_parts
 from lora_speech.recorded_parts import Norm, norm_of, packed_once
 
-Head = Literal["choice", "logits"]
+Head = Literal["choice", "candidates", "logits"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class DecoderParts:
         Weight, bias and epsilon of the last layer norm.
     vocabulary : Tensor
         The vocabulary's projection, packed INT8.
+    words : Tensor
+        The same as it was, [vocabulary, width].
     """
 
     embedding: torch.Tensor
@@ -59,6 +61,7 @@ class DecoderParts:
     layers: list[LayerParts]
     norm: Norm
     vocabulary: torch.Tensor
+    words: torch.Tensor
 
     @classmethod
     def of(cls, whisper: Any) -> DecoderParts | None:
@@ -95,7 +98,15 @@ class DecoderParts:
             layers,
             norm_of(decoder.layer_norm),
             packed_once(whisper.proj_out),
+            whisper.proj_out.weight,
         )
+
+    def packed_words(self, ids: Sequence[int]) -> tuple[torch.Tensor, int]:
+        """Pack some rows of the vocabulary's projection alone; return them and how many."""
+        from lora_kernels.nn.int8_rows import quantize_weight
+        from lora_kernels.ops import int8_pack
+
+        return int8_pack(*quantize_weight(self.words[sorted(set(ids))])), len(set(ids))
 
 
 class RecordedStep:
@@ -111,15 +122,30 @@ class RecordedStep:
     rows : AdapterRows
         Adapters of the rows as they are now.
     slots : Tensor or None
-        int32 [rows], cache row of each row.
+        int32 [rows], cache row of each row, or [rows, positions], of each of its positions.
+    cross_slots : Tensor or None
+        int32 [rows], utterance of each row.
     cross_lengths : Tensor
         int32 [rows], frames of each row's utterance.
     count : int
         New tokens per row.
-    head : {"choice", "logits"}
+    head : {"choice", "candidates", "logits"}
         What :meth:`run` returns of each row's last token.
     bias : Tensor or None
         fp32 [vocabulary], added to the logits; read anew at every run.
+    candidates : int
+        How many the head "candidates" finds.
+    left_out : (Tensor, int) or None
+        The rows of the vocabulary that `bias` takes out, packed INT8, and how many: the head
+        "candidates" counts their share of the probabilities all the same.
+
+    Attributes
+    ----------
+    values : Tensor
+        Of the head "candidates": fp32 [rows, candidates], their logits.
+    log_sums : tuple of Tensor
+        Of the head "candidates": fp32 [rows, 1], the logarithm of the sum of the exponentials of
+        what `bias` left in, and of what it took out.
     """
 
     def __init__(
@@ -129,10 +155,13 @@ class RecordedStep:
         cross_cache: Sequence[tuple[torch.Tensor, ...]],
         rows: AdapterRows,
         slots: torch.Tensor | None,
+        cross_slots: torch.Tensor | None,
         cross_lengths: torch.Tensor,
         count: int,
         head: Head,
         bias: torch.Tensor | None,
+        candidates: int = 1,
+        left_out: tuple[torch.Tensor, int] | None = None,
     ) -> None:
         from lora_kernels.ops import Composite
 
@@ -171,7 +200,7 @@ class RecordedStep:
             keys, values, k_scales, v_scales = cross
             step.kv_attention_step(
                 normal.view(shape), None, None, keys, values, cross_lengths, k_scales=k_scales,
-                v_scales=v_scales, slots=slots, scale=layer.scaling, out=out,
+                v_scales=v_scales, slots=cross_slots, scale=layer.scaling, out=out,
             )  # fmt: skip
             linear(attended, layer.cross_out, x, residual=x)
             hidden = x.new_empty(batch, count, layer.fc1.out_features)
@@ -181,15 +210,23 @@ class RecordedStep:
         words = parts.embedding.shape[0]
         last = self.x[count - 1 :: count]
         vocabulary = (last, parts.vocabulary, words, bias)
-        if head == "choice":
-            values, self.result = (
-                x.new_empty(batch, 1, dtype=torch.float32),
-                torch.empty(batch, 1, dtype=torch.int64),
-            )
-            step.int8_lora_topk(*vocabulary, norm=parts.norm, values=values, columns=self.result)
-        else:
+        if head == "logits":
             self.result = x.new_empty(batch, words)
             step.int8_lora_linear(*vocabulary, norm=parts.norm, out=self.result)
+            return
+        self.values = torch.empty(batch, candidates)
+        self.result = torch.empty(batch, candidates, dtype=torch.int64)
+        self.log_sums = torch.empty(batch, 1), torch.full((batch, 1), -math.inf)
+        step.int8_lora_topk(
+            *vocabulary, norm=parts.norm, values=self.values, columns=self.result,
+            log_sum=self.log_sums[0] if head == "candidates" else None,
+        )  # fmt: skip
+        if head == "candidates" and left_out is not None:
+            largest = torch.empty(batch, 1), torch.empty(batch, 1, dtype=torch.int64)
+            step.int8_lora_topk(
+                last, *left_out, norm=parts.norm, values=largest[0], columns=largest[1],
+                log_sum=self.log_sums[1],
+            )  # fmt: skip
 
     def run(self, tokens: torch.Tensor, begin: int) -> torch.Tensor:
         """Run the step.
@@ -204,8 +241,8 @@ class RecordedStep:
         Returns
         -------
         Tensor
-            The step's own, overwritten by the next run: int64 [rows, 1], the likeliest next
-            token, or the logits [rows, vocabulary].
+            The step's own, overwritten by the next run: the likeliest next tokens, int64 [rows, 1]
+            or [rows, candidates], or the logits [rows, vocabulary].
         """
         torch.index_select(self.parts.embedding, 0, tokens.view(-1), out=self.x)
         self._x3 += self.parts.positions[begin : begin + self.count]

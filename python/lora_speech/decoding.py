@@ -1,38 +1,29 @@
-"""A lean greedy decode of Whisper over a preallocated key/value cache.
+"""Greedy decoding of Whisper, and what every search over its decoder starts from.
 
-`transformers`' `generate()` rebuilds masks, caches and module calls for every token. Here one step
-is a flat loop over precomputed closures and tensors, about ten operator calls per decoder layer:
-bias, GELU, residual and LoRA ride in the epilogue of the projection they belong to, the cache is
-written in place, and cross-attention keys and values are computed once per utterance. Under INT8
-all of a step is recorded and run in one call (`decoder_step`). The tokens are those of
-`generate(do_sample=False, num_beams=1)`, but for ties that the INT8 vocabulary breaks otherwise.
+The tokens are those of `transformers`' `generate(do_sample=False, num_beams=1)`, but for ties that
+the INT8 vocabulary breaks otherwise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from lora_kernels.ops import kv_pack
 from lora_speech.adapter_rows import AdapterRows
-from lora_speech.decoder_step import DecoderParts
-from lora_speech.encoding import FlatEncoder
 from lora_speech.errors import ModelError
-from lora_speech.projections import joint_projection, projection
 from lora_speech.prompts import (
     TimestampRules,
     default_language,
     language_codes,
     prompt_tokens,
-    special_tokens,
     token_limit,
 )
 from lora_speech.stepping import FlatSteps, RecordedSteps, Steps
+from lora_speech.whisper_decoder import WhisperDecoder
 
 
 @dataclass(frozen=True)
@@ -47,153 +38,38 @@ class Hypotheses:
         Language code per row, detected or given; None for an English-only model.
     steps : int
         Decoder steps that were run after the prompt.
+    scores : list of float or None
+        Of a beam search: log-probability per row, divided by its length to the power of the
+        length penalty (see `beam_search.Hypothesis`).
     """
 
     tokens: list[list[int]]
     languages: list[str | None]
     steps: int
+    scores: list[float] | None = None
 
 
-@dataclass
-class DecoderState:
-    """Cache and routing of one batch while it is decoded.
+class Start(NamedTuple):
+    """What a search over one batch starts from.
 
     Attributes
     ----------
-    self_cache, cross_cache : list of (keys, values)
-        Per layer, [utterances, heads, positions, head size]; what `kv_pack` returns of
-        cross-attention's under INT8.
-    rows : AdapterRows
-        Adapter of each row that is still decoded.
-    slots : Tensor or None
-        int32 [rows], cache row of each row still decoded; None while all are.
+    decoder : WhisperDecoder
+    steps : Steps
+        One row per utterance; nothing is in the cache yet.
+    prompts : Tensor
+        int64 [batch, prompt length].
+    languages : list of str or None
+        Code per row, given or detected.
+    limit : int
+        New tokens at most.
     """
 
-    self_cache: list[tuple[torch.Tensor, torch.Tensor]]
-    cross_cache: list[tuple[torch.Tensor, ...]]
-    rows: AdapterRows
-    slots: torch.Tensor | None = None
-    cross_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-class WhisperDecoder:
-    """The decoder of one Whisper, flattened for stepping.
-
-    Parameters
-    ----------
-    model : WhisperForConditionalGeneration
-        Plain, or after `lora_kernels.swap`, `lora_kernels.quantize` or `peft.get_peft_model`.
-    rows : AdapterRows
-        Which adapter each row uses; read at every call.
-    """
-
-    def __init__(self, model: Any, rows: AdapterRows) -> None:
-        whisper = whisper_of(model)
-        decoder = whisper.model.decoder
-        self.encode = FlatEncoder(whisper.model.encoder, rows)
-        self.rows = rows
-        self.tokens = special_tokens(whisper)
-        # INT8 throughout: steps are recorded and run in one call each.
-        self.parts = DecoderParts.of(whisper) if whisper.device.type == "cpu" else None
-        self.embedding = decoder.embed_tokens.weight
-        self.positions = decoder.embed_positions.weight
-        self.layers = [_flatten_layer(layer, rows) for layer in decoder.layers]
-        self.cross = [
-            (
-                projection(layer.encoder_attn.k_proj, rows),
-                projection(layer.encoder_attn.v_proj, rows),
-                layer.encoder_attn.num_heads,
-            )
-            for layer in decoder.layers
-        ]
-        norm = decoder.layer_norm
-        self.norm = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        # Suppressed tokens get a bias of minus infinity inside the product: no extra call.
-        bias = torch.zeros(whisper.config.vocab_size, device=self.embedding.device)
-        bias[list(self.tokens.suppressed)] = -math.inf
-        suppress = bias.to(self.embedding.dtype) if self.tokens.suppressed else None
-        self.vocabulary = projection(whisper.proj_out, rows, extra_bias=suppress)
-        self.all_tokens = projection(whisper.proj_out, rows)
-
-    def start(self, encoded: torch.Tensor, capacity: int) -> DecoderState:
-        """Allocate the cache and compute cross-attention's keys and values.
-
-        Parameters
-        ----------
-        encoded : Tensor
-            [batch, frames, width], the encoder's output.
-        capacity : int
-            Decoder positions to make room for, prompt included.
-        """
-        batch, frames, width = encoded.shape
-        own: list[tuple[torch.Tensor, torch.Tensor]] = []
-        cross: list[tuple[torch.Tensor, ...]] = []
-        for keys, values, heads in self.cross:
-            cross_keys, cross_values = keys(encoded, None), values(encoded, None)
-            if self.parts:
-                cross.append(kv_pack(cross_keys, cross_values, heads))
-            else:
-                shape = (batch, frames, heads, width // heads)
-                cross_keys, cross_values = (
-                    t.view(shape).transpose(1, 2).contiguous() for t in (cross_keys, cross_values)
-                )
-                cross.append((cross_keys, cross_values))
-            # Beside INT8 weights bf16 is precise enough, and half of what a step reads here.
-            dtype = torch.bfloat16 if self.parts else encoded.dtype
-            empty = encoded.new_empty(2, batch, heads, capacity, width // heads, dtype=dtype)
-            own.append((empty[0], empty[1]))
-        lengths = torch.full((batch,), frames, dtype=torch.int32, device=encoded.device)
-        return DecoderState(own, cross, self.rows, None, lengths)
-
-    def hidden(self, tokens: torch.Tensor, lengths: torch.Tensor, begin: int, state: DecoderState):
-        """Run the layers over new tokens.
-
-        Parameters
-        ----------
-        tokens : Tensor
-            int64 [rows, new tokens].
-        lengths : Tensor
-            int32 [rows], positions already in the cache, all equal to `begin`.
-        begin : int
-            Position of the first new token.
-        state : DecoderState
-            Extended in place.
-
-        Returns
-        -------
-        Tensor
-            [rows, new tokens, width], after the last layer norm.
-        """
-        attend = torch.ops.lora_kernels.kv_attention_step
-        layer_norm = torch.layer_norm
-        count = tokens.shape[1]
-        x = F.embedding(tokens, self.embedding) + self.positions[begin : begin + count]
-        shape = x.shape
-        slots, cross_lengths = state.slots, state.cross_lengths
-        for layer, (keys, values), (cross_keys, cross_values) in zip(
-            self.layers, state.self_cache, state.cross_cache, strict=True
-        ):
-            n1, qkv, out, n2, cross_q, cross_out, n3, fc1, fc2, scale = layer
-            q, k, v = qkv(layer_norm(x, *n1))
-            y, _ = attend(q, k, v, keys, values, None, None, lengths, slots, scale, None)
-            x = out(y.view(shape), x)
-            q = cross_q(layer_norm(x, *n2), None).view(q.shape)
-            y, _ = attend(
-                q,
-                None,
-                None,
-                cross_keys,
-                cross_values,
-                None,
-                None,
-                cross_lengths,
-                slots,
-                scale,
-                None,
-            )
-            x = cross_out(y.view(shape), x)
-            x = fc2(fc1(layer_norm(x, *n3), None), x)
-        return layer_norm(x, *self.norm)
+    decoder: WhisperDecoder
+    steps: Steps
+    prompts: torch.Tensor
+    languages: list[str | None]
+    limit: int
 
 
 @torch.inference_mode()
@@ -241,6 +117,30 @@ def greedy_decode(
     ModelError
         The batch, language, task or lengths do not fit the model.
     """
+    start = begin_decoding(
+        model, features, encoded, adapters, language, task, timestamps, max_new_tokens
+    )
+    emitted, count = _step_to_end(
+        start.decoder, start.steps, start.prompts, start.limit, min_new_tokens, timestamps
+    )
+    return Hypotheses(emitted, start.languages, count)
+
+
+def begin_decoding(
+    model: Any,
+    features: torch.Tensor | None,
+    encoded: torch.Tensor | None,
+    adapters: Any,
+    language: str | Sequence[str | None] | None,
+    task: str,
+    timestamps: bool,
+    max_new_tokens: int | None,
+    beams: int = 1,
+) -> Start:
+    """Encode a batch and settle all that a search starts from.
+
+    Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for.
+    """
     given = _one_of(features, encoded)
     batch, device = given.shape[0], given.device
     rows = AdapterRows.of(model, adapters, batch)
@@ -253,7 +153,7 @@ def greedy_decode(
         prompt_tokens(tokens, default_language(tokens), task=task, timestamps=timestamps)
     )
     limit = token_limit(tokens, prompt_length, max_new_tokens)
-    state = decoder.start(encoded, prompt_length + limit)
+    state = decoder.start(encoded, prompt_length + limit, beams)
     steps: Steps = RecordedSteps(decoder, state) if decoder.parts else FlatSteps(decoder, state)
     if detect:
         languages = _detect_languages(decoder, steps, languages, batch, device)
@@ -261,8 +161,7 @@ def greedy_decode(
         [prompt_tokens(tokens, code, task=task, timestamps=timestamps) for code in languages],
         device=device,
     )
-    emitted, count = _step_to_end(decoder, steps, prompts, limit, min_new_tokens, timestamps)
-    return Hypotheses(emitted, languages, count)
+    return Start(decoder, steps, prompts, languages, limit)
 
 
 def _step_to_end(
@@ -308,6 +207,7 @@ def _step_to_end(
             active = [active[index] for index in keep.tolist()]
             best = best[keep]
             state.slots = torch.tensor(active, dtype=torch.int32, device=device)
+            state.cross_slots = state.slots
             state.rows.keep(keep)
             state.cross_lengths = state.cross_lengths[: len(active)]
             steps.keep()
@@ -327,50 +227,6 @@ def _detect_languages(
     logits = steps.logits(start, 0, suppress=False)
     best = logits[:, list(ids)].argmax(-1).tolist()
     return [code or codes[index] for code, index in zip(languages, best, strict=True)]
-
-
-def whisper_of(model: Any) -> Any:
-    """Return the `WhisperForConditionalGeneration` inside a model or PEFT model."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(getattr(inner, "config", None), "model_type", None) != "whisper" or not hasattr(
-        inner, "proj_out"
-    ):
-        raise ModelError(
-            "model: expected a WhisperForConditionalGeneration, or a PEFT model of one, got "
-            f"{type(inner).__name__}; greedy_decode steps Whisper's decoder only"
-        )
-    return inner
-
-
-def _flatten_layer(layer: Any, rows: AdapterRows) -> tuple[Any, ...]:
-    own, cross = layer.self_attn, layer.encoder_attn
-    gelu = type(layer.activation_fn).__name__ in ("GELUActivation", "GELU")
-    if not gelu:
-        raise ModelError(
-            f"activation_function: expected 'gelu', Whisper's, got "
-            f"{type(layer.activation_fn).__name__}; use model.generate() for this model"
-        )
-    heads = own.num_heads
-    norms = [
-        (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        for norm in (
-            layer.self_attn_layer_norm,
-            layer.encoder_attn_layer_norm,
-            layer.final_layer_norm,
-        )
-    ]
-    return (
-        norms[0],
-        joint_projection([own.q_proj, own.k_proj, own.v_proj], rows, heads),
-        projection(own.out_proj, rows),
-        norms[1],
-        projection(cross.q_proj, rows),
-        projection(cross.out_proj, rows),
-        norms[2],
-        projection(layer.fc1, rows, activation="gelu"),
-        projection(layer.fc2, rows),
-        own.scaling,
-    )
 
 
 def _one_of(features: torch.Tensor | None, encoded: torch.Tensor | None) -> torch.Tensor:

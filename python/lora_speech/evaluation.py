@@ -88,6 +88,7 @@ def evaluate(
     adapter: str | None = None,
     language: str | None = None,
     normalization: str = "auto",
+    beam_size: int = 1,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -106,6 +107,8 @@ def evaluate(
         For every utterance without its own; English by default, where the model knows languages.
     normalization : str
         See `text.normalizer`.
+    beam_size : int
+        Hypotheses kept per window; 1 decodes greedily.
     batch_size : int
         Windows decoded at once.
     progress : callable, optional
@@ -131,6 +134,7 @@ def evaluate(
             [u.samples(model.sampling_rate) for u in group],
             adapters=adapters,
             language=languages,
+            beam_size=beam_size,
             batch_size=batch_size,
         )
         for utterance, used, code, (segments, info) in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from lora_speech.decoder_step import Head, RecordedStep, suppressing_bias
 
 if TYPE_CHECKING:
-    from lora_speech.decoding import DecoderState, WhisperDecoder
+    from lora_speech.whisper_decoder import DecoderState, WhisperDecoder
 
 
 class Steps(Protocol):
@@ -33,8 +34,32 @@ class Steps(Protocol):
     def choose(self, tokens: torch.Tensor, begin: int, may_end: bool) -> torch.Tensor:
         """Likeliest token of each row, int64 [rows], after one new token [rows, 1]."""
 
+    def candidates(
+        self, tokens: torch.Tensor, begin: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likeliest tokens of each row and their log-probabilities, after one new token [rows, 1].
+
+        fp32 and int64 [rows, count], likeliest first, as `likeliest` has them, without the tokens
+        that Whisper never emits.
+        """
+
     def keep(self) -> None:
         """Go on with the rows that the state names now."""
+
+
+def likeliest(
+    logits: torch.Tensor, count: int, leave_out: Callable[[torch.Tensor], object]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Likeliest tokens of each row and their log-probabilities, fp32 and int64 [rows, count].
+
+    `leave_out` writes minus infinity over logits in place. What is left out keeps its share of the
+    probabilities, as under the logits processors of `transformers`' beam search.
+    """
+    logits = logits.float()
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    leave_out(logits)
+    values, columns = logits.topk(count)
+    return values - log_sum, columns
 
 
 class FlatSteps:
@@ -42,6 +67,9 @@ class FlatSteps:
 
     def __init__(self, decoder: WhisperDecoder, state: DecoderState) -> None:
         self.decoder, self.state = decoder, state
+        self.suppressed = torch.tensor(
+            decoder.tokens.suppressed, dtype=torch.int64, device=decoder.embedding.device
+        )
 
     def logits(self, tokens: torch.Tensor, begin: int, suppress: bool = True) -> torch.Tensor:
         """See `Steps`."""
@@ -58,6 +86,16 @@ class FlatSteps:
             logits[..., self.decoder.tokens.end] = -math.inf
         return logits.argmax(-1)
 
+    def candidates(
+        self, tokens: torch.Tensor, begin: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Steps`."""
+        return likeliest(
+            self.logits(tokens, begin, suppress=False),
+            count,
+            lambda logits: logits.index_fill_(-1, self.suppressed, -math.inf),
+        )
+
     def keep(self) -> None:
         """See `Steps`: nothing is kept between steps."""
 
@@ -70,31 +108,50 @@ class RecordedSteps:
         tokens, words = decoder.tokens, decoder.embedding.shape[0]
         self.bias = suppressing_bias(tokens.suppressed, words)
         self.end_bias = float(self.bias[tokens.end])
-        self.recorded: dict[tuple[int, Head, bool], RecordedStep] = {}
+        self.may_end = True
+        self.left_out: tuple[torch.Tensor, int] | None = None
+        self.recorded: dict[tuple[int, Head, bool, int], RecordedStep] = {}
 
-    def _step(self, count: int, head: Head, suppress: bool) -> RecordedStep:
-        key = (count, head, suppress)
+    def _step(self, count: int, head: Head, suppress: bool, candidates: int = 1) -> RecordedStep:
+        key = (count, head, suppress, candidates)
         step = self.recorded.get(key)
         if step is None:
             state, parts = self.state, self.decoder.parts
             assert parts is not None
             bias = self.bias if suppress else None
+            if head == "candidates" and self.left_out is None and self.decoder.tokens.suppressed:
+                self.left_out = parts.packed_words(self.decoder.tokens.suppressed)
             step = RecordedStep(
                 parts, state.self_cache, state.cross_cache, state.rows, state.slots,
-                state.cross_lengths, count, head, bias,
+                state.cross_slots, state.cross_lengths, count, head, bias, candidates,
+                self.left_out,
             )  # fmt: skip
             self.recorded[key] = step
         return step
 
+    def _let_end(self, may_end: bool) -> None:
+        if may_end != self.may_end:
+            self.bias[self.decoder.tokens.end] = self.end_bias if may_end else -math.inf
+            self.may_end = may_end
+
     def logits(self, tokens: torch.Tensor, begin: int, suppress: bool = True) -> torch.Tensor:
         """See `Steps`."""
-        self.bias[self.decoder.tokens.end] = self.end_bias
+        self._let_end(True)
         return self._step(tokens.shape[1], "logits", suppress).run(tokens, begin)
 
     def choose(self, tokens: torch.Tensor, begin: int, may_end: bool) -> torch.Tensor:
         """See `Steps`."""
-        self.bias[self.decoder.tokens.end] = self.end_bias if may_end else -math.inf
+        self._let_end(may_end)
         return self._step(1, "choice", True).run(tokens, begin)[:, 0]
+
+    def candidates(
+        self, tokens: torch.Tensor, begin: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Steps`."""
+        self._let_end(True)
+        step = self._step(1, "candidates", True, count)
+        columns = step.run(tokens, begin)
+        return step.values - torch.logaddexp(*step.log_sums), columns
 
     def keep(self) -> None:
         """See `Steps`."""

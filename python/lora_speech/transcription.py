@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lora_speech.audio import load_audio, prepare_samples
+from lora_speech.beam_decoding import MOST_BEAMS, beam_decode
 from lora_speech.decoding import greedy_decode
 from lora_speech.errors import ModelError, SpeechError
 from lora_speech.features import extract_features
@@ -59,6 +62,7 @@ def transcribe(
     language: str | None = None,
     task: str = "transcribe",
     timestamps: bool = False,
+    beam_size: int = 1,
     batch_size: int = 8,
     sampling_rate: int | None = None,
 ) -> tuple[list[Segment], TranscriptionInfo]:
@@ -78,6 +82,8 @@ def transcribe(
         Whisper's task.
     timestamps : bool
         Let the model write times; otherwise a segment spans the speech of its window.
+    beam_size : int
+        Hypotheses kept per window; 1 decodes greedily.
     batch_size : int
         Windows decoded at once.
     sampling_rate : int, optional
@@ -96,6 +102,7 @@ def transcribe(
         language=language,
         task=task,
         timestamps=timestamps,
+        beam_size=beam_size,
         batch_size=batch_size,
         sampling_rate=sampling_rate,
     )
@@ -110,6 +117,7 @@ def transcribe_many(
     language: str | Sequence[str | None] | None = None,
     task: str = "transcribe",
     timestamps: bool = False,
+    beam_size: int = 1,
     batch_size: int = 8,
     sampling_rate: int | None = None,
 ) -> list[tuple[list[Segment], TranscriptionInfo]]:
@@ -124,7 +132,8 @@ def transcribe_many(
     list of (segments, info)
         One per recording, in order.
     """
-    _check(model, recordings, adapters, batch_size)
+    _check(model, recordings, adapters, beam_size, batch_size)
+    decode: Any = greedy_decode if beam_size == 1 else partial(beam_decode, beams=beam_size)
     adapters = list(adapters) if adapters is not None else [None] * len(recordings)
     languages = (
         [language] * len(recordings)
@@ -147,7 +156,7 @@ def transcribe_many(
             model, [loaded[index][1][window.begin : window.end] for index, window in batch]
         )
         chosen = [adapters[index] for index, _ in batch]
-        hypotheses = greedy_decode(
+        hypotheses = decode(
             model.model,
             features[model.family.features.input_name],
             adapters=chosen,
@@ -252,12 +261,17 @@ def _check(
     model: SpeechModel,
     recordings: Sequence[object],
     adapters: Sequence[str | None] | None,
+    beam_size: int,
     batch_size: int,
 ) -> None:
     if model.family.objective != "sequence":
         raise ModelError(
             f"model: expected a Whisper, got a {model.family.name}; transcription with CTC "
             "families is not available yet"
+        )
+    if not 1 <= beam_size <= MOST_BEAMS:
+        raise SpeechError(
+            f"beam_size: expected 1 to {MOST_BEAMS}, got {beam_size}; use 1 for speed, or e.g. 5"
         )
     if batch_size < 1:
         raise SpeechError(f"batch_size: expected at least 1, got {batch_size}; use e.g. 8")

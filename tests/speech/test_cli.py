@@ -69,7 +69,7 @@ def test_finetune_evaluate_transcribe(
     assert (
         run(
             "evaluate", "--base", tiny_whisper_folder, "--adapter", out, "--data", manifest,
-            "--json", result, "--utterances", tmp_path / "u.jsonl", "--int8",
+            "--json", result, "--utterances", tmp_path / "u.jsonl", "--int8", "--beam-size", 2,
         )
         == 0
     )  # fmt: skip
@@ -82,7 +82,7 @@ def test_finetune_evaluate_transcribe(
         assert (
             run(
                 "transcribe", "--base", tiny_whisper_folder, "--adapter", f"me={out}", "--int8",
-                *files, "--format", form, "--language", "en",
+                *files, "--format", form, "--language", "en", "--beam-size", 2,
             )
             == 0
         )  # fmt: skip

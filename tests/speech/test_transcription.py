@@ -12,8 +12,10 @@ import soundfile
 from tiny_whisper import make_adapter, tone
 
 from lora_speech import transcription
+from lora_speech.beam_decoding import beam_decode
 from lora_speech.decoding import Hypotheses
 from lora_speech.errors import ModelError, SpeechError
+from lora_speech.features import extract_features
 from lora_speech.formats import clock, render
 from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
 from lora_speech.prompts import special_tokens
@@ -184,11 +186,23 @@ def test_one_batch_mixes_adapters(tiny_whisper_folder: Path, tmp_path: Path) -> 
     assert mixed[0][0] != mixed[1][0]
 
 
+def test_beam_size(speech: SpeechModel) -> None:
+    [segment], info = transcribe(speech, tone(1.0), language="es", beam_size=4)
+    features = extract_features(speech, [tone(1.0)])["input_features"]
+    expected = beam_decode(speech.model, features, beams=4, language="es")
+    assert list(segment.tokens) == expected.tokens[0]
+    assert info.language == "es"
+    assert transcribe(speech, tone(1.0), language="es")[0] != [segment]  # greedy
+
+
 def test_bad_requests(speech: SpeechModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"loaded \(none\), got 'me'"):
         transcribe(speech, tone(), adapter="me")
     with pytest.raises(SpeechError, match="one \\(or None\\) per recording \\(1\\), got 2"):
         transcribe_many(speech, [tone()], adapters=[None, None])
+    for beam_size in (0, 101):
+        with pytest.raises(SpeechError, match=f"beam_size: expected 1 to 100, got {beam_size}"):
+            transcribe(speech, tone(), beam_size=beam_size)
     with pytest.raises(SpeechError, match="batch_size"):
         transcribe(speech, tone(), batch_size=0)
     with pytest.raises(SpeechError, match="no such audio file"):

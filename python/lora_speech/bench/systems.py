@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 import lora_kernels as lk
+from lora_speech.beam_decoding import beam_decode
 from lora_speech.bench.measure import OURS, Contestant
 from lora_speech.bench.workload import Workload
-from lora_speech.decoding import greedy_decode, whisper_of
+from lora_speech.decoding import greedy_decode
 from lora_speech.encoding import FlatEncoder
 from lora_speech.projections import AdapterRows
+from lora_speech.whisper_decoder import whisper_of
 
 ADAPTER = "adapter"
 
@@ -58,23 +61,16 @@ class Ours(System):
         return FlatEncoder(whisper_of(self.model).model.encoder, rows)(features)
 
     def contestants(self, job: Job, threads: int) -> list[Contestant]:
-        """Greedy: the lean decoder. Beams, which it has not: `generate()` over cached steps."""
+        """The lean decoder, or the encoder alone."""
         work = self.work
         features = work.features(job.batch)
         if not job.decode:
             return [Contestant(OURS, lambda: self.encode(features))]
         encoded = self.encode(features)
-        if job.beams > 1:
-            inner = _generate(work, self.model, encoded, job.beams)
+        search = greedy_decode if job.beams == 1 else partial(beam_decode, beams=job.beams)
 
-            def with_beams() -> None:
-                with lk.use_adapters([ADAPTER]):
-                    inner()
-
-            return [Contestant(OURS, with_beams)]
-
-        def greedy() -> None:
-            decoded = greedy_decode(
+        def decode() -> None:
+            decoded = search(
                 self.model,
                 encoded=encoded,
                 adapters=ADAPTER,
@@ -84,7 +80,7 @@ class Ours(System):
             )
             work.check([len(tokens) for tokens in decoded.tokens], job.batch)
 
-        return [Contestant(OURS, greedy)]
+        return [Contestant(OURS, decode)]
 
 
 class TransformersPeft(System):
