@@ -17,7 +17,7 @@ import torch
 
 from lora_speech.adapter_rows import AdapterRows
 from lora_speech.linear_parts import LinearParts, linear_parts
-from lora_speech.recorded_parts import Norm, norm_of, packed_once
+from lora_speech.recorded_parts import Norm, has_gelu, norm_of, packed_once
 
 Head = Literal["choice", "candidates", "logits"]
 
@@ -32,6 +32,8 @@ class LayerParts:
     v: LinearParts
     out: LinearParts
     cross_q: LinearParts
+    cross_k: LinearParts
+    cross_v: LinearParts
     cross_out: LinearParts
     fc1: LinearParts
     fc2: LinearParts
@@ -65,7 +67,7 @@ class DecoderParts:
 
     @classmethod
     def of(cls, whisper: Any) -> DecoderParts | None:
-        """Take a Whisper's decoder apart; None unless all of its linears are INT8."""
+        """Take a Whisper's decoder apart; None unless all linears are INT8, with GELU."""
         decoder = whisper.model.decoder
         layers = []
         for layer in decoder.layers:
@@ -76,12 +78,14 @@ class DecoderParts:
                 "v": own.v_proj,
                 "out": own.out_proj,
                 "cross_q": cross.q_proj,
+                "cross_k": cross.k_proj,
+                "cross_v": cross.v_proj,
                 "cross_out": cross.out_proj,
                 "fc1": layer.fc1,
                 "fc2": layer.fc2,
             }
             parts = {name: linear_parts(module) for name, module in modules.items()}
-            if any(part is None or not part.packed for part in parts.values()):
+            if not has_gelu(layer) or any(p is None or not p.packed for p in parts.values()):
                 return None
             norms = (
                 norm_of(layer.self_attn_layer_norm),
@@ -107,6 +111,45 @@ class DecoderParts:
         from lora_kernels.ops import int8_pack
 
         return int8_pack(*quantize_weight(self.words[sorted(set(ids))])), len(set(ids))
+
+
+def pack_cross_attention(
+    parts: DecoderParts, encoded: torch.Tensor, rows: AdapterRows
+) -> list[tuple[torch.Tensor, ...]]:
+    """Keys and values of cross-attention, as a step reads them.
+
+    Parameters
+    ----------
+    parts : DecoderParts
+    encoded : Tensor
+        [utterances, frames, width], the encoder's output.
+    rows : AdapterRows
+        Adapters of the utterances.
+
+    Returns
+    -------
+    list of tuple
+        Per layer, what `kv_pack` makes of them.
+    """
+    from lora_kernels.ops import Composite, kv_pack
+
+    encoded = encoded.contiguous()
+    # One layer's at a time, in the same memory: fresh memory costs as much as computing it.
+    k, v = torch.empty_like(encoded), torch.empty_like(encoded)
+    composite = Composite()
+    packed: list[tuple[torch.Tensor, ...]] = []
+    for layer in parts.layers:
+        for part, out in ((layer.cross_k, k), (layer.cross_v, v)):
+            composite.int8_lora_linear(
+                encoded, part.weight, part.out_features, part.bias, x_scale=part.x_scale,
+                out=out, **part.lora_of(rows.ids),
+            )  # fmt: skip
+        like = packed[0] if packed else kv_pack(k.zero_(), v.zero_(), layer.heads)
+        keys, values, k_scales, v_scales = (torch.empty_like(t) for t in like)
+        packed.append((keys, values, k_scales, v_scales))
+        composite.kv_pack(k, v, layer.heads, out=(keys, values, k_scales, v_scales))
+    composite.run()
+    return packed
 
 
 class RecordedStep:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_speech.linear_parts import LinearParts, linear_parts
-from lora_speech.recorded_parts import Norm, norm_of, packed_once
+from lora_speech.recorded_parts import Norm, has_gelu, norm_of, packed_once
 
 HIDDEN_BYTES = 1 << 20
 """Of a feed-forward block's wide rows at a time and thread: half of a second-level cache."""
@@ -57,7 +57,7 @@ class EncoderParts:
 
     @classmethod
     def of(cls, encoder: Any) -> EncoderParts | None:
-        """Take a Whisper's encoder apart; None unless all of its linears are INT8."""
+        """Take a Whisper's encoder apart; None unless all linears are INT8, with GELU."""
         layers = []
         for layer in encoder.layers:
             attention = layer.self_attn
@@ -70,7 +70,7 @@ class EncoderParts:
                 "fc2": layer.fc2,
             }
             parts: dict[str, Any] = {name: linear_parts(m) for name, m in modules.items()}
-            if any(part is None or not part.packed for part in parts.values()):
+            if not has_gelu(layer) or any(p is None or not p.packed for p in parts.values()):
                 return None
             norms = (norm_of(layer.self_attn_layer_norm), norm_of(layer.final_layer_norm))
             layers.append(

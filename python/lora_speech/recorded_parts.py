@@ -19,6 +19,11 @@ def norm_of(module: Any) -> Norm:
     return module.weight, module.bias, module.eps
 
 
+def has_gelu(layer: Any) -> bool:
+    """Whether a layer's feed-forward block has the activation that recordings assume."""
+    return type(layer.activation_fn).__name__ in ("GELUActivation", "GELU")
+
+
 def packed_once(
     module: Any, rows: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight
 ) -> torch.Tensor:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_kernels.ops import kv_pack
 from lora_speech.adapter_rows import AdapterRows
-from lora_speech.decoder_step import DecoderParts
+from lora_speech.decoder_step import DecoderParts, pack_cross_attention
 from lora_speech.encoding import FlatEncoder
 from lora_speech.errors import ModelError
 from lora_speech.projections import joint_projection, projection
 from lora_speech.prompts import special_tokens
+from lora_speech.recorded_parts import has_gelu
 
 
 @dataclass
@@ -73,12 +73,17 @@ class WhisperDecoder:
         self.parts = DecoderParts.of(whisper) if whisper.device.type == "cpu" else None
         self.embedding = decoder.embed_tokens.weight
         self.positions = decoder.embed_positions.weight
+        self.heads = decoder.layers[0].self_attn.num_heads
+        if self.parts is None:
+            self._flatten(whisper)
+
+    def _flatten(self, whisper: Any) -> None:
+        decoder, rows = whisper.model.decoder, self.rows
         self.layers = [_flatten_layer(layer, rows) for layer in decoder.layers]
         self.cross = [
             (
                 projection(layer.encoder_attn.k_proj, rows),
                 projection(layer.encoder_attn.v_proj, rows),
-                layer.encoder_attn.num_heads,
             )
             for layer in decoder.layers
         ]
@@ -106,21 +111,19 @@ class WhisperDecoder:
         batch, frames, width = encoded.shape
         own: list[tuple[torch.Tensor, torch.Tensor]] = []
         cross: list[tuple[torch.Tensor, ...]] = []
-        for keys, values, heads in self.cross:
-            cross_keys, cross_values = keys(encoded, None), values(encoded, None)
-            if self.parts:
-                cross.append(kv_pack(cross_keys, cross_values, heads))
-            else:
-                shape = (batch, frames, heads, width // heads)
-                cross_keys, cross_values = (
-                    t.view(shape).transpose(1, 2).contiguous() for t in (cross_keys, cross_values)
-                )
-                cross.append((cross_keys, cross_values))
-            # Beside INT8 weights bf16 is precise enough, and half of what a step reads here.
-            dtype = torch.bfloat16 if self.parts else encoded.dtype
-            size = (2, batch * beams, heads, capacity, width // heads)
-            empty = encoded.new_empty(size, dtype=dtype)
-            own.append((empty[0], empty[1]))
+        if self.parts:
+            cross = pack_cross_attention(self.parts, encoded, self.rows)
+        else:
+            for keys, values in self.cross:
+                shape = (batch, frames, self.heads, width // self.heads)
+                states = (keys(encoded, None), values(encoded, None))
+                cross.append(tuple(t.view(shape).transpose(1, 2).contiguous() for t in states))
+        # Beside INT8 weights bf16 is precise enough, and half of what a step reads here.
+        dtype = torch.bfloat16 if self.parts else encoded.dtype
+        size = (2, batch * beams, self.heads, capacity, width // self.heads)
+        for _ in cross:
+            keys_and_values = encoded.new_empty(size, dtype=dtype)
+            own.append((keys_and_values[0], keys_and_values[1]))
         lengths = torch.full((batch,), frames, dtype=torch.int32, device=encoded.device)
         slots = None
         if beams > 1:
@@ -193,8 +196,7 @@ def whisper_of(model: Any) -> Any:
 
 def _flatten_layer(layer: Any, rows: AdapterRows) -> tuple[Any, ...]:
     own, cross = layer.self_attn, layer.encoder_attn
-    gelu = type(layer.activation_fn).__name__ in ("GELUActivation", "GELU")
-    if not gelu:
+    if not has_gelu(layer):
         raise ModelError(
             f"activation_function: expected 'gelu', Whisper's, got "
             f"{type(layer.activation_fn).__name__}; use model.generate() for this model"
