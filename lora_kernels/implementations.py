@@ -73,7 +73,8 @@ def force_implementation(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        "generic", "avx2" or "avx512".
+        "generic", "avx2", "avx2_vnni" or "avx512". An operator without a row "avx2_vnni" takes
+        "avx2" for it.
 
     Raises
     ------

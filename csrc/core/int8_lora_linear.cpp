@@ -12,8 +12,8 @@ namespace {
 const Table<Int8LoraLinearImplementation> kTable = {
     "int8_lora_linear",
 #if defined(__x86_64__)
-    3,
-    {&kInt8LoraLinearAvx512, &kInt8LoraLinearAvx2, &kInt8LoraLinearGeneric},
+    4,
+    {&kInt8LoraLinearAvx512, &kInt8LoraLinearAvx2Vnni, &kInt8LoraLinearAvx2, &kInt8LoraLinearGeneric},
 #else
     1,
     {&kInt8LoraLinearGeneric},

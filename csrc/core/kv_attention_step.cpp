@@ -13,8 +13,8 @@ namespace {
 const Table<KvAttentionStepImplementation> kTable = {
     "kv_attention_step",
 #if defined(__x86_64__)
-    3,
-    {&kKvAttentionStepAvx512, &kKvAttentionStepAvx2, &kKvAttentionStepGeneric},
+    4,
+    {&kKvAttentionStepAvx512, &kKvAttentionStepAvx2Vnni, &kKvAttentionStepAvx2, &kKvAttentionStepGeneric},
 #else
     1,
     {&kKvAttentionStepGeneric},

@@ -27,10 +27,20 @@ struct Table {
 // Why `required` cannot run on `device`; empty: it can.
 std::string missing_isa(uint32_t required, const DeviceInfo& device);
 
+// The row that a forced name means in this table: "avx2_vnni" refines "avx2", and an operator without integer products
+// has no row of that name.
+template <class Implementation>
+std::string forced_row(const Table<Implementation>& table) {
+  const std::string forced = forced_implementation();
+  for (int i = 0; i < table.count; ++i)
+    if (forced == table.rows[i]->name) return forced;
+  return forced.substr(0, forced.find('_'));
+}
+
 // Appends a reason for every row that is passed over. With a forced name only that row is considered.
 template <class Implementation>
 Status select(const Table<Implementation>& table, const DeviceInfo& device, const Implementation** chosen) {
-  const std::string forced = forced_implementation();
+  const std::string forced = forced_row(table);
   std::string reasons;
   for (int i = 0; i < table.count; ++i) {
     const Implementation* row = table.rows[i];

@@ -16,6 +16,7 @@ struct Int8LoraLinearImplementation {
 extern const Int8LoraLinearImplementation kInt8LoraLinearGeneric;
 #if defined(__x86_64__)
 extern const Int8LoraLinearImplementation kInt8LoraLinearAvx2;
+extern const Int8LoraLinearImplementation kInt8LoraLinearAvx2Vnni;
 extern const Int8LoraLinearImplementation kInt8LoraLinearAvx512;
 #endif
 

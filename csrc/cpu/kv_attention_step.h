@@ -16,6 +16,7 @@ struct KvAttentionStepImplementation {
 extern const KvAttentionStepImplementation kKvAttentionStepGeneric;
 #if defined(__x86_64__)
 extern const KvAttentionStepImplementation kKvAttentionStepAvx2;
+extern const KvAttentionStepImplementation kKvAttentionStepAvx2Vnni;
 extern const KvAttentionStepImplementation kKvAttentionStepAvx512;
 #endif
 

@@ -308,10 +308,13 @@ int main() {
   test_plans();
   test_refusals();
   DeviceInfo host = host_device();
-  for (const char* name : {"generic", "avx2", "avx512"}) {
+  for (const char* name : {"generic", "avx2", "avx2_vnni", "avx512"}) {
     LoraLinearPlan probe;
+    Int8LoraLinearProblem smallest;
+    smallest.rows = smallest.in_features = smallest.out_features = 1;
+    Int8LoraLinearPlan int8_probe;
     force_implementation(name);
-    if (!plan(linear_problem(1, 1, 1, 0), host, &probe).ok()) {
+    if (!plan(linear_problem(1, 1, 1, 0), host, &probe).ok() || !plan(smallest, host, &int8_probe).ok()) {
       std::printf("%s: not available on this CPU\n", name);
       continue;
     }

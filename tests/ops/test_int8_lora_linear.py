@@ -13,7 +13,7 @@ from tolerances import assert_close
 
 from lora_kernels import ops, reference
 
-NAMES = ["generic", "avx2", "avx512"]
+NAMES = ["generic", "avx2", "avx2_vnni", "avx512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, in, out): empty, one row, primes, and both sides of every boundary: steps of 4 k, vectors
 # of up to 64 bytes, register tiles of 2, 4 and 6 rows, blocks of 64 channels, chunks of 96 rows.

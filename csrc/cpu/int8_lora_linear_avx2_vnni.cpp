@@ -1,0 +1,33 @@
+#include "cpu/int8_lora_linear.h"
+#include "cpu/target.h"
+
+LORA_KERNELS_TARGET_BEGIN(LORA_KERNELS_TARGET_AVX2)
+namespace lora_kernels {
+namespace {
+
+// clang-format off: each file uses what the ones before it define
+#include "cpu/simd/avx2.h"
+#include "cpu/simd/int8_avx2_vnni.h"
+#include "cpu/simd/math.inl"
+
+#include "cpu/gemm.inl"
+#include "cpu/lora.inl"
+#include "cpu/epilogue.inl"
+#include "cpu/norm.inl"
+#include "cpu/topk.inl"
+#include "cpu/int8_rows.inl"
+#include "cpu/int8_lora_linear.inl"
+// clang-format on
+
+}  // namespace
+
+const Int8LoraLinearImplementation kInt8LoraLinearAvx2Vnni = {
+    "avx2_vnni",
+    kIsaAvx2 | kIsaAvxVnni,
+    configure,
+    run_forward,
+};
+
+}  // namespace lora_kernels
+
+LORA_KERNELS_TARGET_END
