@@ -36,19 +36,20 @@ def test_command_line_and_environment_variable() -> None:
     assert all("generic" in line for line in selected)
 
 
-def test_an_unknown_name_in_the_environment_is_an_error() -> None:
+@pytest.mark.parametrize("name", ["avx1024", "avx512_vnni", "_avx2"])
+def test_an_unknown_name_in_the_environment_is_an_error(name: str) -> None:
     code = (
         "import torch, lora_kernels as lk; lk.ops.lora_linear(torch.ones(1, 1), torch.ones(1, 1))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"LORA_KERNELS_FORCE": "avx1024"},
+        env=os.environ | {"LORA_KERNELS_FORCE": name},
         capture_output=True,
         text=True,
     )
     assert run.returncode != 0
     assert "LORA_KERNELS_FORCE" in run.stderr
-    assert "avx1024" in run.stderr
+    assert name in run.stderr
 
 
 def test_force_is_a_context() -> None:

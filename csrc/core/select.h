@@ -27,14 +27,14 @@ struct Table {
 // Why `required` cannot run on `device`; empty: it can.
 std::string missing_isa(uint32_t required, const DeviceInfo& device);
 
-// The row that a forced name means in this table: "avx2_vnni" refines "avx2", and an operator without integer products
-// has no row of that name.
+// The row that a forced name means in this table: an operator without integer products has no row "avx2_vnni", and
+// means "avx2" by it.
 template <class Implementation>
 std::string forced_row(const Table<Implementation>& table) {
   const std::string forced = forced_implementation();
   for (int i = 0; i < table.count; ++i)
     if (forced == table.rows[i]->name) return forced;
-  return forced.substr(0, forced.find('_'));
+  return forced == "avx2_vnni" ? "avx2" : forced;
 }
 
 // Appends a reason for every row that is passed over. With a forced name only that row is considered.

@@ -2,7 +2,8 @@
 // the sum of exponentials of all of them, as beam search wants them of a vocabulary.
 //   A block of 64 columns is compared by its maximum with the k-th largest so far; only where it is larger, about
 //   k ln(N / k) times in all, are its columns looked at one by one. Outputs never reach memory.
-// Of equal values the first column is taken; a NaN counts as infinity. Tasks keep a list each, merged at the end.
+// Of equal values the first column is taken; a NaN counts as infinity. Tasks keep a list each, merged at the end:
+// values and columns do not depend on the number of tasks, the log of the sum does in its last bits.
 
 // The list of one row: k values, largest first, then their columns, how many there are, and per lane the largest value
 // and the sum of exponentials relative to it.

@@ -21,8 +21,9 @@ class Composite:
 
     Each method takes what the operator of its name takes, and ``out``, where the result goes.
     Nothing runs while recording. :meth:`run` reads all tensors anew, so what changes from run to
-    run is written into them in place; none may be moved, resized or freed meanwhile (the composite
-    holds them). A tensor that would have to be copied to be read is refused.
+    run is written into them in place. The composite keeps them alive; none may be given other
+    memory (``resize_``, ``.data =``, ``Module.to``). A tensor that would have to be copied to be
+    read is refused, and so is an ``out`` that shares memory with ``x`` or ``q``.
 
     Forward only, on the CPU, outside of ``torch.compile``; runs of one composite must not overlap.
 

@@ -26,6 +26,9 @@ from lora_speech.whisper_decoder import DecoderState
 MOST_BEAMS = 100
 """A step asks for twice as many candidates and one more, and `int8_lora_topk` has at most 256."""
 
+MOST_LENGTH_PENALTY = 10.0
+"""Lengths to this power, either way, are still floating-point numbers."""
+
 
 @torch.inference_mode()
 def beam_decode(
@@ -208,7 +211,8 @@ def _advance(searches: list[BeamSearch], values: torch.Tensor, columns: torch.Te
 def _check(beams: int, length_penalty: float) -> None:
     if isinstance(beams, bool) or not isinstance(beams, int) or not 1 <= beams <= MOST_BEAMS:
         raise ModelError(f"beams: expected 1 to {MOST_BEAMS}, got {beams!r}; 5 is usual")
-    if not math.isfinite(length_penalty):
+    if not abs(length_penalty) <= MOST_LENGTH_PENALTY:
         raise ModelError(
-            f"length_penalty: expected a finite number, got {length_penalty}; 1.0 is usual"
+            f"length_penalty: expected {-MOST_LENGTH_PENALTY:g} to {MOST_LENGTH_PENALTY:g}, got "
+            f"{length_penalty}; 1.0 is usual"
         )

@@ -67,7 +67,7 @@ class DecoderParts:
 
     @classmethod
     def of(cls, whisper: Any) -> DecoderParts | None:
-        """Take a Whisper's decoder apart; None unless all linears are INT8, with GELU."""
+        """Take a Whisper's decoder apart; None unless its layers are INT8, with GELU."""
         decoder = whisper.model.decoder
         layers = []
         for layer in decoder.layers:
@@ -94,7 +94,8 @@ class DecoderParts:
             )
             linears: dict[str, Any] = parts
             layers.append(LayerParts(norms, **linears, heads=own.num_heads, scaling=own.scaling))
-        if linear_parts(whisper.proj_out) is None or whisper.proj_out.bias is not None:
+        words = linear_parts(whisper.proj_out)
+        if words is None or words.packed or words.lora or words.bias is not None:
             return None
         return cls(
             decoder.embed_tokens.weight,

@@ -175,7 +175,9 @@ def _convolve(
 
 
 def _convolution(module: Any) -> Convolution | None:
-    if type(module) is not torch.nn.Conv1d or (
+    from lora_kernels.integrations.peft_layers import may_be_read
+
+    if type(module) is not torch.nn.Conv1d or not may_be_read(module) or (
         module.kernel_size, module.padding, module.dilation, module.groups, module.padding_mode
     ) != ((3,), (1,), (1,), 1, "zeros"):  # fmt: skip
         return None

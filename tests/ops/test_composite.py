@@ -177,6 +177,25 @@ def test_operands_that_would_be_copied_are_refused() -> None:
         )
 
 
+def test_what_no_run_could_do_is_refused_at_once() -> None:
+    packed = ops.int8_pack(torch.ones(4, 4, dtype=torch.int8), torch.ones(4))
+    step = ops.Composite()
+    x = torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match="out: expected memory apart from x"):
+        step.int8_lora_linear(x, packed, 4, out=x)
+    both = torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match="out: expected memory apart from x"):
+        step.int8_lora_linear(both[:2], packed, 4, out=both[1:])
+    with pytest.raises(RuntimeError, match="top_k: expected 1 to 4, got 5"):
+        step.int8_lora_topk(
+            x, packed, 4, values=torch.empty(2, 5), columns=torch.empty(2, 5, dtype=torch.int64)
+        )
+    with pytest.raises(RuntimeError, match="packed_weight: expected a contiguous tensor"):
+        step.int8_lora_linear(x, torch.stack([packed, packed], 1)[:, 0], 4, out=torch.empty(2, 4))
+    step.int8_lora_linear(x, packed, 4, residual=x.clone(), out=torch.empty(2, 4))
+    step.run()
+
+
 def test_says_what_it_will_run() -> None:
     layer, x = Layer(1), torch.ones(1, WIDTH)
     step, _ = layer.record(x)

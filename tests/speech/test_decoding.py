@@ -17,6 +17,7 @@ from lora_speech.features import extract_features
 from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
 from lora_speech.projections import joint_projection, projection
 from lora_speech.prompts import TimestampRules, prompt_tokens, special_tokens
+from lora_speech.whisper_decoder import WhisperDecoder
 
 
 @pytest.fixture
@@ -280,3 +281,21 @@ def test_an_adapter_of_another_model_is_not_taken_for_the_base(
     greedy_decode(other.model, features, adapters="med", language="en", max_new_tokens=2)
     with pytest.raises(ModelError, match=r"adapters.*med.*load_adapter"):
         greedy_decode(plain.model, features, adapters="med", language="en", max_new_tokens=2)
+
+
+def test_an_adapter_of_the_vocabulary_is_not_left_out(
+    tiny_whisper_folder: Path, features: torch.Tensor, tmp_path: Path
+) -> None:
+    """A recorded step has the vocabulary's product without LoRA, so it must not be taken then."""
+    folder = make_adapter(
+        tiny_whisper_folder, tmp_path / "a", rank=4, seed=3, targets=["q_proj", "proj_out"]
+    )
+    served = load_for_serving(tiny_whisper_folder, {"a": folder}, int8=True)
+    decoder = WhisperDecoder(served.model, AdapterRows.of(served.model, ["a"], 1))
+    assert decoder.parts is None
+    plain = load_for_serving(tiny_whisper_folder, {}, int8=True)
+    assert WhisperDecoder(plain.model, AdapterRows.of(plain.model, None, 1)).parts is not None
+    with_it = greedy_decode(served.model, features, adapters="a", language="en").tokens
+    assert (
+        with_it != greedy_decode(served.model, features, adapters=[None] * 5, language="en").tokens
+    )

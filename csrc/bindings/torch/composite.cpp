@@ -53,8 +53,12 @@ int64_t create() {
 
 void release(int64_t handle) {
   Registry& all = registry();
+  std::shared_ptr<Recording> last;  // dies after the lock: destroying tensors may run Python, which may come here again
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.recordings.erase(handle);
+  const auto found = all.recordings.find(handle);
+  if (found == all.recordings.end()) return;
+  last = std::move(found->second);
+  all.recordings.erase(found);
 }
 
 // A copy made while recording would never see what is written to the original later.
@@ -65,9 +69,30 @@ void expect_in_place(const char* argument, const OptionalTensor& t) {
                " with strides; make it with .contiguous() and write to that");
 }
 
+// Bytes from the first to behind the last element.
+std::pair<const char*, const char*> extent_of(const char* argument, const Tensor& t) {
+  const char* begin = static_cast<const char*>(t.data_ptr());
+  if (t.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return {begin, begin + (last + 1) * static_cast<int64_t>(size_of(dtype_of("composite", argument, t)))};
+}
+
+// Tasks write their part of the result while others still read the operand.
+void expect_apart(const char* argument, const Tensor& out, const char* operand, const Tensor& t) {
+  const auto [begin, end] = extent_of(argument, out);
+  const auto [other_begin, other_end] = extent_of(operand, t);
+  if (begin < other_end && other_begin < end)
+    refuse("composite", argument,
+           std::string("expected memory apart from ") + operand +
+               ", which is read while this is written, got memory they share; give it its own");
+}
+
 template <class Call>
 void record(int64_t handle, Call& call, std::vector<OptionalTensor> operands) {
   Recording& recording = *find(handle);
+  CompositePlan chosen;  // what no run could do is refused here
+  raise_if_failed(plan(CompositeProblem{{call.problem}}, current_device(), &chosen));
   recording.problem.stages.emplace_back(call.problem);
   recording.args.stages.emplace_back(call.args);
   recording.planned = false;
@@ -77,6 +102,7 @@ void record(int64_t handle, Call& call, std::vector<OptionalTensor> operands) {
 }
 
 Int8LoraLinearCall call_in_place(const Int8LoraLinearTensors& t) {
+  expect_in_place("packed_weight", t.packed_weight);
   expect_in_place("lora_a", t.lora_a);
   expect_in_place("bias", t.bias);
   expect_in_place("residual", t.residual);
@@ -104,6 +130,7 @@ void record_int8_lora_linear(int64_t handle, const Tensor& x, const Tensor& pack
       call_in_place({"int8_lora_linear", x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets,
                      adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps});
   expect_output("out", out, x.scalar_type(), call.problem.rows * out_features);
+  expect_apart("out", out, "x", x);
   call.args.y = out.data_ptr();
   record(handle, call,
          {x, packed_weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual, x_scale, norm_weight,
@@ -154,6 +181,7 @@ void record_kv_attention_step(int64_t handle, const Tensor& q, const OptionalTen
   KvAttentionStepCall call =
       kv_attention_step_call({q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, heads});
   expect_output("out", out, q.scalar_type(), q.numel());
+  expect_apart("out", out, "q", q);
   call.args.out = out.data_ptr();
   record(handle, call, {q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, out});
 }
@@ -180,6 +208,7 @@ void run_composite(int64_t handle) {
   const DeviceInfo device = current_device();
   const std::string forced = forced_implementation();
   if (!recording->planned || recording->threads != device.threads || recording->forced != forced) {
+    recording->planned = false;
     raise_if_failed(plan(recording->problem, device, &recording->plan));
     recording->planned = true;
     recording->threads = device.threads;

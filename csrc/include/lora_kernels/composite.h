@@ -1,6 +1,6 @@
 // A composite: operators that run one after the other in one call, a whole decoder step say. It adds no kernel; it
 // saves what lies around them. Plans are made once, and on several threads the pool is entered once for all stages:
-// between them the threads meet at a barrier (about 0.3 us) where a fork and join would cost several microseconds.
+// between them the threads share out the next one's tasks where a fork and join would cost several microseconds.
 //
 // Stages read and write buffers that their Args name; a later stage sees all that an earlier one has written. They
 // share one workspace. What changes from run to run (token, lengths, adapters) changes in those buffers.
@@ -13,13 +13,12 @@
 #include "lora_kernels/int8_lora_linear.h"
 #include "lora_kernels/kv_attention_step.h"
 #include "lora_kernels/kv_pack.h"
-#include "lora_kernels/lora_linear.h"
 
 namespace lora_kernels {
 
-using StageProblem = std::variant<LoraLinearProblem, Int8LoraLinearProblem, KvAttentionStepProblem, KvPackProblem>;
-using StageArgs = std::variant<LoraLinearArgs, Int8LoraLinearArgs, KvAttentionStepArgs, KvPackArgs>;
-using StagePlan = std::variant<LoraLinearPlan, Int8LoraLinearPlan, KvAttentionStepPlan, KvPackPlan>;
+using StageProblem = std::variant<Int8LoraLinearProblem, KvAttentionStepProblem, KvPackProblem>;
+using StageArgs = std::variant<Int8LoraLinearArgs, KvAttentionStepArgs, KvPackArgs>;
+using StagePlan = std::variant<Int8LoraLinearPlan, KvAttentionStepPlan, KvPackPlan>;
 
 struct CompositeProblem {
   std::vector<StageProblem> stages;

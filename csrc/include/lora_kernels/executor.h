@@ -16,8 +16,8 @@ struct Executor {
 
   // A composite lets every member of a team make the same calls; tasks are shared out among them. What a call does
   // outside of its tasks every member does, perhaps late, when others are at later calls: there it may read its Plan
-  // and Args and what they point to, and neither write anything shared nor read the workspace. All members must come to
-  // the same numbers of tasks.
+  // and Args, and operands that no other call writes, but not the workspace, and write nothing that is shared. All
+  // members must come to the same numbers of tasks.
   bool shared = false;
   bool leads = true;  // false in all members but one
 };

@@ -3,7 +3,8 @@
 //   q_x = clamp(round_half_even(x * (127 / amax(row))), -127, 127); integer sums are exact, so they are equal in every
 //   implementation. The LoRA branch sees x before quantization. A row with a non-finite element gives NaN.
 // Prologue: x may first go through LayerNorm, in fp32; everything above then sees the normalized x. Epilogue: instead
-// of y, the column of each row's largest y (greedy choice over a vocabulary), which saves writing and reading y.
+// of y, the columns and values of each row's top_k largest y and the log of the sum of their exponentials (the choice
+// over a vocabulary), which saves writing and reading y.
 #pragma once
 
 #include <string>
@@ -50,7 +51,7 @@ struct Int8LoraLinearArgs {
   void* y = nullptr;                  // [M, N] contiguous, or null
   int64_t* top_columns = nullptr;     // [M, top_k], largest first
   float* top_values = nullptr;        // [M, top_k], or null
-  float* log_sum = nullptr;           // [M], or null
+  float* log_sum = nullptr;           // [M], with Problem.log_sum
   void* workspace = nullptr;          // workspace_bytes(plan), aligned to 64 bytes
 };
 
