@@ -28,7 +28,7 @@ struct StepMemory {
   QueryBlock* blocks;  // [rows * T]
   int64_t* before;     // [rows * T + 1]: cost of the blocks before each one
   int64_t* block_count;
-  float* tasks;        // task_floats each
+  float* tasks;  // task_floats each
   int64_t task_floats;
   int64_t q_stride;  // of a query's row of q and of acc, in floats
   int64_t score_stride;
