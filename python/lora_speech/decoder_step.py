@@ -17,7 +17,7 @@ import torch
 
 from lora_speech.adapter_rows import AdapterRows
 from lora_speech.linear_parts import LinearParts, linear_parts
-from lora_speech.recorded_parts import Norm, has_gelu, norm_of, packed_once
+from lora_speech.recorded_parts import Norm, has_gelu, norm_of, packed_once, record_linear
 
 Head = Literal["choice", "candidates", "logits"]
 
@@ -141,10 +141,7 @@ def pack_cross_attention(
     packed: list[tuple[torch.Tensor, ...]] = []
     for layer in parts.layers:
         for part, out in ((layer.cross_k, k), (layer.cross_v, v)):
-            composite.int8_lora_linear(
-                encoded, part.weight, part.out_features, part.bias, x_scale=part.x_scale,
-                out=out, **part.lora_of(rows.ids),
-            )  # fmt: skip
+            record_linear(composite, encoded, part, rows.ids, out)
         like = packed[0] if packed else kv_pack(k.zero_(), v.zero_(), layer.heads)
         keys, values, k_scales, v_scales = (torch.empty_like(t) for t in like)
         packed.append((keys, values, k_scales, v_scales))
@@ -222,11 +219,7 @@ class RecordedStep:
         def linear(
             x: torch.Tensor, part: LinearParts, out: torch.Tensor, **extra: Any
         ) -> torch.Tensor:
-            step.int8_lora_linear(
-                x, part.weight, part.out_features, part.bias, x_scale=part.x_scale, out=out,
-                **part.lora_of(rows.ids), **extra,
-            )  # fmt: skip
-            return out
+            return record_linear(step, x, part, rows.ids, out, **extra)
 
         for layer, own, cross in zip(parts.layers, self_cache, cross_cache, strict=True):
             first, second, third = layer.norms

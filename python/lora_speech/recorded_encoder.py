@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_speech.linear_parts import LinearParts, linear_parts
-from lora_speech.recorded_parts import Norm, has_gelu, norm_of, packed_once
+from lora_speech.recorded_parts import Norm, has_gelu, norm_of, packed_once, record_linear
 
 HIDDEN_BYTES = 1 << 20
 """Of a feed-forward block's wide rows at a time and thread: half of a second-level cache."""
@@ -112,11 +112,7 @@ class RecordedEncoder:
         def linear(
             x: torch.Tensor, part: LinearParts, out: torch.Tensor, **extra: Any
         ) -> torch.Tensor:
-            step.int8_lora_linear(
-                x, part.weight, part.out_features, part.bias, x_scale=part.x_scale, out=out,
-                **part.lora_of(ids), **extra,
-            )  # fmt: skip
-            return out
+            return record_linear(step, x, part, ids, out, **extra)
 
         _convolve(step, first, self._features, middle[1:-1], None)
         _convolve(step, second, middle, x, parts.positions)

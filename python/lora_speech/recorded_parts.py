@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from lora_speech.linear_parts import LinearParts
+
 Norm = tuple[torch.Tensor, torch.Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
 
@@ -22,6 +24,25 @@ def norm_of(module: Any) -> Norm:
 def has_gelu(layer: Any) -> bool:
     """Whether a layer's feed-forward block has the activation that recordings assume."""
     return type(layer.activation_fn).__name__ in ("GELUActivation", "GELU")
+
+
+def record_linear(
+    step: Any,
+    x: torch.Tensor,
+    part: LinearParts,
+    ids: torch.Tensor | None,
+    out: torch.Tensor,
+    **extra: Any,
+) -> torch.Tensor:
+    """Record an INT8 linear with its adapters in a composite; returns `out`.
+
+    `extra` is the operator's: norm, activation, residual.
+    """
+    step.int8_lora_linear(
+        x, part.weight, part.out_features, part.bias, x_scale=part.x_scale, out=out,
+        **part.lora_of(ids), **extra,
+    )  # fmt: skip
+    return out
 
 
 def packed_once(

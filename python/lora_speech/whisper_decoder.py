@@ -9,7 +9,6 @@ all of a step is recorded and run in one call (`decoder_step`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_speech.adapter_rows import AdapterRows
-from lora_speech.decoder_step import DecoderParts, pack_cross_attention
+from lora_speech.decoder_step import DecoderParts, pack_cross_attention, suppressing_bias
 from lora_speech.encoding import FlatEncoder
 from lora_speech.errors import ModelError
 from lora_speech.projections import joint_projection, projection
@@ -90,9 +89,8 @@ class WhisperDecoder:
         norm = decoder.layer_norm
         self.norm = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         # Suppressed tokens get a bias of minus infinity inside the product: no extra call.
-        bias = torch.zeros(whisper.config.vocab_size, device=self.embedding.device)
-        bias[list(self.tokens.suppressed)] = -math.inf
-        suppress = bias.to(self.embedding.dtype) if self.tokens.suppressed else None
+        bias = suppressing_bias(self.tokens.suppressed, whisper.config.vocab_size)
+        suppress = bias.to(self.embedding) if self.tokens.suppressed else None
         self.vocabulary = projection(whisper.proj_out, rows, extra_bias=suppress)
         self.all_tokens = projection(whisper.proj_out, rows)
 
