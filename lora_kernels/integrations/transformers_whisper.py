@@ -110,23 +110,25 @@ def _forward(
     self: Any,
     hidden_states: torch.Tensor,
     key_value_states: torch.Tensor | None = None,
-    past_key_values: Any = None,
+    past: Any = None,
     attention_mask: torch.Tensor | None = None,
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    # By name it is `cache` since transformers 5.24 and was `past_key_values` before; by place it
+    # is the third in all of them.
+    for name in ("cache", "past_key_values"):
+        past = kwargs.pop(name, past)
     cross = key_value_states is not None
-    cache = _step_cache(
-        self, hidden_states, cross, past_key_values, attention_mask, output_attentions
-    )
+    cache = _step_cache(self, hidden_states, cross, past, attention_mask, output_attentions)
     if cache is None:
         return type(self).forward(  # type: ignore[no-any-return]
             self,
             hidden_states,
-            key_value_states=key_value_states,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            output_attentions=output_attentions,
+            key_value_states,
+            past,
+            attention_mask,
+            output_attentions,
             **kwargs,
         )
     rows, tokens, _ = hidden_states.shape
