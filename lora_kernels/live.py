@@ -145,11 +145,12 @@ def add_adapter(model: nn.Module, adapter: Adapter, name: str) -> AdapterInfo:
             bank = module.bank if isinstance(module, AdapterHost) else None
             if new is None and bank is None:
                 continue
-            if bank is not None:
-                banks[module_name] = bank.replace(index, new)
+            layers: list[AdapterLayer | None] = [] if bank is None else bank.unpack()
+            layers.extend([None] * (capacity - len(layers)))
+            layers[index] = new
+            if isinstance(module, AdapterHost):
+                banks[module_name] = module.pack_bank(layers)
             else:
-                layers: list[AdapterLayer | None] = [None] * capacity
-                layers[index] = new
                 banks[module_name] = AdapterBank.pack(layers, *_features(module))
         for module_name, bank in banks.items():
             module = candidates[module_name]
@@ -194,7 +195,9 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         index = registry.index(name)
         for module in model.modules():
             if isinstance(module, AdapterHost) and module.bank is not None:
-                bank = module.bank.replace(index, None)
+                layers = module.bank.unpack()
+                layers[index] = None
+                bank = module.pack_bank(layers)
                 if bank.total_rank:
                     module.set_bank(bank, registry)
                 else:

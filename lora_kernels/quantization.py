@@ -168,10 +168,12 @@ def quantize(
         quantized._forward_pre_hooks = old._forward_pre_hooks
         quantized._forward_hooks_with_kwargs = old._forward_hooks_with_kwargs
         quantized._forward_pre_hooks_with_kwargs = old._forward_pre_hooks_with_kwargs
-        if isinstance(old, (LoraLinear, LoraPointwiseConv1d)) and isinstance(
-            quantized, Int8LoraLinear
+        if (
+            isinstance(old, (LoraLinear, LoraPointwiseConv1d))
+            and isinstance(quantized, Int8LoraLinear)
+            and old.bank is not None
         ):
-            quantized.set_bank(old.bank, old._registry)
+            quantized.set_bank(quantized.pack_bank(old.bank.unpack()), old._registry)
         parent, _, leaf = name.rpartition(".")
         named[parent]._modules[leaf] = quantized
     return report

@@ -3,13 +3,59 @@
 
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a panel
 
+// ---------- Reading ahead
+
+// Memory that is read soon, asked for some lines at a time beside other work. A core that asks for all of it at once
+// waits until memory has taken the questions; a loop that computes has room for a few in every pass.
+class ReadAhead {
+ public:
+  // Rows of `bytes` bytes, `stride` bytes apart. What does not fit the list is left to the hardware.
+  void add(const void* from, int64_t bytes, int64_t rows = 1, int64_t stride = 0) {
+    if (count_ == kMost || bytes <= 0 || rows <= 0) return;
+    if (bytes == stride) bytes *= rows, rows = 1;
+    total_ += rows * ((bytes + 63) / 64);
+    parts_[count_++] = {static_cast<const char*>(from), bytes, rows, stride};
+  }
+  // In cache lines, of all that was added.
+  int64_t total() const { return total_; }
+  void lines(int64_t count) {
+    for (; count > 0 && next_ < count_; --count) {
+      Part& part = parts_[next_];
+      prefetch(part.from + done_);
+      done_ += 64;
+      if (done_ < part.bytes) continue;
+      done_ = 0;
+      part.from += part.stride;
+      if (--part.rows == 0) ++next_;
+    }
+  }
+
+ private:
+  static constexpr int kMost = 10;
+  struct Part {
+    const char* from;
+    int64_t bytes, rows, stride;
+  };
+  Part parts_[kMost];
+  int count_ = 0, next_ = 0;
+  int64_t done_ = 0, total_ = 0;
+};
+struct NothingAhead {
+  void lines(int64_t) {}
+};
+// For passes over a row in the first cache, which take about a nanosecond per vector: what memory gives in that time.
+constexpr int kAheadPerVector = 2;
+
 // ---------- Dot products: both operands contiguous along k, as x and W lie in memory. For few rows.
 
-// out[i * out_stride + j] = x[i] . w[j] over k. While a block is computed the next `ahead` rows of w are prefetched:
-// rows are too short for the hardware to have found the stream by itself.
-template <int MR, int NR, class T>
+// The rows of w behind those at hand: rows are too short for the hardware to have found the stream by itself.
+struct NextRows {};
+
+// out[i * out_stride + j] = x[i] . w[j] over k. While a block is computed the NR rows of w behind it are prefetched, or
+// what `ahead` says.
+template <int MR, int NR, class T, class Ahead>
 LORA_KERNELS_APART void dot_block(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth,
-                                  float* out, int64_t out_stride, bool ahead) {
+                                  float* out, int64_t out_stride, Ahead& ahead) {
   F sum[MR][NR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -21,8 +67,10 @@ LORA_KERNELS_APART void dot_block(const float* x, int64_t x_stride, const T* w, 
 #pragma GCC unroll 8
     for (int j = 0; j < NR; ++j) {
       b[j] = load(w + j * w_stride + k);
-      if (ahead) prefetch(w + (j + NR) * w_stride + k);
+      if constexpr (std::is_same_v<Ahead, NextRows>) prefetch(w + (j + NR) * w_stride + k);
     }
+    // As many bytes as were just read.
+    if constexpr (!std::is_same_v<Ahead, NextRows>) ahead.lines(NR * kLanes * static_cast<int>(sizeof(T)) / 64);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const F a = load(x + i * x_stride + k);
@@ -42,31 +90,38 @@ LORA_KERNELS_APART void dot_block(const float* x, int64_t x_stride, const T* w, 
     for (int j = 0; j < NR; ++j) out[i * out_stride + j] = reduce_add(sum[i][j]);
 }
 
-template <int MR, class T>
+template <int MR, class T, class Ahead>
 inline void dot_columns(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t columns, int64_t depth,
-                        float* out, int64_t out_stride) {
+                        float* out, int64_t out_stride, Ahead& ahead) {
   // One row needs more columns at once, to have enough sums in flight and enough streams from memory.
   constexpr int NR = MR == 1 ? (kLanes == 16 ? 8 : 4) : (kLanes == 16 ? 4 : 2);
+  NothingAhead nothing;
   int64_t j = 0;
-  for (; j + NR <= columns; j += NR)
-    dot_block<MR, NR>(x, x_stride, w + j * w_stride, w_stride, depth, out + j, out_stride, j + 2 * NR <= columns);
-  for (; j < columns; ++j) dot_block<MR, 1>(x, x_stride, w + j * w_stride, w_stride, depth, out + j, out_stride, false);
+  for (; j + NR <= columns; j += NR) {
+    const T* rows = w + j * w_stride;
+    if (std::is_same_v<Ahead, NextRows> && j + 2 * NR > columns)  // there are none
+      dot_block<MR, NR>(x, x_stride, rows, w_stride, depth, out + j, out_stride, nothing);
+    else
+      dot_block<MR, NR>(x, x_stride, rows, w_stride, depth, out + j, out_stride, ahead);
+  }
+  for (; j < columns; ++j)
+    dot_block<MR, 1>(x, x_stride, w + j * w_stride, w_stride, depth, out + j, out_stride, nothing);
 }
 
 // out[m, j] = x[m] . w[j] for all rows: w is read from memory once per call and stays in the first cache for the row
 // blocks that follow, if `columns` is small.
-template <class T>
+template <class T, class Ahead>
 inline void dots(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t columns,
-                 int64_t depth, float* out, int64_t out_stride) {
+                 int64_t depth, float* out, int64_t out_stride, Ahead& ahead) {
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4)
-    dot_columns<4>(x + m * x_stride, x_stride, w, w_stride, columns, depth, out + m * out_stride, out_stride);
+    dot_columns<4>(x + m * x_stride, x_stride, w, w_stride, columns, depth, out + m * out_stride, out_stride, ahead);
   x += m * x_stride;
   out += m * out_stride;
   switch (rows - m) {
-    case 3: return dot_columns<3>(x, x_stride, w, w_stride, columns, depth, out, out_stride);
-    case 2: return dot_columns<2>(x, x_stride, w, w_stride, columns, depth, out, out_stride);
-    case 1: return dot_columns<1>(x, x_stride, w, w_stride, columns, depth, out, out_stride);
+    case 3: return dot_columns<3>(x, x_stride, w, w_stride, columns, depth, out, out_stride, ahead);
+    case 2: return dot_columns<2>(x, x_stride, w, w_stride, columns, depth, out, out_stride, ahead);
+    case 1: return dot_columns<1>(x, x_stride, w, w_stride, columns, depth, out, out_stride, ahead);
     default: return;
   }
 }
@@ -130,12 +185,12 @@ inline void clear(Tile<MR, NV>& c) {
     for (int j = 0; j < NV; ++j) c.sum[i][j] = zero();
 }
 
-// c[i] += sum over k of a[i * a_stride + k * k_stride] * panel[k]. Panel rows are panel_stride floats apart. With
+// c[i] += sum over k of a[i * a_stride + k * k_stride] * panel[k]. Panel rows are panel_stride elements apart. With
 // kPairs every "float" of a and panel is a pair of bf16. A function of its own: g++ unrolls loops completely only to a
 // nesting of 8, which inlining into the callers' loops exceeds, and then keeps the sums in memory.
-template <bool kPairs = false, int MR, int NV>
-LORA_KERNELS_APART void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride,
-                                   const float* panel, int64_t panel_stride, int64_t depth) {
+template <bool kPairs = false, int MR, int NV, class T>
+LORA_KERNELS_APART void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_stride, int64_t k_stride, const T* panel,
+                                   int64_t panel_stride, int64_t depth) {
   // A local array whose indices are all constants after unrolling: only so does g++ keep the sums in registers.
   F sum[MR][NV];
 #pragma GCC unroll 16
@@ -165,8 +220,8 @@ LORA_KERNELS_APART void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_st
 }
 
 // One row of a tile alone, for rows that do not share a panel (each its own adapter).
-template <int MR, int NV>
-inline void accumulate_row(Tile<MR, NV>& c, int row, const float* a, const float* panel, int64_t panel_stride,
+template <int MR, int NV, class T>
+inline void accumulate_row(Tile<MR, NV>& c, int row, const float* a, const T* panel, int64_t panel_stride,
                            int64_t depth) {
   F sum[NV];
 #pragma GCC unroll 4

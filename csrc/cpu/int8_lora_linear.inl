@@ -22,6 +22,8 @@ constexpr int64_t kFewestChunkRows = 48, kMostChunkRows = 96;
 constexpr int64_t kSplitRows = 48;
 // Weights in flight between memory and the registers: latency times the bandwidth of one core.
 constexpr int64_t kStreamBytes = 4096;
+// Weights that few rows ask for while they are quantized and meet the adapters.
+constexpr int64_t kFirstBytes = 16384;
 
 // Tasks are a grid of row ranges and block ranges.
 struct Int8Grid {
@@ -81,8 +83,13 @@ struct Int8Scratch {
 
 enum class Ahead {
   kNothing,
-  kStream,     // the weights that this tile will need soon: it is the first to read them
+  kStream,     // the weights that this tile will need soon, as it is the first to read them, and `beside`
   kNextBlock,  // one line of the next block per step, into the second cache
+};
+struct AheadOfTile {
+  Ahead what = Ahead::kNothing;
+  const uint8_t* next = nullptr;  // of kNextBlock
+  ReadAhead* beside = nullptr;    // or null; spread over the steps, as a burst would be lost behind the weights
 };
 
 // sums[i][j] = start[j] (or 0) + q[i] . vector j of the block, over `steps` steps of four k, for MR rows and NV
@@ -90,7 +97,10 @@ enum class Ahead {
 // stores them in every step.
 template <Ahead kAhead, int MR, int NV>
 LORA_KERNELS_APART void int8_dots(const int32_t* start, const uint8_t* q, int64_t q_stride, const uint8_t* w,
-                                  int64_t steps, const uint8_t* next, int32_t* sums) {
+                                  int64_t steps, const AheadOfTile& ahead, int32_t* sums) {
+  const uint8_t* next = ahead.next;
+  const int64_t beside = ahead.beside ? ahead.beside->total() : 0;
+  int64_t due = 0;
   I c[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -100,6 +110,7 @@ LORA_KERNELS_APART void int8_dots(const int32_t* start, const uint8_t* q, int64_
     if constexpr (kAhead == Ahead::kStream) {
 #pragma GCC unroll 4
       for (int j = 0; j < kBlockBytesPerStep; j += 64) prefetch(w + kStreamBytes + j);
+      for (due += beside; due >= steps; due -= steps) ahead.beside->lines(1);
     } else if constexpr (kAhead == Ahead::kNextBlock) {
       __builtin_prefetch(next, 0, 2);
       next += 64;
@@ -167,7 +178,7 @@ struct Int8Task {
 
 // MR rows (from row i of the chunk on) times NV vectors of the block (from channel c on)
 template <int MR, int NV>
-LORA_KERNELS_APART void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ahead, const uint8_t* next) {
+LORA_KERNELS_APART void int8_tile(Int8Task& task, int64_t i, int64_t c, const AheadOfTile& ahead) {
   const Int8Scratch& s = task.s;
   const uint8_t *q = s.q + i * s.q_stride, *w = task.weights + c * kInt8StepDepth;
   const int32_t* start = task.compensation + c;
@@ -181,12 +192,12 @@ LORA_KERNELS_APART void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ah
     }
   }
   alignas(64) int32_t products[MR * NV * kLanes];
-  if (ahead == Ahead::kStream)
-    int8_dots<Ahead::kStream, MR, NV>(start, q, s.q_stride, w, task.steps, next, products);
-  else if (ahead == Ahead::kNextBlock)
-    int8_dots<Ahead::kNextBlock, MR, NV>(start, q, s.q_stride, w, task.steps, next, products);
+  if (ahead.what == Ahead::kStream)
+    int8_dots<Ahead::kStream, MR, NV>(start, q, s.q_stride, w, task.steps, ahead, products);
+  else if (ahead.what == Ahead::kNextBlock)
+    int8_dots<Ahead::kNextBlock, MR, NV>(start, q, s.q_stride, w, task.steps, ahead, products);
   else
-    int8_dots<Ahead::kNothing, MR, NV>(start, q, s.q_stride, w, task.steps, next, products);
+    int8_dots<Ahead::kNothing, MR, NV>(start, q, s.q_stride, w, task.steps, ahead, products);
 
   alignas(64) float sums[MR * kInt8BlockChannels];
   const int64_t m = task.first_row + i;
@@ -228,12 +239,12 @@ LORA_KERNELS_APART void int8_tile(Int8Task& task, int64_t i, int64_t c, Ahead ah
   });
 }
 
-// One block of 64 channels for all rows of the chunk.
-inline void int8_block(Int8Task& task, int64_t rows, int64_t block_bytes) {
+// One block of 64 channels for all rows of the chunk. `beside` (or null) is what the first tile asks for besides.
+inline void int8_block(Int8Task& task, int64_t rows, int64_t block_bytes, ReadAhead* beside) {
   const uint8_t* next = task.weights + block_bytes;
   if (rows == 1) {
     for (int64_t c = 0; c < kInt8BlockChannels; c += kInt8RowVectors * kLanes)
-      int8_tile<1, kInt8RowVectors>(task, 0, c, Ahead::kStream, nullptr);
+      int8_tile<1, kInt8RowVectors>(task, 0, c, {Ahead::kStream, nullptr, c == 0 ? beside : nullptr});
     return;
   }
   constexpr int64_t kWidth = kInt8TileVectors * kLanes;
@@ -242,12 +253,14 @@ inline void int8_block(Int8Task& task, int64_t rows, int64_t block_bytes) {
   for (int64_t c = 0; c < kInt8BlockChannels; c += kWidth)
     for (int64_t i = 0; i < rows; ++call) {
       const int64_t count = tile_rows(rows - i, kInt8TileRows);
-      // With four tiles or more each of the first four fetches a quarter of the next block.
-      const Ahead ahead = calls >= 4 ? (call < 4 ? Ahead::kNextBlock : Ahead::kNothing)
-                                     : (call == 0 ? Ahead::kStream : Ahead::kNothing);
-      with_rows<kInt8TileRows>(count, [&](auto tag) {
-        int8_tile<decltype(tag)::value, kInt8TileVectors>(task, i, c, ahead, next + call * task.steps * 64);
-      });
+      AheadOfTile ahead;
+      if (calls < 4) {
+        if (call == 0) ahead = {Ahead::kStream, nullptr, beside};
+      } else if (call < 4) {  // each of the first four fetches a quarter of the next block
+        ahead = {Ahead::kNextBlock, next + call * task.steps * 64, nullptr};
+      }
+      with_rows<kInt8TileRows>(count,
+                               [&](auto tag) { int8_tile<decltype(tag)::value, kInt8TileVectors>(task, i, c, ahead); });
       i += count;
     }
 }
@@ -255,8 +268,9 @@ inline void int8_block(Int8Task& task, int64_t rows, int64_t block_bytes) {
 // ---------- A task
 
 // Normalizes (where asked) and quantizes rows [begin, end) of x, and computes their t.
+template <class Ahead>
 inline void int8_prepare(const Int8LoraLinearProblem& p, const Int8LoraLinearArgs& args, const Int8Task& task,
-                         int64_t begin, int64_t end, int64_t* packed_adapter) {
+                         int64_t begin, int64_t end, int64_t* packed_adapter, Ahead& ahead) {
   const int64_t K = p.in_features;
   const Int8Scratch& s = task.s;
   const float* x_scale = p.static_scale ? args.x_scale : nullptr;
@@ -270,16 +284,16 @@ inline void int8_prepare(const Int8LoraLinearProblem& p, const Int8LoraLinearArg
       float* copy = s.x + i * K;
       if (p.has_norm)
         with_type(p.norm_dtype, args.norm_weight, [&](auto* weight) {
-          normalize_row(row, K, weight, static_cast<decltype(weight)>(args.norm_bias), p.norm_eps, copy);
+          normalize_row(row, K, weight, static_cast<decltype(weight)>(args.norm_bias), p.norm_eps, copy, ahead);
         });
       else if (copied)
         convert_row(row, K, copy);
-      s.scales[i] = copied ? quantize(copy, K, x_scale, q) : quantize(row, K, x_scale, q);
+      s.scales[i] = copied ? quantize(copy, K, x_scale, q, ahead) : quantize(row, K, x_scale, q, ahead);
     }
   });
   if (!task.bank) return;
   const float* x = copied ? s.x - begin * K : static_cast<const float*>(args.x);
-  down_rows(*task.bank, x, copied ? K : args.x_stride, begin, end, K, s.t, s.down, packed_adapter);
+  down_rows(*task.bank, x, copied ? K : args.x_stride, begin, end, K, s.t, s.down, packed_adapter, ahead);
 }
 
 inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Bank& bank,
@@ -313,12 +327,23 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
                 0,
                 {},
                 {}};
-  // The first weights travel while the rows are quantized.
-  for (int64_t j = 0; j < kStreamBytes; j += 64) prefetch(args.packed_weight + first_block * block_bytes + j);
+  const bool few = p.rows <= kRowsAsItLies;
   int64_t packed_adapter = -1;
   for (int64_t m = first; m < end; m += task.s.rows) {
     const int64_t stop = m + task.s.rows < end ? m + task.s.rows : end;
-    int8_prepare(p, args, task, m, stop, &packed_adapter);
+    if (few) {  // what lies in memory travels while the rows are quantized: the adapters, then the first weights
+      ReadAhead ahead;
+      if (task.bank) {
+        add_down(bank, m, stop, p.in_features, &ahead);
+        const int64_t column = first_block * kInt8BlockChannels, left = p.out_features - column;
+        add_up(bank, m, stop, column, left < kInt8BlockChannels ? left : kInt8BlockChannels, &ahead);
+      }
+      ahead.add(args.packed_weight + first_block * block_bytes, kFirstBytes);
+      int8_prepare(p, args, task, m, stop, &packed_adapter, ahead);
+    } else {
+      NothingAhead nothing;
+      int8_prepare(p, args, task, m, stop, &packed_adapter, nothing);
+    }
     task.first_row = m;
     if (p.top_k)
       for (int64_t row = m; row < stop; ++row)
@@ -334,7 +359,12 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
           for (int64_t c = 0; c < kInt8BlockChannels; c += kLanes)
             store(bias + c, load_at(values + task.column, c, p.out_features - task.column));
         });
-      int8_block(task, stop - m, block_bytes);
+      ReadAhead up;  // of the next block
+      if (task.bank && few) {
+        const int64_t next = task.column + kInt8BlockChannels, left = p.out_features - next;
+        add_up(bank, m, stop, next, left < kInt8BlockChannels ? left : kInt8BlockChannels, &up);
+      }
+      int8_block(task, stop - m, block_bytes, up.total() ? &up : nullptr);
     }
   }
 }

@@ -2,11 +2,11 @@
 // is read from memory once; the two passes of its quantization find it in the first cache.
 
 // max |x| as bits: among the bits of magnitudes, infinities and NaNs are the largest, so they always win.
-template <class T>
-inline int32_t magnitude_bits(const T* x, int64_t depth) {
+template <class T, class Ahead>
+inline int32_t magnitude_bits(const T* x, int64_t depth, Ahead& ahead) {
   I most[4] = {set_int(0), set_int(0), set_int(0), set_int(0)};
   int64_t k = 0;
-  for (; k + 4 * kLanes <= depth; k += 4 * kLanes)
+  for (; k + 4 * kLanes <= depth; k += 4 * kLanes, ahead.lines(4 * kAheadPerVector))
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) most[j] = max_int(most[j], bits_of(abs(load(x + k + j * kLanes))));
   for (; k < depth; k += kLanes) most[0] = max_int(most[0], bits_of(abs(load_at(x, k, depth))));
@@ -14,12 +14,12 @@ inline int32_t magnitude_bits(const T* x, int64_t depth) {
 }
 
 // q[k] = clamp(round_half_even(x[k] * inverse), -127, 127), up to a multiple of 4 k; what follows K meets zero weights.
-template <class T>
-inline void quantize_row(const T* x, int64_t depth, float inverse, uint8_t* q) {
+template <class T, class Ahead>
+inline void quantize_row(const T* x, int64_t depth, float inverse, uint8_t* q, Ahead& ahead) {
   const F factor = set(inverse), low = set(-127.0f), high = set(127.0f);
   const auto quantized = [&](F v) { return to_int(min(max(v * factor, low), high)); };
   int64_t k = 0;
-  for (; k + 4 * kLanes <= depth; k += 4 * kLanes) {
+  for (; k + 4 * kLanes <= depth; k += 4 * kLanes, ahead.lines(4 * kAheadPerVector)) {
     const T* v = x + k;
     store_activations(q + k, quantized(load(v)), quantized(load(v + kLanes)), quantized(load(v + 2 * kLanes)),
                       quantized(load(v + 3 * kLanes)));
@@ -33,15 +33,15 @@ inline void quantize_row(const T* x, int64_t depth, float inverse, uint8_t* q) {
 }
 
 // Quantizes a row and returns its scale; NaN for a row with a non-finite element, whose outputs are then NaN.
-template <class T>
-inline float quantize(const T* x, int64_t depth, const float* x_scale, uint8_t* q) {
-  const int32_t bits = magnitude_bits(x, depth);
+template <class T, class Ahead>
+inline float quantize(const T* x, int64_t depth, const float* x_scale, uint8_t* q, Ahead& ahead) {
+  const int32_t bits = magnitude_bits(x, depth, ahead);
   float most;
   memcpy(&most, &bits, sizeof most);
   const bool finite = bits < 0x7f800000;
   float inverse = x_scale ? 1.0f / *x_scale : 127.0f / most, scale = x_scale ? *x_scale : most / 127.0f;
   if (!finite) inverse = 0, scale = __builtin_nanf("");
   if (!__builtin_isfinite(inverse)) inverse = 0, scale = 0;  // zeros, or too small for 127 / most to be a float
-  quantize_row(x, depth, inverse, q);
+  quantize_row(x, depth, inverse, q, ahead);
   return scale;
 }

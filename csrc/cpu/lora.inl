@@ -5,10 +5,17 @@ struct AdapterRanks {
   float scale = 0;
 };
 
-// One factor of the LoRA branch: element (rank row r, k) at data[r * rank_stride + k * k_stride].
+// One factor of the LoRA branch.
 struct Factor {
   const void* data;
   int64_t rank_stride, k_stride;
+  int64_t block_stride = 0;  // over 0: of blocks of kLoraBlockColumns k (LoraBank)
+
+  // Of element (rank row r, k).
+  int64_t at(int64_t r, int64_t k) const {
+    return r * rank_stride +
+           (block_stride ? k / kLoraBlockColumns * block_stride + k % kLoraBlockColumns : k * k_stride);
+  }
 };
 
 // A view of one call's bank: the branch is t = s x downt, then t up. Forward: down is A, up is B; for dx the two change
@@ -20,7 +27,11 @@ struct Bank {
   Factor down, up;
 
   static Bank forward(const LoraShape& shape, const LoraBank& bank, int64_t rows) {
-    return {shape, bank, rows, {bank.a, bank.a_stride, 1}, {bank.b, bank.b_stride_rank, bank.b_stride_out}};
+    return {shape,
+            bank,
+            rows,
+            {bank.a, bank.a_stride, 1},
+            {bank.b, bank.b_stride_rank, bank.b_stride_out, bank.b_stride_block}};
   }
   static Bank backward(const LoraShape& shape, const LoraBank& bank, int64_t rows) {
     return {shape, bank, rows, {bank.b, bank.b_stride_rank, bank.b_stride_out}, {bank.a, bank.a_stride, 1}};
@@ -57,9 +68,11 @@ inline int64_t down_scratch(const LoraShape& shape, int64_t depth) { return dept
 
 // t[m - begin, :] = scale * x[m] . down rows of m's adapter, for rows [begin, end); zero where a row has none. x is
 // fp32, x + m * x_stride is row m. t has rows of padded_rank floats. Few rows: dot products; many: panels. `packed`
-// (optional, -1 at first) remembers whose panel the scratch holds, for callers that come back with more rows.
+// (optional, -1 at first) remembers whose panel the scratch holds, for callers that come back with more rows. `ahead`
+// is what few rows ask for meanwhile.
+template <class Ahead>
 inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_t begin, int64_t end, int64_t depth,
-                      float* t, float* scratch, int64_t* packed = nullptr) {
+                      float* t, float* scratch, int64_t* packed, Ahead& ahead) {
   const int64_t width = padded_rank(bank.shape);
   for (int64_t m = begin; m < end;) {
     const int64_t stop = bank.run_end(m, end);
@@ -74,7 +87,7 @@ inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_
       with_type(bank.shape.dtype, down.data, [&](auto* a) {
         a += adapter.begin * down.rank_stride;
         if (together <= 4 && down.k_stride == 1) {
-          dots(x + m * x_stride, x_stride, stop - m, a, down.rank_stride, adapter.rank, depth, rows, width);
+          dots(x + m * x_stride, x_stride, stop - m, a, down.rank_stride, adapter.rank, depth, rows, width, ahead);
           for (int64_t i = 0; i < (stop - m) * width; i += kLanes) store(rows + i, load(rows + i) * set(adapter.scale));
         } else {
           const int64_t columns = round_up(adapter.rank, kLanes);
@@ -91,22 +104,62 @@ inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_
     m = stop;
   }
 }
+inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_t begin, int64_t end, int64_t depth,
+                      float* t, float* scratch) {
+  NextRows ahead;
+  down_rows(bank, x, x_stride, begin, end, depth, t, scratch, nullptr, ahead);
+}
+
+// Up to so many rows B is read as it lies also where it is stored in 16 bits: packing pays for itself only when many
+// rows come back to the panel.
+constexpr int64_t kRowsAsItLies = 8;
 
 // The panel of columns [n, n + columns) of an adapter's up factor: its own memory where that can be read as it lies,
-// else packed into scratch [rank][kPanel].
+// else packed into scratch [rank][kPanel] as fp32.
 struct UpPanel {
-  const float* data = nullptr;
+  const void* data = nullptr;
   int64_t stride = 0;
+  DType dtype = DType::kFloat32;
 };
 inline UpPanel up_panel(const Bank& bank, const AdapterRanks& adapter, int64_t n, int64_t columns, float* scratch) {
   const Factor& up = bank.up;
-  const int64_t first = adapter.begin * up.rank_stride + n * up.k_stride;
-  if (bank.shape.dtype == DType::kFloat32 && up.k_stride == 1 && columns == kPanel)
-    return {static_cast<const float*>(up.data) + first, up.rank_stride};
-  with_type(bank.shape.dtype, up.data, [&](auto* b) {
-    pack_panel(b + first, up.k_stride, up.rank_stride, columns, adapter.rank, scratch, kPanel);
+  const int64_t first = up.at(adapter.begin, n);
+  const DType dtype = bank.shape.dtype;
+  UpPanel panel{scratch, kPanel, DType::kFloat32};
+  with_type(dtype, up.data, [&](auto* b) {
+    if (up.k_stride == 1 && columns == kPanel && (dtype == DType::kFloat32 || bank.rows <= kRowsAsItLies))
+      panel = {b + first, up.rank_stride, dtype};
+    else
+      pack_panel(b + first, up.k_stride, up.rank_stride, columns, adapter.rank, scratch, kPanel);
   });
-  return {scratch, kPanel};
+  return panel;
+}
+
+// What rows [begin, end), few, will read of the down factors ...
+inline void add_down(const Bank& bank, int64_t begin, int64_t end, int64_t depth, ReadAhead* ahead) {
+  if (bank.down.k_stride != 1) return;
+  const auto size = static_cast<int64_t>(size_of(bank.shape.dtype));
+  const int64_t stride = bank.down.rank_stride * size;
+  for (int64_t m = begin; m < end; m = bank.run_end(m, end)) {
+    const AdapterRanks adapter = bank.ranks(bank.adapter_of(m));
+    ahead->add(static_cast<const char*>(bank.down.data) + adapter.begin * stride, depth * size, adapter.rank, stride);
+  }
+}
+
+// ... and up_panel() of these columns of the up factors, which lie as [rank][columns] or, as PEFT has it,
+// [columns][rank].
+inline void add_up(const Bank& bank, int64_t begin, int64_t end, int64_t n, int64_t columns, ReadAhead* ahead) {
+  if (columns <= 0) return;
+  const Factor& up = bank.up;
+  const auto size = static_cast<int64_t>(size_of(bank.shape.dtype));
+  for (int64_t m = begin; m < end; m = bank.run_end(m, end)) {
+    const AdapterRanks adapter = bank.ranks(bank.adapter_of(m));
+    const char* from = static_cast<const char*>(up.data) + up.at(adapter.begin, n) * size;
+    if (up.k_stride == 1)
+      ahead->add(from, columns * size, adapter.rank, up.rank_stride * size);
+    else if (up.rank_stride == 1)
+      ahead->add(from, adapter.rank * size, columns, up.k_stride * size);
+  }
 }
 
 // Adds t up of `count` rows from row m on to a tile; `t` is the row of t of row m. Rows that share an adapter share its
@@ -120,7 +173,8 @@ inline void add_lora(Tile<MR, kTileVectors>& c, const Bank& bank, int64_t m, con
     const AdapterRanks adapter = bank.ranks(first_adapter);
     if (adapter.rank == 0) return;
     if (*last != first_adapter) *panel = up_panel(bank, adapter, n, columns, scratch), *last = first_adapter;
-    accumulate(c, t, width, 1, panel->data, panel->stride, adapter.rank);
+    with_type(panel->dtype, panel->data,
+              [&](auto* up) { accumulate(c, t, width, 1, up, panel->stride, adapter.rank); });
     return;
   }
   for (int i = 0; i < MR; ++i) {
@@ -128,6 +182,7 @@ inline void add_lora(Tile<MR, kTileVectors>& c, const Bank& bank, int64_t m, con
     const AdapterRanks adapter = bank.ranks(id);
     if (adapter.rank == 0) continue;
     if (*last != id) *panel = up_panel(bank, adapter, n, columns, scratch), *last = id;
-    accumulate_row(c, i, t + i * width, panel->data, panel->stride, adapter.rank);
+    with_type(panel->dtype, panel->data,
+              [&](auto* up) { accumulate_row(c, i, t + i * width, up, panel->stride, adapter.rank); });
   }
 }

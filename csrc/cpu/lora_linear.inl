@@ -286,7 +286,9 @@ inline void run_dot(const LoraLinearPlan& plan, const LoraLinearArgs& args, cons
     for (int64_t panel = panels * task / plan.tasks; panel < panels * (task + 1) / plan.tasks; ++panel) {
       const int64_t n = panel * kPanel, columns = N - n < kPanel ? N - n : kPanel;
       with_type(p.dtype, args.weight, [&](auto* weight) {
-        dots(x.data, x.stride, M, weight + n * args.weight_stride, args.weight_stride, columns, K, s.sums, kPanel);
+        NextRows ahead;
+        dots(x.data, x.stride, M, weight + n * args.weight_stride, args.weight_stride, columns, K, s.sums, kPanel,
+             ahead);
       });
       int64_t last = -1;
       UpPanel up;

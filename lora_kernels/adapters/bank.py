@@ -24,13 +24,17 @@ class AdapterBank:
     lora_a
         [R, K], the rank rows of all adapters.
     lora_b
-        [R, N], by rank row (PEFT's B [N, r] transposed).
+        [R, N], by rank row (PEFT's B [N, r] transposed), or in blocks of 64 outputs,
+        [N64 / 64, R, 64] with N64 = N rounded up to 64, the last block padded with zeros: few
+        rows read that as one stream, where [R, N] has every rank row in a page of its own.
     offsets
         int32 [n + 1]: adapter i owns the rows offsets[i] .. offsets[i + 1] - 1.
     scales
         fp32 [n].
     ranks
         The ranks as Python integers; 0 where an adapter leaves this layer alone.
+    out_features
+        N.
     """
 
     lora_a: torch.Tensor
@@ -38,6 +42,7 @@ class AdapterBank:
     offsets: torch.Tensor
     scales: torch.Tensor
     ranks: tuple[int, ...]
+    out_features: int
 
     @classmethod
     def pack(
@@ -47,6 +52,7 @@ class AdapterBank:
         out_features: int,
         *,
         dtype: torch.dtype | None = None,
+        blocked: bool = False,
         device: torch.device | str | None = None,
     ) -> AdapterBank:
         """Build a bank from each adapter's layer (None: the adapter leaves this layer alone).
@@ -59,6 +65,8 @@ class AdapterBank:
             K and N of the layer.
         dtype
             Storage of A and B; None: the smallest dtype that holds every adapter exactly.
+        blocked
+            Whether B is kept in blocks.
         device
             Where the bank lives; None: the CPU.
 
@@ -87,34 +95,26 @@ class AdapterBank:
         scales = [layer.scale if layer is not None else 1.0 for layer in layers]
         bank = cls(
             lora_a,
-            lora_b,
+            in_blocks(lora_b) if blocked else lora_b,
             torch.tensor(offsets, dtype=torch.int32),
             torch.tensor(scales, dtype=torch.float32),
             ranks,
+            out_features,
         )
         return bank if device is None else bank.to(device)
 
     def unpack(self) -> list[AdapterLayer | None]:
         """The layers :meth:`pack` was given, in the bank's dtype (None where the rank is 0)."""
         layers: list[AdapterLayer | None] = []
+        lora_b = by_rank(self.lora_b, self.out_features)
         begin = 0
         for rank, scale in zip(self.ranks, self.scales.tolist(), strict=True):
             rows = slice(begin, begin + rank)
             begin += rank
             layers.append(
-                AdapterLayer(self.lora_a[rows], self.lora_b[rows].t(), scale) if rank else None
+                AdapterLayer(self.lora_a[rows], lora_b[rows].t(), scale) if rank else None
             )
         return layers
-
-    def replace(self, index: int, layer: AdapterLayer | None) -> AdapterBank:
-        """A bank with another layer (or none) at ``index``; it grows to hold that index."""
-        layers = self.unpack()
-        layers.extend([None] * (index + 1 - len(layers)))
-        layers[index] = layer
-        packed = AdapterBank.pack(
-            layers, self.lora_a.shape[1], self.lora_b.shape[1], device=self.lora_a.device
-        )
-        return packed
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -126,6 +126,7 @@ class AdapterBank:
             self.offsets.to(device=device),
             self.scales.to(device=device),
             self.ranks,
+            self.out_features,
         )
 
     @property
@@ -137,6 +138,24 @@ class AdapterBank:
     def total_rank(self) -> int:
         """Number of rank rows R."""
         return int(self.lora_a.shape[0])
+
+
+_BLOCK = 64  # kLoraBlockColumns of the operators
+
+
+def in_blocks(lora_b: torch.Tensor) -> torch.Tensor:
+    """B [R, N] as [N64 / 64, R, 64]."""
+    rank, columns = lora_b.shape
+    padded = torch.nn.functional.pad(lora_b, (0, -columns % _BLOCK))
+    return padded.view(rank, padded.shape[1] // _BLOCK, _BLOCK).transpose(0, 1).contiguous()
+
+
+def by_rank(lora_b: torch.Tensor, columns: int) -> torch.Tensor:
+    """B as [R, N], however it is kept."""
+    if lora_b.dim() == 2:
+        return lora_b
+    blocks, rank, width = lora_b.shape
+    return lora_b.transpose(0, 1).reshape(rank, blocks * width)[:, :columns]
 
 
 def check_features(name: str, layer: AdapterLayer, in_features: int, out_features: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..adapters.adapter import AdapterLayer
 from ..adapters.bank import AdapterBank
 from ..adapters.registry import AdapterRegistry
 from ..errors import AdapterError
@@ -24,6 +25,10 @@ class AdapterHost(nn.Module):
     _bank: AdapterBank | None = None
     _registry: AdapterRegistry | None = None
 
+    # How banks are kept for this kind of module: the arguments of AdapterBank.pack().
+    adapter_dtype: torch.dtype | None = None
+    blocked_adapters: bool = False
+
     @property
     def bank(self) -> AdapterBank | None:
         """The adapters of this layer, or None."""
@@ -39,7 +44,7 @@ class AdapterHost(nn.Module):
         """
         if bank is not None:
             expected = self.adapter_features
-            got = (bank.lora_a.shape[1], bank.lora_b.shape[1])
+            got = (bank.lora_a.shape[1], bank.out_features)
             if got != expected:
                 raise AdapterError(
                     f"bank: expected adapters of {expected} (inputs, outputs), got {got}; pack it "
@@ -47,6 +52,16 @@ class AdapterHost(nn.Module):
                 )
         self._bank = bank
         self._registry = registry if bank is not None else None
+
+    def pack_bank(self, layers: Sequence[AdapterLayer | None]) -> AdapterBank:
+        """A bank as this module keeps it; see :meth:`AdapterBank.pack`."""
+        return AdapterBank.pack(
+            layers,
+            *self.adapter_features,
+            dtype=self.adapter_dtype,
+            blocked=self.blocked_adapters,
+            device=self.adapter_device,
+        )
 
     @property
     def adapter_features(self) -> tuple[int, int]:
@@ -70,6 +85,7 @@ class AdapterHost(nn.Module):
                 bank.offsets.to(lora_a.device),
                 bank.scales.to(lora_a.device),
                 bank.ranks,
+                bank.out_features,
             )
         return result
 

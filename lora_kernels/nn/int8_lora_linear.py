@@ -20,7 +20,8 @@ class Int8LoraLinear(AdapterHost):
     """``act((q_x q_wᵀ) s_x s_w + bias + s (x At) B) + residual`` with W in INT8.
 
     Weights are symmetric per output channel; inputs are quantized per row as they come (or by
-    ``x_scale``, a calibrated scale). LoRA, bias, activation and residual stay in floating point.
+    ``x_scale``, a calibrated scale). LoRA, bias, activation and residual stay in floating point, the
+    adapters in bf16 (A and B are kept so, sums are fp32).
 
     ``state_dict()`` holds ``weight`` (int8 [N, K]) and ``weight_scales`` (fp32 [N]), which mean
     the same on every machine; the packed bytes that the operator reads are derived from them.
@@ -38,6 +39,10 @@ class Int8LoraLinear(AdapterHost):
     activation
         ``none``, ``gelu`` or ``silu``.
     """
+
+    # Read with the weights at every step of a decoder: 16 bits lose far less than INT8 has lost.
+    adapter_dtype = torch.bfloat16
+    blocked_adapters = True
 
     packed_weight: torch.Tensor
     x_scale: torch.Tensor | None

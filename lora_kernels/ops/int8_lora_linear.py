@@ -58,7 +58,7 @@ def int8_lora_linear(
     lora_a, lora_b
         [R, K] and [R, N] by rank row, both fp32, fp16 or bf16; the R rank rows of all adapters one
         after another. ``lora_b`` may have any strides: PEFT's B, [N, r], is passed as ``B.t()``
-        without a copy.
+        without a copy. Or in blocks of 64 outputs, [N64 / 64, R, 64], as ``AdapterBank`` keeps it.
     scales
         fp32 [n], alpha / rank of each adapter; None: all 1.
     offsets

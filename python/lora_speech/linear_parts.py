@@ -34,7 +34,8 @@ class LinearParts:
     bias : Tensor or None
         [N].
     lora : tuple or None
-        A [R, K], B [R, N] by rank row, scales [n], offsets [n + 1] or None (one adapter).
+        A [R, K], B [R, N] by rank row or in blocks (`AdapterBank.lora_b`), scales [n], offsets
+        [n + 1] or None (one adapter).
     routed : bool
         Whether each row chooses among the adapters; otherwise all rows use the only one.
     x_scale : Tensor or None
@@ -178,10 +179,18 @@ def _join_packed(modules: Sequence[Any], parts: list[LinearParts]) -> torch.Tens
 
 def _join_lora(parts: list[LinearParts]) -> Any:
     """Banks of several linears as one: A rows adapter by adapter, B block-diagonal, scales in B."""
-    banks = [part.lora for part in parts]
+    from lora_kernels.adapters.bank import by_rank
+
+    width = parts[0].out_features
+    # In fp32, since scales that differ between the parts go into B.
+    banks = [
+        (part.lora[0].float(), by_rank(part.lora[1], width).float(), *part.lora[2:])
+        if part.lora
+        else None
+        for part in parts
+    ]
     if not any(banks):
         return None
-    width = parts[0].out_features
     found = next(bank for bank in banks if bank)
     counts = max(bank[2].numel() for bank in banks if bank)
     a_rows, b_rows, offsets = [], [], [0]
@@ -199,7 +208,7 @@ def _join_lora(parts: list[LinearParts]) -> Any:
                 continue
             a_rows.append(bank[0][begin:end])
             rows = bank[1].new_zeros(end - begin, width * len(parts))
-            scaled = bank[1][begin:end] * bank[2][adapter].to(bank[1].dtype)
+            scaled = bank[1][begin:end] * bank[2][adapter]
             rows[:, block * width : (block + 1) * width] = scaled
             b_rows.append(rows)
         offsets.append(sum(a.shape[0] for a in a_rows))

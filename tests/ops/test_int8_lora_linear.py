@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from lora_kernels import ops, reference
+from lora_kernels.adapters.bank import in_blocks
 
 NAMES = ["generic", "avx2", "avx2_vnni", "avx512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -222,6 +223,23 @@ def test_views_and_misaligned_inputs(implementation: str, rows: int, dtype: torc
         shifted = torch.cat([packed.new_zeros(1), packed])[1:]
         got = ops.int8_lora_linear(x, shifted, 71, **lora)
         assert torch.equal(got, ops.int8_lora_linear(x.contiguous(), packed, 71, **copies))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 8, 13])
+def test_blocks_of_b_change_no_bit(implementation: str, rows: int, dtype: torch.dtype) -> None:
+    """However B lies: by rank row, in blocks of 64 outputs, or as PEFT has it."""
+    k, n = 100, 131
+    packed, _, _ = quantized(n, k)
+    x = torch.randn(rows, k)
+    bank = ragged_bank(rows, k, n, dtype)
+    lora_b = bank.pop("lora_b")
+    results = [
+        ops.int8_lora_linear(x, packed, n, lora_b=b, **bank)
+        for b in (lora_b, in_blocks(lora_b), lora_b.t().contiguous().t())
+    ]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_same_bits_twice(implementation: str) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from lora_kernels import ops, reference
+from lora_kernels.adapters.bank import in_blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, in, out): empty, one row, primes, both sides of every tile, path and panel boundary.
@@ -221,6 +222,17 @@ def test_memory_layouts(implementation: str) -> None:
     narrow = torch.randn(9, 2, 4, dtype=torch.bfloat16)[:, :, 1:]  # rows at odd addresses
     weight = torch.randn(5, 3, dtype=torch.bfloat16)
     assert_close(ops.lora_linear(narrow, weight), narrow.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 30])
+def test_blocks_of_b_change_no_bit(implementation: str, rows: int) -> None:
+    operands = bank("bank", rows, 50, 131, torch.bfloat16)
+    x, weight, bias, _ = base(rows, 50, 131, torch.float32)
+    expected = ops.lora_linear(x, weight, bias, **operands)
+    operands["lora_b"] = in_blocks(operands["lora_b"])
+    assert torch.equal(ops.lora_linear(x, weight, bias, **operands), expected)
+    with pytest.raises(RuntimeError, match="where gradients are needed"):
+        ops.lora_linear(x.requires_grad_(), weight, bias, **operands).sum().backward()
 
 
 def test_same_bits_twice(implementation: str) -> None:

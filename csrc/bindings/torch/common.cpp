@@ -114,10 +114,14 @@ LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const O
     refuse(op, "lora_a",
            "expected [rank, " + std::to_string(in_features) + "], got " + shape_of(a) +
                "; is it the adapter of another layer or model?");
-  if (!(b.dim() == 2 && b.size(0) == a.size(0) && b.size(1) == out_features))
+  const int64_t blocks = round_up(out_features, kLoraBlockColumns) / kLoraBlockColumns;
+  const bool blocked = b.dim() == 3 && b.size(0) == blocks && b.size(1) == a.size(0) && b.size(2) == kLoraBlockColumns;
+  if (!blocked && !(b.dim() == 2 && b.size(0) == a.size(0) && b.size(1) == out_features))
     refuse(op, "lora_b",
            "expected [" + std::to_string(a.size(0)) + ", " + std::to_string(out_features) +
-               "] (by rank row; pass PEFT's B [out, rank] as B.t()), got " + shape_of(b));
+               "] (by rank row; pass PEFT's B [out, rank] as B.t()), or its blocks [" + std::to_string(blocks) + ", " +
+               std::to_string(a.size(0)) + ", 64], got " + shape_of(b));
+  if (blocked && !b.is_contiguous()) refuse(op, "lora_b", "expected contiguous blocks; call .contiguous()");
   out.shape.dtype = dtype_of(op, "lora_a", a);
   if (dtype_of(op, "lora_b", b) != out.shape.dtype) refuse(op, "lora_b", "expected the dtype of lora_a");
   out.shape.total_rank = a.size(0);
@@ -129,8 +133,9 @@ LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const O
   out.bank.a = rows.data;
   out.bank.a_stride = rows.stride;
   out.bank.b = b.data_ptr();
-  out.bank.b_stride_rank = b.stride(0);
-  out.bank.b_stride_out = b.stride(1);
+  out.bank.b_stride_rank = blocked ? b.stride(1) : b.stride(0);
+  out.bank.b_stride_out = blocked ? 1 : b.stride(1);
+  out.bank.b_stride_block = blocked ? b.stride(0) : 0;
   if (offsets) {
     expect_tensor(op, "offsets", *offsets, ScalarType::Int, {-1});
     if (!(offsets->size(0) >= 2 && offsets->is_contiguous()))

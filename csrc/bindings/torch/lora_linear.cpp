@@ -84,6 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   const char* op = "lora_linear_backward";
   Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
   const int64_t M = o.problem.rows, N = o.problem.out_features, K = o.problem.in_features;
+  if (o.lora.bank.b_stride_block)
+    refuse(op, "lora_b", "expected [rank, out_features] where gradients are needed, got blocks; pass it by rank row");
   expect_cpu(op, "dy", dy);
   const Tensor g = dy.is_contiguous() ? dy : torch::stable::contiguous(dy);
   if (!(g.numel() == M * N && g.scalar_type() == x.scalar_type()))
