@@ -89,8 +89,8 @@ std::string to_string(const Int8LoraLinearProblem& p) {
 
 std::string to_string(const Int8LoraLinearPlan& plan) {
   std::ostringstream text;
-  text << to_string(plan.problem) << " -> " << plan.implementation->name << " tasks=" << plan.tasks
-       << " workspace=" << plan.workspace;
+  text << to_string(plan.problem) << " -> " << plan.implementation->name << (plan.bf16_dot ? " vdpbf16ps" : "")
+       << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
   return text.str();
 }
 

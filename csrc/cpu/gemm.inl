@@ -147,16 +147,17 @@ inline void pack_panel(const T* w, int64_t column_stride, int64_t k_stride, int6
   }
   for (int64_t j = 0; j < width; j += kLanes) {
     int64_t k = 0;
-    if (k_stride == 1 && j + kLanes <= columns) {  // consecutive k: square blocks are transposed
+    if (k_stride == 1) {  // consecutive k: square blocks are transposed
       for (; k + kLanes <= depth; k += kLanes) {
         alignas(64) float block[kLanes * kLanes];
         const float* from = block;
         int64_t from_stride = kLanes;
-        if constexpr (sizeof(T) == sizeof(float)) {
+        if (sizeof(T) == sizeof(float) && j + kLanes <= columns) {
           from = reinterpret_cast<const float*>(w + j * column_stride + k);
           from_stride = column_stride;
         } else {
-          for (int i = 0; i < kLanes; ++i) store(block + i * kLanes, load(w + (j + i) * column_stride + k));
+          for (int i = 0; i < kLanes; ++i)
+            store(block + i * kLanes, j + i < columns ? load(w + (j + i) * column_stride + k) : zero());
         }
         transpose_block(from, from_stride, panel + k * width + j, width);
       }
@@ -220,7 +221,7 @@ LORA_KERNELS_APART void accumulate(Tile<MR, NV>& c, const float* a, int64_t a_st
 }
 
 // One row of a tile alone, for rows that do not share a panel (each its own adapter).
-template <int MR, int NV, class T>
+template <bool kPairs = false, int MR, int NV, class T>
 inline void accumulate_row(Tile<MR, NV>& c, int row, const float* a, const T* panel, int64_t panel_stride,
                            int64_t depth) {
   F sum[NV];
@@ -229,7 +230,12 @@ inline void accumulate_row(Tile<MR, NV>& c, int row, const float* a, const T* pa
   for (int64_t k = 0; k < depth; ++k, panel += panel_stride) {
     const F x = set(a[k]);
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) fma_into(sum[j], x, load(panel + j * kLanes));
+    for (int j = 0; j < NV; ++j) {
+      if constexpr (kPairs)
+        bf16_dot_into(sum[j], x, load(panel + j * kLanes));
+      else
+        fma_into(sum[j], x, load(panel + j * kLanes));
+    }
   }
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) c.sum[row][j] = sum[j];
@@ -251,7 +257,7 @@ inline int64_t tile_rows(int64_t rows_left, int64_t most) {
 }
 
 // out[m, j] (= or +=) sum over k of a[m * a_stride + k * k_stride] * panel[k, j], for one narrow panel (kLanes columns)
-template <class Store>
+template <bool kPairs = false, class Store>
 inline void narrow_product(const float* a, int64_t a_stride, int64_t k_stride, int64_t rows, const float* panel,
                            int64_t panel_stride, int64_t depth, const Store& keep) {
   for (int64_t m = 0; m < rows;) {
@@ -259,7 +265,7 @@ inline void narrow_product(const float* a, int64_t a_stride, int64_t k_stride, i
     with_rows<kNarrowTileRows>(count, [&](auto tag) {
       Tile<decltype(tag)::value, 1> c;
       clear(c);
-      accumulate(c, a + m * a_stride, a_stride, k_stride, panel, panel_stride, depth);
+      accumulate<kPairs>(c, a + m * a_stride, a_stride, k_stride, panel, panel_stride, depth);
       for (int i = 0; i < decltype(tag)::value; ++i) keep(m + i, c.sum[i][0]);
     });
     m += count;
@@ -278,6 +284,18 @@ template <class T>
 inline void convert_row(const T* x, int64_t depth, float* out) {
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes) store(out + k, load(x + k));
+  if (k < depth) store_n(out + k, load_n(x + k, static_cast<int>(depth - k)), static_cast<int>(depth - k));
+}
+
+// As bf16 on its way into bf16_dot_into().
+template <class T>
+inline void round_for_dot(bf16* to, T v) {
+  if constexpr (kHasBf16Dot) store_for_dot(to, v);
+}
+template <class T>
+inline void convert_row_for_dot(const T* x, int64_t depth, bf16* out) {
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) round_for_dot(out + k, load(x + k));
   if (k < depth) store_n(out + k, load_n(x + k, static_cast<int>(depth - k)), static_cast<int>(depth - k));
 }
 

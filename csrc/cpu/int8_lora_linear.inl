@@ -20,6 +20,9 @@ constexpr int64_t kFewestChunkRows = 48, kMostChunkRows = 96;
 // From here on rows are split over the tasks before columns are: quantizing all rows in every task would cost more than
 // reading all weights in every task.
 constexpr int64_t kSplitRows = 48;
+// From here on bf16 adapters are multiplied as pairs. Not below: a hypothesis among others then gets the bits that it
+// gets alone.
+constexpr int64_t kPairRows = 48;
 // Weights in flight between memory and the registers: latency times the bandwidth of one core.
 constexpr int64_t kStreamBytes = 4096;
 // Weights that few rows ask for while they are quantized and meet the adapters.
@@ -56,21 +59,24 @@ struct Int8Scratch {
   uint8_t* q;     // [rows][q_stride], quantized rows
   float* scales;  // [rows], s_x
   float* x;       // [rows][K], x as fp32 where it is normalized, or stored otherwise and LoRA wants it
-  float* t;       // [rows][padded rank]
+  bf16* pairs;    // [rows][K], x as the LoRA branch wants it where it multiplies pairs
+  float* t;       // [rows][padded rank], fp32, or bf16 where the LoRA branch multiplies pairs
   float* down;    // the panel of A
   float* up;      // [kPanelsPerBlock] panels of B
 
-  Int8Scratch(float* memory, const Int8LoraLinearProblem& p, const Int8Grid& grid) : base(memory) {
-    const bool lora = p.lora.present();
+  Int8Scratch(float* memory, const Int8LoraLinearPlan& plan, const Int8Grid& grid) : base(memory) {
+    const Int8LoraLinearProblem& p = plan.problem;
+    const bool lora = p.lora.present(), pairs_wanted = plan.bf16_dot;
     rows = int8_chunk_rows(p, (p.rows + grid.row_parts - 1) / grid.row_parts);
     // One cache line more than a multiple: rows of a power of two do not share the sets of the first cache.
     q_stride = round_up(p.in_features, 64) + 64;
     q = reinterpret_cast<uint8_t*>(take(rows * q_stride / 4));
     scales = take(rows);
-    x = take(p.has_norm || (lora && p.dtype != DType::kFloat32) ? rows * p.in_features : 0);
+    x = take(p.has_norm || (lora && p.dtype != DType::kFloat32 && !pairs_wanted) ? rows * p.in_features : 0);
+    pairs = reinterpret_cast<bf16*>(take(pairs_wanted ? rows * p.in_features / 2 : 0));
     t = take(lora ? rows * padded_rank(p.lora) : 0);
     down = take(lora ? down_scratch(p.lora, p.in_features) : 0);
-    up = take(lora ? p.lora.max_rank * kInt8BlockChannels : 0);
+    up = take(lora ? round_up(p.lora.max_rank, 2) * kInt8BlockChannels : 0);
   }
   float* take(int64_t floats) {
     float* p = base + used;
@@ -216,9 +222,12 @@ LORA_KERNELS_APART void int8_tile(Int8Task& task, int64_t i, int64_t c, const Ah
     const int64_t left = task.epilogue.out_features - task.column - c - part * kLanes;
     if (task.bank && left > 0) {
       const int64_t panel = (c + part * kLanes) / kPanel;
-      add_lora(tile, *task.bank, m, s.t + i * padded_rank(task.bank->shape), task.column + panel * kPanel,
-               left < kPanel ? left : kPanel, s.up + panel * kPanel * task.bank->shape.max_rank, &task.last[panel],
-               &task.up[panel]);
+      const int64_t row = i * padded_rank(task.bank->shape), columns = left < kPanel ? left : kPanel;
+      const auto add = [&](const auto* t) {
+        add_lora(tile, *task.bank, m, t + row, task.column + panel * kPanel, columns,
+                 s.up + panel * kPanel * round_up(task.bank->shape.max_rank, 2), &task.last[panel], &task.up[panel]);
+      };
+      task.bank->pairs ? add(reinterpret_cast<const bf16*>(s.t)) : add(s.t);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
@@ -274,8 +283,9 @@ inline void int8_prepare(const Int8LoraLinearProblem& p, const Int8LoraLinearArg
   const int64_t K = p.in_features;
   const Int8Scratch& s = task.s;
   const float* x_scale = p.static_scale ? args.x_scale : nullptr;
-  // Where x is fp32 already, or nobody but the quantization reads it, it is read as it lies.
-  const bool copied = p.has_norm || (task.bank && p.dtype != DType::kFloat32);
+  const bool pairs = task.bank && task.bank->pairs;
+  // Where x is fp32 already, or nobody but the quantization reads it as that, it is read as it lies.
+  const bool copied = p.has_norm || (task.bank && !pairs && p.dtype != DType::kFloat32);
   with_type(p.dtype, args.x, [&](auto* x) {
     for (int64_t m = begin; m < end; ++m) {
       const int64_t i = m - begin;
@@ -289,9 +299,14 @@ inline void int8_prepare(const Int8LoraLinearProblem& p, const Int8LoraLinearArg
       else if (copied)
         convert_row(row, K, copy);
       s.scales[i] = copied ? quantize(copy, K, x_scale, q, ahead) : quantize(row, K, x_scale, q, ahead);
+      if (pairs) copied ? convert_row_for_dot(copy, K, s.pairs + i * K) : convert_row_for_dot(row, K, s.pairs + i * K);
     }
   });
   if (!task.bank) return;
+  if (pairs) {
+    down_pairs(*task.bank, s.pairs - begin * K, K, begin, end, K, reinterpret_cast<bf16*>(s.t), s.down, packed_adapter);
+    return;
+  }
   const float* x = copied ? s.x - begin * K : static_cast<const float*>(args.x);
   down_rows(*task.bank, x, copied ? K : args.x_stride, begin, end, K, s.t, s.down, packed_adapter, ahead);
 }
@@ -315,7 +330,7 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
   Int8Task task{bank.present() ? &bank : nullptr,
                 epilogue,
                 int8_padded_depth(p.in_features) / kInt8StepDepth,
-                Int8Scratch(memory, p, grid),
+                Int8Scratch(memory, plan, grid),
                 0,
                 p.top_k,
                 p.log_sum,
@@ -381,16 +396,20 @@ inline void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   if (worth < static_cast<double>(tasks)) tasks = static_cast<int64_t>(worth) + 1;
   const Int8Grid grid = int8_grid(p, tasks);
   plan->tasks = static_cast<int>(grid.row_parts * grid.block_parts);
-  int64_t floats = Int8Scratch(nullptr, p, grid).used * plan->tasks;
+  plan->bf16_dot = kHasBf16Dot && (device.isa & kIsaAvx512Bf16) && device.fast_bf16_dot && p.lora.present() &&
+                   p.lora.dtype == DType::kBFloat16 && p.in_features % 2 == 0 && p.rows >= kPairRows &&
+                   (p.lora.groups == 0 || p.rows / p.lora.groups >= kPairRows);
+  int64_t floats = Int8Scratch(nullptr, *plan, grid).used * plan->tasks;
   if (p.top_k) floats += p.rows * grid.block_parts * TopList::floats(p.top_k, p.log_sum);
   plan->workspace = floats * static_cast<int64_t>(sizeof(float));
 }
 
 inline void run_forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor) {
   const Int8LoraLinearProblem& p = plan.problem;
-  const Bank bank = Bank::forward(p.lora, args.lora, p.rows);
+  Bank bank = Bank::forward(p.lora, args.lora, p.rows);
+  bank.pairs = plan.bf16_dot;
   const Int8Grid grid = int8_grid(p, plan.tasks);
-  const int64_t scratch = Int8Scratch(nullptr, p, grid).used, list = TopList::floats(p.top_k, p.log_sum);
+  const int64_t scratch = Int8Scratch(nullptr, plan, grid).used, list = TopList::floats(p.top_k, p.log_sum);
   float* memory = static_cast<float*>(args.workspace);
   float* lists = memory + scratch * plan.tasks;  // [block_parts][rows], for top_k
   for_each_task(executor, plan.tasks,

@@ -25,6 +25,7 @@ struct Bank {
   LoraBank bank;
   int64_t rows;  // of x
   Factor down, up;
+  bool pairs = false;  // x, the factors and t are bf16, multiplied two k or two rank rows at a time (vdpbf16ps)
 
   static Bank forward(const LoraShape& shape, const LoraBank& bank, int64_t rows) {
     return {shape,
@@ -61,6 +62,10 @@ struct Bank {
   }
 };
 
+// Up to so many rows A and B are read as they lie, also where they are stored in 16 bits: packing pays for itself only
+// when many rows come back to a panel.
+constexpr int64_t kRowsAsItLies = 8;
+
 inline int64_t padded_rank(const LoraShape& shape) { return round_up(shape.max_rank, kLanes); }
 
 // Floats of scratch that down_rows() needs.
@@ -86,7 +91,7 @@ inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_
       const int64_t together = bank.shape.groups > 0 ? bank.rows / bank.shape.groups : bank.rows;
       with_type(bank.shape.dtype, down.data, [&](auto* a) {
         a += adapter.begin * down.rank_stride;
-        if (together <= 4 && down.k_stride == 1) {
+        if ((together <= 4 || bank.rows <= kRowsAsItLies) && down.k_stride == 1) {
           dots(x + m * x_stride, x_stride, stop - m, a, down.rank_stride, adapter.rank, depth, rows, width, ahead);
           for (int64_t i = 0; i < (stop - m) * width; i += kLanes) store(rows + i, load(rows + i) * set(adapter.scale));
         } else {
@@ -110,12 +115,49 @@ inline void down_rows(const Bank& bank, const float* x, int64_t x_stride, int64_
   down_rows(bank, x, x_stride, begin, end, depth, t, scratch, nullptr, ahead);
 }
 
-// Up to so many rows B is read as it lies also where it is stored in 16 bits: packing pays for itself only when many
-// rows come back to the panel.
-constexpr int64_t kRowsAsItLies = 8;
+// The same with pairs: x, A and t are bf16, depth is even, and so are the strides of x and A.
+inline void down_pairs(const Bank& bank, const bf16* x, int64_t x_stride, int64_t begin, int64_t end, int64_t depth,
+                       bf16* t, float* scratch, int64_t* packed) {
+  const int64_t width = padded_rank(bank.shape);
+  for (int64_t m = begin; m < end;) {
+    const int64_t stop = bank.run_end(m, end), id = bank.adapter_of(m);
+    const AdapterRanks adapter = bank.ranks(id);
+    const int64_t columns = round_up(adapter.rank, kLanes), stride = bank.down.rank_stride / 2;
+    if (adapter.rank > 0 && *packed != id) {
+      const float* a = static_cast<const float*>(bank.down.data) + adapter.begin * stride;
+      pack_panel(a, stride, 1, adapter.rank, depth / 2, scratch, columns);
+      *packed = id;
+    }
+    bf16* rows = t + (m - begin) * width;
+    const float* pairs = reinterpret_cast<const float*>(x + m * x_stride);
+    for (int64_t j = 0; j < columns; j += kLanes)
+      narrow_product<kHasBf16Dot>(pairs, x_stride / 2, 1, stop - m, scratch + j, columns, depth / 2,
+                                  [&](int64_t i, F v) { round_for_dot(rows + i * width + j, v * set(adapter.scale)); });
+    m = stop;
+  }
+}
+
+// A panel of pairs: out[i][j] = rank rows 2 i and 2 i + 1 of column j, bf16 from element `first` of a factor on; what
+// is beyond `rank` rows or `columns` is zero.
+inline void pair_rank_rows(const Factor& up, int64_t first, int64_t rank, int64_t columns, float* out) {
+  const bf16* b = static_cast<const bf16*>(up.data) + first;
+  const auto bits = [&](int64_t r, int64_t j) {  // as the upper halves of lanes
+    const int64_t left = columns - j;
+    if (r >= rank || left <= 0) return set_int(0);
+    const bf16* row = b + r * up.rank_stride;
+    if (up.k_stride == 1) return bits_of(left >= kLanes ? load(row + j) : load_n(row + j, static_cast<int>(left)));
+    bf16 lanes[kLanes];
+    const int count = static_cast<int>(left < kLanes ? left : kLanes);
+    for (int i = 0; i < count; ++i) lanes[i] = row[(j + i) * up.k_stride];
+    return bits_of(load_n(lanes, count));
+  };
+  for (int64_t r = 0; r < rank; r += 2, out += kPanel)
+    for (int64_t j = 0; j < kPanel; j += kLanes)
+      store(out + j, from_bits(((bits(r, j) >> 16) & 0xffff) | bits(r + 1, j)));
+}
 
 // The panel of columns [n, n + columns) of an adapter's up factor: its own memory where that can be read as it lies,
-// else packed into scratch [rank][kPanel] as fp32.
+// else packed into scratch [rank][kPanel] as fp32, or as pairs.
 struct UpPanel {
   const void* data = nullptr;
   int64_t stride = 0;
@@ -126,6 +168,10 @@ inline UpPanel up_panel(const Bank& bank, const AdapterRanks& adapter, int64_t n
   const int64_t first = up.at(adapter.begin, n);
   const DType dtype = bank.shape.dtype;
   UpPanel panel{scratch, kPanel, DType::kFloat32};
+  if (bank.pairs) {
+    pair_rank_rows(up, first, adapter.rank, columns, scratch);
+    return panel;
+  }
   with_type(dtype, up.data, [&](auto* b) {
     if (up.k_stride == 1 && columns == kPanel && (dtype == DType::kFloat32 || bank.rows <= kRowsAsItLies))
       panel = {b + first, up.rank_stride, dtype};
@@ -162,19 +208,24 @@ inline void add_up(const Bank& bank, int64_t begin, int64_t end, int64_t n, int6
   }
 }
 
-// Adds t up of `count` rows from row m on to a tile; `t` is the row of t of row m. Rows that share an adapter share its
-// panel; `last` remembers whose panel the scratch holds.
-template <int MR>
-inline void add_lora(Tile<MR, kTileVectors>& c, const Bank& bank, int64_t m, const float* t, int64_t n, int64_t columns,
+// Adds t up of MR rows from row m on to a tile; `t` is the row of t of row m, fp32, or bf16 with pairs. Rows that share
+// an adapter share its panel; `last` remembers whose panel the scratch holds.
+template <int MR, class T>
+inline void add_lora(Tile<MR, kTileVectors>& c, const Bank& bank, int64_t m, const T* t, int64_t n, int64_t columns,
                      float* scratch, int64_t* last, UpPanel* panel) {
-  const int64_t width = padded_rank(bank.shape), first_adapter = bank.adapter_of(m);
-  const bool uniform = bank.run_end(m, m + MR) == m + MR;
-  if (uniform) {
+  constexpr bool kPairs = kHasBf16Dot && std::is_same_v<T, bf16>;
+  const int64_t width = padded_rank(bank.shape), stride = kPairs ? width / 2 : width;
+  const auto* rows = reinterpret_cast<const float*>(t);
+  const int64_t first_adapter = bank.adapter_of(m);
+  if (bank.run_end(m, m + MR) == m + MR) {
     const AdapterRanks adapter = bank.ranks(first_adapter);
     if (adapter.rank == 0) return;
     if (*last != first_adapter) *panel = up_panel(bank, adapter, n, columns, scratch), *last = first_adapter;
-    with_type(panel->dtype, panel->data,
-              [&](auto* up) { accumulate(c, t, width, 1, up, panel->stride, adapter.rank); });
+    if constexpr (kPairs)
+      accumulate<true>(c, rows, stride, 1, static_cast<const float*>(panel->data), kPanel, (adapter.rank + 1) / 2);
+    else
+      with_type(panel->dtype, panel->data,
+                [&](auto* up) { accumulate(c, rows, stride, 1, up, panel->stride, adapter.rank); });
     return;
   }
   for (int i = 0; i < MR; ++i) {
@@ -182,7 +233,11 @@ inline void add_lora(Tile<MR, kTileVectors>& c, const Bank& bank, int64_t m, con
     const AdapterRanks adapter = bank.ranks(id);
     if (adapter.rank == 0) continue;
     if (*last != id) *panel = up_panel(bank, adapter, n, columns, scratch), *last = id;
-    with_type(panel->dtype, panel->data,
-              [&](auto* up) { accumulate_row(c, i, t + i * width, up, panel->stride, adapter.rank); });
+    if constexpr (kPairs)
+      accumulate_row<true>(c, i, rows + i * stride, static_cast<const float*>(panel->data), kPanel,
+                           (adapter.rank + 1) / 2);
+    else
+      with_type(panel->dtype, panel->data,
+                [&](auto* up) { accumulate_row(c, i, rows + i * stride, up, panel->stride, adapter.rank); });
   }
 }

@@ -20,8 +20,8 @@ class Int8LoraLinear(AdapterHost):
     """``act((q_x q_wᵀ) s_x s_w + bias + s (x At) B) + residual`` with W in INT8.
 
     Weights are symmetric per output channel; inputs are quantized per row as they come (or by
-    ``x_scale``, a calibrated scale). LoRA, bias, activation and residual stay in floating point, the
-    adapters in bf16 (A and B are kept so, sums are fp32).
+    ``x_scale``, a calibrated scale). LoRA, bias, activation and residual stay in floating point,
+    with A and B kept in bf16 and sums in fp32.
 
     ``state_dict()`` holds ``weight`` (int8 [N, K]) and ``weight_scales`` (fp32 [N]), which mean
     the same on every machine; the packed bytes that the operator reads are derived from them.

@@ -8,7 +8,7 @@ typedef int32_t I __attribute__((vector_size(32)));
 // latency 4 or 5.
 constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kNarrowTileRows = 10;
-constexpr bool kHasBf16Dot = false;
+constexpr bool kHasBf16Dot = false;   // bf16_dot_into(), store_for_dot()
 constexpr bool kHasBf16Pairs = true;  // load_even(), load_odd()
 constexpr bool kHasTables = false;    // lookup() is not as cheap as arithmetic
 

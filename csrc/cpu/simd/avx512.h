@@ -8,7 +8,7 @@ typedef int32_t I __attribute__((vector_size(64)));
 // lines.
 constexpr int kTileRows = 6, kTileVectors = 4;
 constexpr int kNarrowTileRows = 12;
-constexpr bool kHasBf16Dot = true;
+constexpr bool kHasBf16Dot = true;    // bf16_dot_into(), store_for_dot()
 constexpr bool kHasBf16Pairs = true;  // load_even(), load_odd()
 constexpr bool kHasTables = true;     // lookup() is as cheap as arithmetic
 
@@ -27,6 +27,13 @@ inline F abs(F a) { return _mm512_abs_ps(a); }
 inline void fma_into(F& c, F a, F b) { asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
 // c += the two bf16 products of each lane; the CPU must have AVX512-BF16.
 inline void bf16_dot_into(F& c, F a, F b) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
+
+// Rounds as store() does, in one operation, but subnormals to zero; the CPU must have AVX512-BF16.
+inline void store_for_dot(bf16* p, F v) {
+  __m256i bits;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+  _mm256_storeu_si256((__m256i*)p, bits);
+}
 
 inline I to_int(F v) { return (I)_mm512_cvtps_epi32(v); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps((__m512i)v); }

@@ -10,7 +10,7 @@ typedef int32_t I __attribute__((vector_size(16)));  // kLanes int32 lanes
 constexpr int kTileRows = 4, kTileVectors = 2;
 // The same for panels of one vector, where more rows are needed to hide the latency of a multiply-add.
 constexpr int kNarrowTileRows = 6;
-constexpr bool kHasBf16Dot = false;
+constexpr bool kHasBf16Dot = false;    // bf16_dot_into(), store_for_dot()
 constexpr bool kHasBf16Pairs = false;  // load_even(), load_odd()
 constexpr bool kHasTables = false;     // lookup() is not as cheap as arithmetic
 

@@ -59,6 +59,7 @@ struct Int8LoraLinearPlan {
   Int8LoraLinearProblem problem;
   const Int8LoraLinearImplementation* implementation = nullptr;
   int tasks = 1;
+  bool bf16_dot = false;  // vdpbf16ps on bf16 adapters
   int64_t workspace = 0;
 };
 
