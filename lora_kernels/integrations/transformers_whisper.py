@@ -110,21 +110,23 @@ def _forward(
     self: Any,
     hidden_states: torch.Tensor,
     key_value_states: torch.Tensor | None = None,
-    past_key_values: Any = None,
+    *args: Any,
     attention_mask: torch.Tensor | None = None,
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     cross = key_value_states is not None
-    cache = _step_cache(
-        self, hidden_states, cross, past_key_values, attention_mask, output_attentions
-    )
+    # Called so since transformers 5.24; before, past_key_values. It keeps the name it came by.
+    past = kwargs["cache"] if "cache" in kwargs else kwargs.get("past_key_values")
+    cache = None
+    if not args:
+        cache = _step_cache(self, hidden_states, cross, past, attention_mask, output_attentions)
     if cache is None:
         return type(self).forward(  # type: ignore[no-any-return]
             self,
             hidden_states,
-            key_value_states=key_value_states,
-            past_key_values=past_key_values,
+            key_value_states,
+            *args,
             attention_mask=attention_mask,
             output_attentions=output_attentions,
             **kwargs,
