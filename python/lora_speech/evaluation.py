@@ -58,6 +58,11 @@ class ErrorRates:
     deletions: int
     insertions: int
 
+    @property
+    def errors(self) -> int:
+        """Word errors of all three kinds."""
+        return self.substitutions + self.deletions + self.insertions
+
 
 @dataclass(frozen=True)
 class Evaluation:
