@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,9 @@ def _refuse_peft(model: nn.Module) -> None:
 def add_adapter(model: nn.Module, adapter: Adapter, name: str) -> AdapterInfo:
     """Make an adapter live under a name; a known name is replaced (hot-swap).
 
+    Other threads may be using the model: a block of ``use_adapters()`` that has begun goes on with
+    the adapters there were, and the next one sees the new.
+
     The linear layers and pointwise convolutions it names become LoraLinear and
     LoraPointwiseConv1d in place (quantized ones already carry adapters). Either every layer
     changes or, on an error, none.
@@ -152,13 +156,14 @@ def add_adapter(model: nn.Module, adapter: Adapter, name: str) -> AdapterInfo:
                 banks[module_name] = module.pack_bank(layers)
             else:
                 banks[module_name] = AdapterBank.pack(layers, *_features(module))
+        changes: list[tuple[AdapterHost, AdapterBank | None]] = []
         for module_name, bank in banks.items():
             module = candidates[module_name]
             if not isinstance(module, AdapterHost):
                 specialise(module)
             assert isinstance(module, AdapterHost)
-            module.set_bank(bank.to(module.adapter_device), registry)
-        registry.put(name, adapter)
+            changes.append((module, bank.to(module.adapter_device)))
+        _put_in_place(registry, changes, lambda: registry.put(name, adapter))
         model.__dict__[_REGISTRY] = registry
         follow_rows(model)
         return _info(registry, name)
@@ -183,7 +188,7 @@ def load_adapter(
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forget a live adapter.
+    """Forget a live adapter; who is using it in another thread goes on to the end of its block.
 
     Raises
     ------
@@ -193,16 +198,26 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     with _LOCK:
         registry = _registry(model, name)
         index = registry.index(name)
+        changes: list[tuple[AdapterHost, AdapterBank | None]] = []
         for module in model.modules():
             if isinstance(module, AdapterHost) and module.bank is not None:
                 layers = module.bank.unpack()
                 layers[index] = None
                 bank = module.pack_bank(layers)
-                if bank.total_rank:
-                    module.set_bank(bank, registry)
-                else:
-                    module.set_bank(None, None)
-        registry.pop(name)
+                changes.append((module, bank if bank.total_rank else None))
+        _put_in_place(registry, changes, lambda: registry.pop(name))
+
+
+def _put_in_place(
+    registry: AdapterRegistry,
+    changes: list[tuple[AdapterHost, AdapterBank | None]],
+    rename: Callable[[], object],
+) -> None:
+    """Give modules their new banks and the registry its new names, in one moment for users."""
+    with registry.changing([(module, module.bank) for module, _ in changes]) as in_use:
+        for module, bank in changes:
+            module.set_bank(bank, registry, in_use=in_use)
+        rename()
 
 
 def save_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> Path:

@@ -17,6 +17,7 @@ from tiny_models import (
     features,
     generate,
     labels,
+    linear_names,
     peft_whisper,
     whisper,
 )
@@ -278,3 +279,47 @@ def test_selections_do_not_leak_into_other_threads(served):
 
 def test_state_dict_holds_the_base_alone(served):
     assert list(served.state_dict()) == list(whisper().state_dict())
+
+
+@pytest.mark.slow
+def test_hundreds_of_adapters_take_memory_by_their_ranks_alone():
+    model = whisper(encoder_layers=1, decoder_layers=1)
+    ranks = [1 + (7 * index) % 16 for index in range(300)]
+    half = _halves(model)
+
+    def check(resident):
+        for name, module in model.named_modules():
+            bank = getattr(module, "bank", None)
+            if bank is None:
+                continue
+            total = sum(rank for index, rank in resident if name in half[index % 2])
+            features = sum(module.adapter_features)
+            assert bank.total_rank == total
+            # fp32 A and B; and 4 bytes per index for the offset and for the scale.
+            tensors = (bank.lora_a, bank.lora_b, bank.offsets, bank.scales)
+            stored = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+            assert stored == 4 * total * features + 4 * (2 * len(ranks) + 1)
+
+    for index, rank in enumerate(ranks):
+        made = adapter(model, rank, seed=index, names=half[index % 2])
+        lk.add_adapter(model, made, f"adapter {index}")
+    resident = list(enumerate(ranks))
+    check(resident)
+    chosen = [3, 150, 299]
+    with lk.use_adapters([f"adapter {index}" for index in chosen]):
+        mixed = _logits(model, features(), labels())
+    fresh = whisper(encoder_layers=1, decoder_layers=1)
+    for row, index in enumerate(chosen):
+        lk.add_adapter(fresh, lk.get_adapter(model, f"adapter {index}"), "only")
+        with lk.use_adapters("only"):
+            alone = _logits(fresh, features()[row : row + 1], labels()[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=2e-4, rtol=1e-4)
+    for index, _ in resident[1::3]:
+        lk.remove_adapter(model, f"adapter {index}")
+    check([entry for entry in resident if entry[0] % 3 != 1])
+
+
+def _halves(model):
+    """Names of the modules that adapters of even and of odd numbers change; they overlap."""
+    names = linear_names(model)
+    return names[: 2 * len(names) // 3], names[len(names) // 3 :]

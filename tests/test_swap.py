@@ -177,3 +177,30 @@ def test_copies_of_swapped_models_are_independent():
     expected = generate(model, inputs)
     lk.unswap(model)
     assert torch.equal(generate(copied, inputs), expected)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_int8_models_read_cross_attention_in_int8(beams, monkeypatch):
+    """Packed once per utterance and shared by its beams; the text is that of the modules."""
+    model, inputs = whisper(), features()
+    lk.quantize(model)
+    expected = generate(model, inputs, num_beams=beams)
+    lk.swap(model)
+    packed, caches = [], set()
+    pack, step = lk.ops.kv_pack, lk.ops.kv_attention_step
+
+    def counted_pack(k, v, heads):
+        packed.append(k.shape[0])
+        return pack(k, v, heads)
+
+    def counted_step(q, k, v, k_cache, v_cache, **settings):
+        if k is None:
+            caches.add((k_cache.dtype, k_cache.shape[0], q.shape[0]))
+        return step(q, k, v, k_cache, v_cache, **settings)
+
+    monkeypatch.setattr(lk.ops, "kv_pack", counted_pack)
+    monkeypatch.setattr(lk.ops, "kv_attention_step", counted_step)
+    result = generate(model, inputs, num_beams=beams)
+    assert packed == [len(inputs)] * model.config.decoder_layers
+    assert caches == {(torch.int8, len(inputs), len(inputs) * beams)}
+    assert float((result == expected).float().mean()) > 0.9

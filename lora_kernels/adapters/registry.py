@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import nn
 
 from ..errors import AdapterError, describe_nearest
 from .adapter import Adapter
+from .bank import AdapterBank
 
 # Every living registry, so that use_adapters() can refuse an unknown name at once: a layer
 # without adapters never looks at the selection, and a typing error would pass in silence.
@@ -21,25 +24,21 @@ class AdapterRegistry:
     """The live adapters of one model: name to index, the same index in every layer.
 
     One tensor of indices serves all layers; a layer that an adapter does not target has rank 0
-    at its index.
-
-    Attributes
-    ----------
-    version
-        Grows with every change; selections resolved under an older version resolve again.
+    at its index. Whoever is using the adapters while they change goes on with those there were:
+    see :class:`Pins`.
     """
 
     def __init__(self) -> None:
-        self._index: dict[str, int] = {}
-        self._slots: list[Adapter | None] = []
-        self.version = 0
-        _REGISTRIES.add(self)
+        self.__setstate__(({}, []))
 
-    def __getstate__(self) -> tuple[dict[str, int], list[Adapter | None], int]:
-        return (self._index, self._slots, self.version)
+    def __getstate__(self) -> tuple[dict[str, int], list[Adapter | None]]:
+        return (self._index, self._slots)
 
-    def __setstate__(self, state: tuple[dict[str, int], list[Adapter | None], int]) -> None:
-        self._index, self._slots, self.version = state
+    def __setstate__(self, state: tuple[dict[str, int], list[Adapter | None]]) -> None:
+        self._index, self._slots = state
+        # Held for moments: while names are looked up once, and while finished banks are put in.
+        self._lock = threading.Lock()
+        self._pins: weakref.WeakSet[Pins] = weakref.WeakSet()
         _REGISTRIES.add(self)
 
     def __len__(self) -> int:
@@ -93,18 +92,78 @@ class AdapterRegistry:
             self._slots.append(None)
         self._slots[index] = adapter
         self._index[name] = index
-        self.version += 1
         return index
 
     def pop(self, name: str) -> Adapter:
         """Remove an adapter; its index becomes free. Raises like :meth:`index`."""
         adapter = self.get(name)
         self._slots[self._index.pop(name)] = None
-        self.version += 1
         return adapter
 
+    def pin(self, pins: Pins) -> Mapping[str, int]:
+        """Indices by name as they are now; later changes tell ``pins`` what they replace."""
+        with self._lock:
+            self._pins.add(pins)
+            return dict(self._index)
 
-def unknown_name_text(name: str, known: dict[str, int] | set[str]) -> str:
+    @contextmanager
+    def changing(self, modules: Sequence[tuple[nn.Module, AdapterBank | None]]) -> Iterator[bool]:
+        """Hold off new users for the moment in which new banks are put in place.
+
+        Parameters
+        ----------
+        modules
+            Each that will get another bank, and the one that it has.
+
+        Yields
+        ------
+        bool
+            Whether somebody goes on with the old ones.
+        """
+        with self._lock:
+            users = [pins for pins in self._pins if pins.keep(self, modules)]
+            yield bool(users)
+
+
+class Pins:
+    """The adapters that a block of ``use_adapters()`` works with, model by model.
+
+    They are those that a model had when the block first used it. What another thread loads,
+    replaces or removes meanwhile is seen by the next block; what the block's own thread does, at
+    once. Old banks live as long as a block that uses them.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._indices: dict[AdapterRegistry, Mapping[str, int]] = {}
+        self._kept: dict[nn.Module, tuple[AdapterRegistry, AdapterBank | None]] = {}
+
+    def indices(self, registry: AdapterRegistry) -> Mapping[str, int]:
+        """Index by name: the same object until the block's own thread changes something."""
+        found = self._indices.get(registry)
+        if found is None:
+            found = self._indices[registry] = registry.pin(self)
+        return found
+
+    def bank(self, module: nn.Module, current: AdapterBank | None) -> AdapterBank | None:
+        """The bank of a module whose bank was ``current`` just before this call."""
+        kept = self._kept.get(module)
+        return current if kept is None else kept[1]
+
+    def keep(
+        self, registry: AdapterRegistry, modules: Sequence[tuple[nn.Module, AdapterBank | None]]
+    ) -> bool:
+        """Go on with banks that are about to be replaced, unless by the block's own thread."""
+        if self._thread == threading.get_ident():
+            self._indices.pop(registry, None)
+            self._kept = {m: kept for m, kept in self._kept.items() if kept[0] is not registry}
+            return False
+        for module, bank in modules:
+            self._kept.setdefault(module, (registry, bank))
+        return True
+
+
+def unknown_name_text(name: str, known: Mapping[str, int] | set[str]) -> str:
     """Error text for an adapter name that nobody loaded."""
     listed = ", ".join(map(repr, sorted(known))) or "none"
     nearest = f"; {describe_nearest(name, known)}" if len(known) > 8 else ""
@@ -115,17 +174,26 @@ def unknown_name_text(name: str, known: dict[str, int] | set[str]) -> str:
 
 
 class AdapterSelection:
-    """The adapters of one call: one name (or None for the base) per utterance of the batch."""
+    """The adapters of one call: one name (or None for the base) per utterance of the batch.
 
-    __slots__ = ("_resolved", "again", "names")
+    Parameters
+    ----------
+    names
+        One for all utterances, or one per utterance.
+    pins
+        Those of the selection that this one is a part of; None: a selection of its own.
+    """
 
-    def __init__(self, names: Sequence[str | None]) -> None:
+    __slots__ = ("_resolved", "again", "names", "pins")
+
+    def __init__(self, names: Sequence[str | None], pins: Pins | None = None) -> None:
         self.names = tuple(names)
+        self.pins = pins or Pins()
         # Rows that a generation loop wants to decode again; see integrations.whisper_generation.
         self.again: list[int] = []
         self._resolved: tuple[
-            AdapterRegistry | None, int, torch.device | None, torch.Tensor | None
-        ] = (None, -1, None, None)
+            Mapping[str, int] | None, torch.device | None, torch.Tensor | None
+        ] = (None, None, None)
 
     def ids(self, registry: AdapterRegistry, x: torch.Tensor, batch: int) -> torch.Tensor | None:
         """int32 indices for the rows of ``x``, or None when every utterance uses the base.
@@ -145,13 +213,17 @@ class AdapterSelection:
         AdapterError
             For an unknown name, or a batch that the names do not divide.
         """
-        owner, version, device, ids = self._resolved
-        if owner is not registry or version != registry.version or device != x.device:
-            indices = [-1 if name is None else registry.index(name) for name in self.names]
+        known = self.pins.indices(registry)
+        resolved, device, ids = self._resolved
+        if resolved is not known or device != x.device:
+            missing = next((n for n in self.names if n is not None and n not in known), None)
+            if missing is not None:
+                raise AdapterError(unknown_name_text(missing, known))
+            indices = [-1 if name is None else known[name] for name in self.names]
             ids = None
             if any(index >= 0 for index in indices):
                 ids = torch.tensor(indices, dtype=torch.int32, device=x.device)
-            self._resolved = (registry, registry.version, x.device, ids)
+            self._resolved = (known, x.device, ids)
         if batch % len(self.names):
             raise AdapterError(
                 f"adapters: expected a batch that is a multiple of the {len(self.names)} names "
@@ -170,6 +242,9 @@ ACTIVE_SELECTION: ContextVar[AdapterSelection | None] = ContextVar(
 @contextmanager
 def use_adapters(names: str | Sequence[str | None] | None) -> Iterator[AdapterSelection]:
     """Choose the adapters for every forward pass inside the ``with`` block.
+
+    The block works with the adapters that a model has when it first uses them: what another
+    thread loads, replaces or removes meanwhile is seen by the next block.
 
     Parameters
     ----------

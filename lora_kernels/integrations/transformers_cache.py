@@ -20,31 +20,33 @@ class KVCacheLayer(DynamicLayer):  # type: ignore[misc]
     are gathered on demand, which only code outside of the cached step asks for.
     """
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, dtype: torch.dtype) -> None:
         # The base class assigns keys and values, which are computed here.
         self.cache = cache
         self.is_initialized = True
-        self.dtype, self.device = cache.keys.dtype, cache.keys.device
+        self.dtype, self.device = dtype, cache.keys.device
 
     @classmethod
-    def from_layer(cls, layer: DynamicLayer, *, fixed: bool) -> KVCacheLayer:
-        """Take over what a DynamicLayer holds; a fixed one is not copied."""
+    def from_layer(cls, layer: DynamicLayer, *, fixed: bool, packed: bool = False) -> KVCacheLayer:
+        """Take over what a DynamicLayer holds; a fixed one is not copied, or packed in int8."""
         assert layer.keys is not None, "an initialized layer"
         assert layer.values is not None, "an initialized layer"
         cache = KVCache.from_states(layer.keys, layer.values, fixed=fixed)
         if fixed:
             cache.share_equal_rows()
-        return cls(cache)
+        if packed:
+            cache.pack()
+        return cls(cache, layer.keys.dtype)
 
     @property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
         """[rows, heads, length, head_size]."""
-        return self.cache.gather()[0]
+        return self.cache.gather()[0].to(self.dtype)
 
     @property
     def values(self) -> torch.Tensor:  # type: ignore[override]
         """[rows, heads, length, head_size]."""
-        return self.cache.gather()[1]
+        return self.cache.gather()[1].to(self.dtype)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the cache exists from the beginning."""

@@ -2,7 +2,8 @@
 
 The decoder's attention modules keep their forward for everything but single steps over a dynamic
 cache: the prefill, training, returned attention weights, static caches and padded prompts go the
-way they went before.
+way they went before. Beside INT8 projections the keys and values of cross-attention are packed in
+INT8, once per utterance, at the first step that reads them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.int8_lora_linear import Int8LoraLinear
 from .peft_layers import has_foreign_forward
 
 _MARK = "_lora_kernels_cached_step"
@@ -54,7 +56,7 @@ def _all_visible(mask: torch.Tensor) -> bool:
     return visible
 
 
-def _cache_layer(layers: list[Any], index: int, *, fixed: bool) -> Any:
+def _cache_layer(layers: list[Any], index: int, *, fixed: bool, packed: bool) -> Any:
     """The :class:`KVCache` of a layer, taken over from transformers' layer at its first step."""
     from transformers.cache_utils import DynamicLayer
 
@@ -67,7 +69,7 @@ def _cache_layer(layers: list[Any], index: int, *, fixed: bool) -> Any:
         return layer.cache
     if type(layer) is not DynamicLayer or layer.get_seq_length() == 0:
         return None
-    layers[index] = KVCacheLayer.from_layer(layer, fixed=fixed)
+    layers[index] = KVCacheLayer.from_layer(layer, fixed=fixed, packed=packed)
     return layers[index].cache
 
 
@@ -100,7 +102,9 @@ def _step_cache(
     layer = layers[index] if index < len(layers) else None
     cache = getattr(layer, "cache", None)
     if cache is None:
-        cache = _cache_layer(layers, index, fixed=cross)
+        # Beside INT8 projections, keys and values that were made by them are INT8 too.
+        packed = cross and isinstance(attention.k_proj, Int8LoraLinear)
+        cache = _cache_layer(layers, index, fixed=cross, packed=packed)
     if cache is None or cache.rows != hidden_states.shape[0]:
         return None
     return cache

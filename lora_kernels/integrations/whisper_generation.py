@@ -25,7 +25,7 @@ def narrowed(selection: AdapterSelection, batch: int, rows: list[int]) -> Adapte
     if batch % len(selection.names):
         return None
     repeats = batch // len(selection.names)
-    return AdapterSelection([selection.names[row // repeats] for row in rows])
+    return AdapterSelection([selection.names[row // repeats] for row in rows], selection.pins)
 
 
 def _generate_with_fallback(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def _need_fallback(
         selection.again = [*again, index] if result[0] else again
         if index == len(selection.names) - 1 and selection.again:
             names = [selection.names[row] for row in selection.again]
-            ACTIVE_SELECTION.set(AdapterSelection(names))
+            ACTIVE_SELECTION.set(AdapterSelection(names, selection.pins))
     return result
 
 

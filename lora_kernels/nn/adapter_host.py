@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters.adapter import AdapterLayer
 from ..adapters.bank import AdapterBank
-from ..adapters.registry import AdapterRegistry
+from ..adapters.registry import AdapterRegistry, AdapterSelection
 from ..errors import AdapterError
 
 
@@ -34,8 +34,24 @@ class AdapterHost(nn.Module):
         """The adapters of this layer, or None."""
         return self._bank
 
-    def set_bank(self, bank: AdapterBank | None, registry: AdapterRegistry | None) -> None:
+    def bank_for(self, selection: AdapterSelection) -> AdapterBank | None:
+        """The adapters that a selection works with; they may have been replaced since."""
+        current = self._bank  # looked at first: a change keeps the old before it puts the new one
+        return selection.pins.bank(self, current)
+
+    def set_bank(
+        self, bank: AdapterBank | None, registry: AdapterRegistry | None, *, in_use: bool = False
+    ) -> None:
         """Replace the bank whole; None removes it.
+
+        Parameters
+        ----------
+        bank
+            The new one.
+        registry
+            What names its adapters.
+        in_use
+            Whether someone goes on with the one that is removed, and has to be asked.
 
         Raises
         ------
@@ -51,7 +67,7 @@ class AdapterHost(nn.Module):
                     "for this module"
                 )
         self._bank = bank
-        self._registry = registry if bank is not None else None
+        self._registry = registry if bank is not None or in_use else None
 
     def pack_bank(self, layers: Sequence[AdapterLayer | None]) -> AdapterBank:
         """A bank as this module keeps it; see :meth:`AdapterBank.pack`."""

@@ -109,11 +109,12 @@ class Int8LoraLinear(AdapterHost):
     ) -> torch.Tensor:
         """The operator over [..., K] for ``batch`` sequences."""
         bias: torch.Tensor | None = self.bias
-        bank, ids = self._bank, None
+        registry, bank, ids = self._registry, None, None
         # Without adapters no context variable is read: torch.compile cannot trace one.
-        selection = None if bank is None else ACTIVE_SELECTION.get()
-        if bank is not None and selection is not None:
-            ids = selection.ids(self._registry, x, batch)  # type: ignore[arg-type]
+        selection = None if registry is None else ACTIVE_SELECTION.get()
+        if registry is not None and selection is not None:
+            ids = selection.ids(registry, x, batch)
+            bank = self.bank_for(selection)
         dtype = autocast_dtype(x)
         if dtype is not None:
             x = x.to(dtype)

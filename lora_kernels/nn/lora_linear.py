@@ -62,16 +62,17 @@ class LoraLinear(AdapterHost, nn.Linear):
             If the batch is not a multiple of the number of names given to ``use_adapters()``.
         """
         weight, bias = self.weight, self.bias
-        bank = self._bank
+        registry = self._registry
         # Without adapters no context variable is read: torch.compile cannot trace one.
-        selection = None if bank is None else ACTIVE_SELECTION.get()
-        if bank is None or selection is None:
+        selection = None if registry is None else ACTIVE_SELECTION.get()
+        if registry is None or selection is None:
             if residual is None and self.activation == "none":
                 return F.linear(input, weight, bias)
             bank = ids = None
         else:
             batch = input.shape[0] if input.dim() > 1 else 1
-            ids = selection.ids(self._registry, input, batch)  # type: ignore[arg-type]
+            ids = selection.ids(registry, input, batch)
+            bank = self.bank_for(selection)
         if bank is None or ids is None:
             return ops.lora_linear(
                 input, weight, bias, residual=residual, activation=self.activation
@@ -120,13 +121,14 @@ class LoraPointwiseConv1d(AdapterHost, nn.Conv1d):
         torch.Tensor
             [batch, out_channels, frames].
         """
-        bank = self._bank
-        selection = None if bank is None else ACTIVE_SELECTION.get()
-        if bank is None or selection is None:
+        registry = self._registry
+        selection = None if registry is None else ACTIVE_SELECTION.get()
+        if registry is None or selection is None:
             return super().forward(input)
         batch = input.shape[0] if input.dim() == 3 else 1
-        ids = selection.ids(self._registry, input, batch)  # type: ignore[arg-type]
-        if ids is None:
+        ids = selection.ids(registry, input, batch)
+        bank = self.bank_for(selection)
+        if bank is None or ids is None:
             return super().forward(input)
         y = ops.lora_linear(
             input.transpose(-1, -2),

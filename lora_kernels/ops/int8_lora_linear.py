@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,13 +185,28 @@ def _fake_unpack(
     )
 
 
-def no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
-    """Refuse to differentiate an operator on INT8 weights."""
-    raise RuntimeError(
-        "int8_lora_linear: x, lora_a, lora_b, bias, residual: expected inputs that need no "
-        "gradient, got a call to backward; this operator computes forward only. Run it under "
-        "torch.no_grad(), or train with lora_linear and quantize afterwards."
-    )
+def no_gradient(operator: str, inputs: str) -> Callable[..., None]:
+    """Make the backward of an operator on INT8 weights, which refuses by the operator's name.
+
+    Parameters
+    ----------
+    operator
+        What the text calls it.
+    inputs
+        The floating-point inputs that it names.
+    """
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError(
+            f"{operator}: {inputs}: expected inputs that need no gradient, got a call to backward; "
+            "this operator computes forward only. Run it under torch.no_grad(), or train with "
+            "lora_linear and quantize afterwards."
+        )
+
+    return refuse
 
 
-torch.library.register_autograd("lora_kernels::int8_lora_linear", no_gradient)
+torch.library.register_autograd(
+    "lora_kernels::int8_lora_linear",
+    no_gradient("int8_lora_linear", "x, lora_a, lora_b, bias, residual"),
+)

@@ -95,4 +95,6 @@ def _fake(
     )
 
 
-torch.library.register_autograd("lora_kernels::int8_lora_topk", no_gradient)
+torch.library.register_autograd(
+    "lora_kernels::int8_lora_topk", no_gradient("int8_lora_topk", "x, lora_a, lora_b, bias")
+)

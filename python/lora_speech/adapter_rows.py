@@ -21,10 +21,15 @@ class AdapterRows:
     ids : Tensor or None
         The same as int32 [rows] or [1], -1 for the base; None where no row has an adapter.
         Projections read it at every call.
+    pins : lora_kernels.adapters.registry.Pins or None
+        The adapters as they were when the rows were made: what other threads change meanwhile
+        changes nothing here.
     """
 
-    def __init__(self, names: list[str | None] | None, ids: torch.Tensor | None) -> None:
-        self.names, self.ids = names, ids
+    def __init__(
+        self, names: list[str | None] | None, ids: torch.Tensor | None, pins: Any = None
+    ) -> None:
+        self.names, self.ids, self.pins = names, ids, pins
 
     @classmethod
     def of(cls, model: Any, adapters: str | Sequence[str | None] | None, batch: int) -> AdapterRows:
@@ -35,8 +40,10 @@ class AdapterRows:
         import lora_kernels as lk
         from lora_kernels.adapters.registry import ACTIVE_SELECTION, AdapterSelection
 
+        pins = None
         if adapters is None:
             ambient = ACTIVE_SELECTION.get()
+            pins = None if ambient is None else ambient.pins
             names = None if ambient is None else list(ambient.names)
         else:
             names = [adapters] if isinstance(adapters, str) else list(adapters)
@@ -51,8 +58,9 @@ class AdapterRows:
                 f"adapters: expected one for all rows or one (or None) per row ({batch}), got "
                 f"{len(names)}; give as many as there are recordings"
             )
-        with lk.use_adapters(names):  # refuses names that nobody loaded
-            pass
+        if pins is None:
+            with lk.use_adapters(names) as selection:  # refuses names that nobody loaded
+                pins = selection.pins
         if len(names) > 1:
             names = [name for name in names for _ in range(batch // len(names))]
         registry = next(
@@ -65,19 +73,22 @@ class AdapterRows:
                 "them with lora_kernels.load_adapter(model, folder, name=...)"
             )
         if registry is not None:
-            ids = AdapterSelection(names).ids(registry, next(model.parameters()), batch)
-        return cls(names, ids)
+            ids = AdapterSelection(names, pins).ids(registry, next(model.parameters()), batch)
+        return cls(names, ids, pins)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Choose the same adapters for what runs as modules."""
-        import lora_kernels as lk
+        """Choose the same adapters for what runs as modules, or is read from them."""
+        from lora_kernels.adapters.registry import ACTIVE_SELECTION, AdapterSelection
 
         if self.names is None:
             yield
             return
-        with lk.use_adapters(self.names):
+        token = ACTIVE_SELECTION.set(AdapterSelection(self.names, self.pins))
+        try:
             yield
+        finally:
+            ACTIVE_SELECTION.reset(token)
 
     def of_row(self, row: int) -> tuple[list[str | None] | None, torch.Tensor | None]:
         """Names and ids of one row alone."""

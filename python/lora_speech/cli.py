@@ -22,6 +22,7 @@ from lora_speech.cli_options import (
     Format,
     Int8,
     Language,
+    LengthPenalty,
     Normalizer,
     Suite,
     choose_adapters,
@@ -144,7 +145,8 @@ def evaluate(
     ] = None,
     int8: Int8 = False,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the totals (wer, cer, ...) here.")
+        Path | None,
+        typer.Option("--json", help="Write the totals (wer, cer, ...) and the settings here."),
     ] = None,
     utterances: Annotated[
         Path | None, typer.Option(help="Write every utterance with its errors here, as JSONL.")
@@ -159,6 +161,7 @@ def evaluate(
     ] = Normalizer.auto,
     language: Language = None,
     beam_size: BeamSize = 1,
+    length_penalty: LengthPenalty = None,
     batch_size: BatchSize = 8,
 ) -> None:
     """Measure word and character error rates.
@@ -170,7 +173,9 @@ def evaluate(
     from lora_speech.manifest import load_utterances
     from lora_speech.models.loading import load_for_serving
     from lora_speech.progress import counter, progress_bars
+    from lora_speech.transcription import settle_search
 
+    settle_search(beam_size, length_penalty)  # before the model takes its time to load
     folders = named_folders(adapter)
     listed = load_utterances(data)
     model = load_for_serving(base, folders, int8=int8)
@@ -183,6 +188,7 @@ def evaluate(
             language=language,
             normalization=normalizer.value,
             beam_size=beam_size,
+            length_penalty=length_penalty,
             batch_size=batch_size,
             progress=counter(bars, "evaluate", len(listed)),
         )
@@ -229,6 +235,7 @@ def transcribe(
         bool, typer.Option("--timestamps", help="Let the model write times within a window.")
     ] = False,
     beam_size: BeamSize = 1,
+    length_penalty: LengthPenalty = None,
     batch_size: BatchSize = 8,
 ) -> None:
     """Turn recordings into text or subtitles.
@@ -238,8 +245,9 @@ def transcribe(
     from lora_speech.audio import check_audio_file
     from lora_speech.formats import render
     from lora_speech.models.loading import load_for_serving
-    from lora_speech.transcription import transcribe_many
+    from lora_speech.transcription import settle_search, transcribe_many
 
+    settle_search(beam_size, length_penalty)
     folders = named_folders(adapter)
     chosen = choose_adapters(list(folders), use or [], len(files))
     for file in files:  # before the model takes its time to load
@@ -259,6 +267,7 @@ def transcribe(
         task=task,
         timestamps=timestamps,
         beam_size=beam_size,
+        length_penalty=length_penalty,
         batch_size=batch_size,
     )
     texts = [render(segments, info, format.value) for segments, info in results]

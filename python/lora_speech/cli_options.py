@@ -26,6 +26,13 @@ Int8 = Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")
 BeamSize = Annotated[
     int, typer.Option(help="Hypotheses kept while decoding; 1 is greedy and fastest.", min=1)
 ]
+LengthPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="With --beam-size 2 or more: above 0 favours long texts, below 0 short ones; "
+        "1.0 by default."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Recordings decoded at once.", min=1, max=1024)]
 
 

@@ -31,12 +31,14 @@ class FlatEncoder:
     def __init__(self, encoder: Any, rows: AdapterRows) -> None:
         self.encoder = encoder
         self.rows = rows
-        self.own = AdapterRows(None, None)  # of the utterance that is encoded at the moment
+        # Of the utterance that is encoded at the moment.
+        self.own = AdapterRows(None, None, rows.pins)
         norm = encoder.layer_norm
         self.norm = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         on_cpu = next(encoder.parameters()).device.type == "cpu"
-        self.parts = EncoderParts.of(encoder) if on_cpu else None
-        self.layers = [] if self.parts else [self._flatten(layer) for layer in encoder.layers]
+        with rows.active():
+            self.parts = EncoderParts.of(encoder) if on_cpu else None
+            self.layers = [] if self.parts else [self._flatten(layer) for layer in encoder.layers]
         self.recorded: RecordedEncoder | None = None
         self.recorded_ids: torch.Tensor | None = None
 

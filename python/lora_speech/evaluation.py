@@ -13,7 +13,7 @@ from lora_speech.files import write_json, write_jsonl
 from lora_speech.manifest import Utterance, load_utterances
 from lora_speech.models.loading import SpeechModel
 from lora_speech.text import normalizer
-from lora_speech.transcription import transcribe_many
+from lora_speech.transcription import settle_search, transcribe_many
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,53 @@ class ErrorRates:
     deletions: int
     insertions: int
 
+    @property
+    def errors(self) -> int:
+        """Word errors of all three kinds."""
+        return self.substitutions + self.deletions + self.insertions
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of `evaluate`: totals and every utterance."""
+    """Result of `evaluate`: totals, every utterance, and how they were decoded.
+
+    Attributes
+    ----------
+    base : str
+        As the caller named it.
+    int8 : bool
+        Whether the base is quantized.
+    beam_size : int
+        Hypotheses kept per window; 1: greedy.
+    length_penalty : float or None
+        Of the beam search; None: greedy.
+    """
 
     rates: ErrorRates
     utterances: tuple[ScoredUtterance, ...]
     normalizer: str
     audio_seconds: float
     elapsed_seconds: float
+    base: str
+    int8: bool
+    beam_size: int
+    length_penalty: float | None
 
     def totals(self) -> dict[str, Any]:
-        """Everything but the utterances, as JSON writes it."""
+        """Everything but the utterances, as JSON writes it.
+
+        `adapters` (None: the base alone) and `languages` are those that some utterance used.
+        """
         elapsed = max(self.elapsed_seconds, 1e-9)
         return asdict(self.rates) | {
             "utterances": len(self.utterances),
             "normalizer": self.normalizer,
+            "base": self.base,
+            "int8": self.int8,
+            "adapters": list(dict.fromkeys(u.adapter for u in self.utterances)),
+            "languages": list(dict.fromkeys(u.language for u in self.utterances)),
+            "beam_size": self.beam_size,
+            "length_penalty": self.length_penalty,
             "audio_seconds": round(self.audio_seconds, 3),
             "elapsed_seconds": round(self.elapsed_seconds, 3),
             "rtfx": round(self.audio_seconds / elapsed, 2),
@@ -89,6 +119,7 @@ def evaluate(
     language: str | None = None,
     normalization: str = "auto",
     beam_size: int = 1,
+    length_penalty: float | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -109,6 +140,8 @@ def evaluate(
         See `text.normalizer`.
     beam_size : int
         Hypotheses kept per window; 1 decodes greedily.
+    length_penalty : float, optional
+        As `transcription.transcribe` has it.
     batch_size : int
         Windows decoded at once.
     progress : callable, optional
@@ -119,7 +152,8 @@ def evaluate(
     Evaluation
     """
     utterances = load_utterances(data)
-    normalizer(normalization)  # an unknown name fails before any work
+    normalizer(normalization)  # what is wrong fails before any work
+    penalty = settle_search(beam_size, length_penalty)
     started = time.perf_counter()
     scored: list[ScoredUtterance] = []
     audio_seconds = 0.0
@@ -135,6 +169,7 @@ def evaluate(
             adapters=adapters,
             language=languages,
             beam_size=beam_size,
+            length_penalty=length_penalty,
             batch_size=batch_size,
         )
         for utterance, used, code, (segments, info) in zip(
@@ -151,6 +186,10 @@ def evaluate(
         normalizer=normalization,
         audio_seconds=audio_seconds,
         elapsed_seconds=time.perf_counter() - started,
+        base=model.source,
+        int8=model.int8,
+        beam_size=beam_size,
+        length_penalty=penalty,
     )
 
 

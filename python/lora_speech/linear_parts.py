@@ -66,14 +66,19 @@ class LinearParts:
 
 
 def linear_parts(module: Any) -> LinearParts | None:
-    """Take a linear apart; None where only calling the module is right."""
+    """Take a linear apart; None where only calling the module is right.
+
+    Its adapters are those that an enclosing `AdapterRows.active` works with.
+    """
+    from lora_kernels.adapters.registry import ACTIVE_SELECTION
     from lora_kernels.integrations.peft_layers import may_be_read
     from lora_kernels.nn import Int8LoraLinear, LoraLinear
 
     if isinstance(module, (Int8LoraLinear, LoraLinear)):
         if module.activation != "none" or not may_be_read(module):
             return None
-        bank = module.bank
+        selection = ACTIVE_SELECTION.get()
+        bank = module.bank if selection is None else module.bank_for(selection)
         lora = None
         if bank is not None and bank.total_rank:
             lora = (bank.lora_a, bank.lora_b, bank.scales, bank.offsets)

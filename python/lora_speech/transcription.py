@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_speech.audio import load_audio, prepare_samples
-from lora_speech.beam_decoding import MOST_BEAMS, beam_decode
+from lora_speech.beam_decoding import MOST_BEAMS, MOST_LENGTH_PENALTY, beam_decode
 from lora_speech.decoding import greedy_decode
 from lora_speech.errors import ModelError, SpeechError
 from lora_speech.features import extract_features
@@ -63,6 +63,7 @@ def transcribe(
     task: str = "transcribe",
     timestamps: bool = False,
     beam_size: int = 1,
+    length_penalty: float | None = None,
     batch_size: int = 8,
     sampling_rate: int | None = None,
 ) -> tuple[list[Segment], TranscriptionInfo]:
@@ -84,6 +85,9 @@ def transcribe(
         Let the model write times; otherwise a segment spans the speech of its window.
     beam_size : int
         Hypotheses kept per window; 1 decodes greedily.
+    length_penalty : float, optional
+        With more than one hypothesis, exponent of the length that a hypothesis' log-probability
+        is divided by: above 0 it favours long ones, below 0 short ones; 1.0 by default.
     batch_size : int
         Windows decoded at once.
     sampling_rate : int, optional
@@ -103,6 +107,7 @@ def transcribe(
         task=task,
         timestamps=timestamps,
         beam_size=beam_size,
+        length_penalty=length_penalty,
         batch_size=batch_size,
         sampling_rate=sampling_rate,
     )
@@ -118,6 +123,7 @@ def transcribe_many(
     task: str = "transcribe",
     timestamps: bool = False,
     beam_size: int = 1,
+    length_penalty: float | None = None,
     batch_size: int = 8,
     sampling_rate: int | None = None,
 ) -> list[tuple[list[Segment], TranscriptionInfo]]:
@@ -132,8 +138,11 @@ def transcribe_many(
     list of (segments, info)
         One per recording, in order.
     """
-    _check(model, recordings, adapters, beam_size, batch_size)
-    decode: Any = greedy_decode if beam_size == 1 else partial(beam_decode, beams=beam_size)
+    _check(model, recordings, adapters, batch_size)
+    penalty = settle_search(beam_size, length_penalty)
+    decode: Any = greedy_decode
+    if penalty is not None:
+        decode = partial(beam_decode, beams=beam_size, length_penalty=penalty)
     adapters = list(adapters) if adapters is not None else [None] * len(recordings)
     languages = (
         [language] * len(recordings)
@@ -176,6 +185,34 @@ def transcribe_many(
         info = TranscriptionInfo(name, len(samples) / rate, languages[index], adapters[index])
         results.append((numbered, info))
     return results
+
+
+def settle_search(beam_size: int, length_penalty: float | None) -> float | None:
+    """The length penalty that a search is run with; None: it is greedy.
+
+    Raises
+    ------
+    SpeechError
+        One of them is out of range, or a greedy search, which compares no hypotheses of different
+        lengths, is given a length penalty.
+    """
+    if not 1 <= beam_size <= MOST_BEAMS:
+        raise SpeechError(
+            f"beam_size: expected 1 to {MOST_BEAMS}, got {beam_size}; use 1 for speed, or e.g. 5"
+        )
+    if beam_size == 1 and length_penalty is not None:
+        raise SpeechError(
+            f"length_penalty: expected none with beam_size 1, which compares no hypotheses, got "
+            f"{length_penalty}; give a beam size too, e.g. 5, or leave the length penalty out"
+        )
+    if length_penalty is not None and not abs(length_penalty) <= MOST_LENGTH_PENALTY:
+        raise SpeechError(
+            f"length_penalty: expected {-MOST_LENGTH_PENALTY:g} to {MOST_LENGTH_PENALTY:g}, got "
+            f"{length_penalty}; 1.0 is usual"
+        )
+    if beam_size == 1:
+        return None
+    return 1.0 if length_penalty is None else length_penalty
 
 
 def decode_text(model: SpeechModel, tokens: Sequence[int]) -> str:
@@ -261,17 +298,12 @@ def _check(
     model: SpeechModel,
     recordings: Sequence[object],
     adapters: Sequence[str | None] | None,
-    beam_size: int,
     batch_size: int,
 ) -> None:
     if model.family.objective != "sequence":
         raise ModelError(
             f"model: expected a Whisper, got a {model.family.name}; transcription with CTC "
             "families is not available yet"
-        )
-    if not 1 <= beam_size <= MOST_BEAMS:
-        raise SpeechError(
-            f"beam_size: expected 1 to {MOST_BEAMS}, got {beam_size}; use 1 for speed, or e.g. 5"
         )
     if batch_size < 1:
         raise SpeechError(f"batch_size: expected at least 1, got {batch_size}; use e.g. 8")

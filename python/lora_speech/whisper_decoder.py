@@ -69,12 +69,14 @@ class WhisperDecoder:
         self.rows = rows
         self.tokens = special_tokens(whisper)
         # INT8 throughout: steps are recorded and run in one call each.
-        self.parts = DecoderParts.of(whisper) if whisper.device.type == "cpu" else None
+        with rows.active():
+            self.parts = DecoderParts.of(whisper) if whisper.device.type == "cpu" else None
         self.embedding = decoder.embed_tokens.weight
         self.positions = decoder.embed_positions.weight
         self.heads = decoder.layers[0].self_attn.num_heads
         if self.parts is None:
-            self._flatten(whisper)
+            with rows.active():
+                self._flatten(whisper)
 
     def _flatten(self, whisper: Any) -> None:
         decoder, rows = whisper.model.decoder, self.rows

@@ -160,3 +160,40 @@ def test_the_model_s_last_position_is_an_error():
 def test_heads_that_do_not_divide_the_width():
     with pytest.raises(lk.LoraKernelsError, match="heads: expected a divisor"):
         lk.KVCacheAttention(*(nn.Linear(10, 10) for _ in range(4)), 3)
+
+
+@pytest.mark.parametrize("positions", [1, 63, 150])
+def test_a_packed_cache_steps_reorders_and_gives_back_what_it_holds(positions: int) -> None:
+    heads, size = 3, 10
+    keys, values = (torch.randn(2, heads, positions, size) for _ in range(2))
+    plain = lk.KVCache.from_states(keys, values, fixed=True)
+    packed = lk.KVCache.from_states(keys, values, fixed=True)
+    packed.pack()
+    assert packed.keys.dtype == torch.int8
+    for got, exact in zip(packed.gather(), (keys, values), strict=True):
+        step = exact.abs().amax(2, keepdim=True) / 127
+        assert bool(((got - exact).abs() <= 0.5001 * step).all())
+    for cache in (plain, packed):
+        cache.repeat_interleave(2)
+        cache.reorder(torch.tensor([3, 0, 0, 2]))
+        cache.select(torch.tensor([0, 1, 3]))
+    assert packed.rows == 3
+    q = torch.randn(3, 1, heads, size)
+    exact = plain.step(q, scale=0.3)[0]
+    got = packed.step(q, scale=0.3)[0]
+    assert float((got - exact).norm() / exact.norm()) < 0.02
+    for got, exact in zip(packed.gather(), plain.gather(), strict=True):
+        torch.testing.assert_close(got, exact, atol=0.02, rtol=0)
+    packed.crop(0)
+    packed.append(values, keys)  # the next utterances, after a reset
+    assert packed.keys.dtype == torch.int8
+    torch.testing.assert_close(packed.gather()[0], values, atol=0.02, rtol=0)
+
+
+def test_packing_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(lk.LoraKernelsError, match=r"cache: expected a fixed one .* a growing one"):
+        lk.KVCache(1, 2, 4).pack()
+    states = torch.randn(1, 2, 3, 4)
+    cache = lk.KVCache.from_states(states, states, fixed=True, dtype=torch.int8)
+    with pytest.raises(lk.LoraKernelsError, match="got one in int8"):
+        cache.pack()

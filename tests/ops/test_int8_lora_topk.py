@@ -149,3 +149,13 @@ def test_opcheck_and_compile() -> None:
 
     compiled = torch.compile(call, fullgraph=True)(x)
     assert all(torch.equal(a, b) for a, b in zip(compiled, call(x), strict=True))
+
+
+@pytest.mark.parametrize("output", ["values", "log_sum"])
+def test_backward_is_refused_by_name(output: str) -> None:
+    packed = ops.int8_pack(torch.ones(8, 4, dtype=torch.int8), torch.ones(8))
+    x = torch.randn(2, 4, requires_grad=True)
+    values, _, log_sum = ops.int8_lora_topk(x, packed, 8, 2, log_sum=True)
+    assert log_sum is not None
+    with pytest.raises(RuntimeError, match=r"int8_lora_topk: x, .* forward only"):
+        {"values": values, "log_sum": log_sum}[output].sum().backward()

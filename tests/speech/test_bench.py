@@ -14,9 +14,9 @@ from test_cli import failure, run
 
 from lora_speech.bench import peers
 from lora_speech.bench.measure import Contestant, compare
-from lora_speech.bench.settings import BenchSettings
+from lora_speech.bench.settings import MIXED_RANKS, BenchSettings
 from lora_speech.bench.suite import run_bench
-from lora_speech.bench.systems import Job, Ours, System, TransformersPeft
+from lora_speech.bench.systems import Job, Ours, System, TransformersPeft, encode
 from lora_speech.bench.whole_model import bytes_per_token
 from lora_speech.bench.workload import Workload, build_model
 
@@ -77,6 +77,14 @@ def test_command_writes_figures_and_plots(
             assert figures[name] > 0
             assert timings[name]["p20_ms"] <= timings[name]["p50_ms"] <= timings[name]["p80_ms"]
             assert timings[name]["turns"] >= 3
+    mixed = data["decode_batch8_adapters"][key]["1"]
+    systems = {"ours", "ours_one_adapter", "ours_rank16", "transformers_peft"}
+    timings = data["timings"]["decode_batch8_adapters"][key]["1"]
+    assert timings.keys() == systems
+    assert mixed.keys() == systems | {"over_one_adapter", "over_rank16"}
+    assert mixed["over_one_adapter"] == pytest.approx(
+        timings["ours"]["p50_ms"] / timings["ours_one_adapter"]["p50_ms"], rel=0.5
+    )
     linear = data["linear"][key]["1"]
     assert linear.keys() == {"q_proj", "fc1", "fc2"}
     assert linear["fc1"].keys() == {"1", "1500"}
@@ -85,7 +93,8 @@ def test_command_writes_figures_and_plots(
     limit = roofline["read_bytes_per_second"] / roofline["bytes_per_token"]
     expected = data["decode"][key]["1"]["ours"] / limit
     assert roofline["fraction"] == pytest.approx(expected, rel=0.01)
-    assert "tokens/s" in capsys.readouterr().out
+    assert "tokens/s" in (printed := capsys.readouterr().out)
+    assert "8 adapters" in printed
     page = path.with_suffix(".html").read_text()
     assert "<script" not in page
     for chart in page.split("<svg")[1:]:
@@ -101,6 +110,23 @@ def test_contestants_compute_the_same(tiny_whisper_folder: Path, tmp_path: Path)
     torch.testing.assert_close(merged, theirs)
     base = build_model(str(tiny_whisper_folder)).model.encoder(features).last_hidden_state
     assert float((base - theirs).norm() / theirs.norm()) > 0.1  # the adapter is in all of them
+
+
+def test_rows_of_a_mixed_batch_compute_the_same(tiny_whisper_folder: Path, tmp_path: Path) -> None:
+    work = Workload(str(tiny_whisper_folder), miniature(tiny_whisper_folder), tmp_path)
+    peft, folders = work.mixed
+    names = list(folders)
+    assert [peft.peft_config[name].r for name in names] == [*MIXED_RANKS, 26]
+    features = work.features(len(names))
+    ours = encode(Ours(work).mixed, features, names)
+    for row, name in enumerate(names):
+        peft.set_adapter(name)
+        with torch.no_grad():
+            alone = peft.get_base_model().get_encoder()(features[row : row + 1])
+        theirs = alone.last_hidden_state[0]
+        assert float((ours[row] - theirs).norm() / theirs.norm()) < 0.05, name  # INT8
+        other = ours[row - 1]
+        assert float((other - theirs).norm() / theirs.norm()) > 0.1, name
 
 
 @pytest.mark.slow
@@ -120,6 +146,8 @@ def test_broken_and_missing_peers_are_left_out_with_the_reason(
     key = tiny_whisper_folder.name
     for section in (*DECODING, "encoder"):
         assert data[section][key]["1"].keys() == {"ours", "transformers_peft"}
+    mixed = data["decode_batch8_adapters"][key]["1"]
+    assert mixed.keys() >= {"ours", "ours_one_adapter", "transformers_peft", "over_one_adapter"}
     left_out = data["left_out"]
     assert left_out["absent_"] == "not installed; pip install 'lora-kernels[bench]'"
     assert left_out[f"numpy with {key}"] == "TypeError: unknown model"

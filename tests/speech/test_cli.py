@@ -70,10 +70,22 @@ def test_finetune_evaluate_transcribe(
         run(
             "evaluate", "--base", tiny_whisper_folder, "--adapter", out, "--data", manifest,
             "--json", result, "--utterances", tmp_path / "u.jsonl", "--int8", "--beam-size", 2,
+            "--length-penalty", -0.5,
         )
         == 0
     )  # fmt: skip
-    assert {"wer", "cer"} <= json.loads(result.read_text()).keys()
+    written = json.loads(result.read_text())
+    assert {"wer", "cer"} <= written.keys()
+    settings = {
+        "base": str(tiny_whisper_folder),
+        "int8": True,
+        "adapters": ["out"],
+        "languages": ["en"],
+        "beam_size": 2,
+        "length_penalty": -0.5,
+        "normalizer": "auto",
+    }
+    assert settings.items() <= written.items()
     assert len((tmp_path / "u.jsonl").read_text().splitlines()) == 4
     assert "WER" in capsys.readouterr().out
 
@@ -83,6 +95,7 @@ def test_finetune_evaluate_transcribe(
             run(
                 "transcribe", "--base", tiny_whisper_folder, "--adapter", f"me={out}", "--int8",
                 *files, "--format", form, "--language", "en", "--beam-size", 2,
+                "--length-penalty", 2,
             )
             == 0
         )  # fmt: skip
@@ -205,6 +218,11 @@ def test_bad_bases_and_options(
     assert "steps: expected a positive number, got 0" in failure(
         capsys, "finetune", "--train", manifest, "--output", tmp_path / "o", "--steps", 0
     )
+    greedy = "length_penalty: expected none with beam_size 1"
+    for command in (("evaluate", "--data", manifest), ("transcribe", tmp_path / "go.wav")):
+        assert greedy in failure(capsys, *command, "--length-penalty", 1)
+        far = ("--beam-size", 2, "--length-penalty", 11)
+        assert "length_penalty: expected -10 to 10, got 11" in failure(capsys, *command, *far)
     failure(capsys, "transcribe")
     failure(capsys, "transcribe", tmp_path / "go.wav", "--format", "doc")
     failure(capsys, "frobnicate")

@@ -69,10 +69,10 @@ def _shipped() -> Path | None:
 @needs_voice
 @pytest.mark.skipif(_shipped() is None, reason="the shipped base model is not in this checkout")
 def test_the_shipped_model_learns_an_accent(tmp_path: Path) -> None:
-    settings = DemoSettings(train=120, validation=12, test=30, steps=80, second_steps=30)
+    # Of 150 sentences one word is a tenth of a point: half learnt, many are close calls.
+    settings = DemoSettings(train=120, validation=12, test=150, steps=80, second_steps=30)
     report = run_demo(output=tmp_path, settings=settings)
     assert report["wer_adapted"] < 0.8 * report["wer_base"]
-    # Half learnt, every second word is a close call, and 1 word of these 186 is half a point.
-    assert report["wer_int8_adapted"] <= report["wer_adapted"] + 0.06
+    assert abs(report["wer_int8_adapted"] - report["wer_adapted"]) <= 0.03
     assert report["mixed_batch_equal"]
     assert report["tokens_per_second"]["ratio"] > 2.0

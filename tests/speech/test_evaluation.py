@@ -103,6 +103,9 @@ def test_each_utterance_uses_its_own_adapter(tiny_whisper_folder: Path, tmp_path
     assert [u.adapter for u in own.utterances] == ["me", None]
     assert own.utterances[0].hypothesis != own.utterances[1].hypothesis
     assert own.utterances[1].hypothesis == base_only.utterances[1].hypothesis
+    assert own.totals()["adapters"] == ["me", None]
+    assert base_only.totals()["adapters"] == [None]
+    assert (own.totals()["beam_size"], own.totals()["length_penalty"]) == (1, None)
 
 
 def test_an_unknown_normalizer_fails_first(tiny_whisper_folder: Path) -> None:

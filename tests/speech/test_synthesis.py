@@ -75,6 +75,16 @@ def test_every_variant_speaks(variant: str) -> None:
 
 
 @needs_espeak
+def test_what_was_said_before_changes_nothing() -> None:
+    speakers = [Speaker(f"nl+{variant}", 150) for variant in synthesis.VARIANTS]
+    first = [synthesis.synthesize("call maria at seven", speaker) for speaker in speakers]
+    synthesis.synthesize("turn on the lights", Speaker("en-us+f2", 190))
+    for speaker, before in reversed(list(zip(speakers, first, strict=True))):
+        again = synthesis.synthesize("call maria at seven", speaker)
+        assert np.array_equal(again, before), speaker.voice
+
+
+@needs_espeak
 def test_a_new_process_says_the_same() -> None:
     # A breathy voice, and not in the same second: by default the time seeds the breath.
     code = (

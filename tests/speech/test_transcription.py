@@ -195,6 +195,22 @@ def test_beam_size(speech: SpeechModel) -> None:
     assert transcribe(speech, tone(1.0), language="es")[0] != [segment]  # greedy
 
 
+def test_length_penalty(speech: SpeechModel) -> None:
+    features = extract_features(speech, [tone(1.0)])["input_features"]
+    lengths = set()
+    for penalty in (-5.0, None, 5.0):
+        segments, _ = transcribe(
+            speech, tone(1.0), language="es", beam_size=4, length_penalty=penalty
+        )
+        expected = beam_decode(
+            speech.model, features, beams=4, language="es",
+            length_penalty=1.0 if penalty is None else penalty,
+        )  # fmt: skip
+        assert [list(segment.tokens) for segment in segments] == expected.tokens
+        lengths.add(len(expected.tokens[0]))
+    assert len(lengths) > 1
+
+
 def test_bad_requests(speech: SpeechModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"loaded \(none\), got 'me'"):
         transcribe(speech, tone(), adapter="me")
@@ -203,6 +219,10 @@ def test_bad_requests(speech: SpeechModel, tmp_path: Path) -> None:
     for beam_size in (0, 101):
         with pytest.raises(SpeechError, match=f"beam_size: expected 1 to 100, got {beam_size}"):
             transcribe(speech, tone(), beam_size=beam_size)
+    with pytest.raises(SpeechError, match="length_penalty: expected none with beam_size 1"):
+        transcribe(speech, tone(), length_penalty=1.0)
+    with pytest.raises(SpeechError, match="length_penalty: expected -10 to 10, got nan"):
+        transcribe(speech, tone(), beam_size=2, length_penalty=float("nan"))
     with pytest.raises(SpeechError, match="batch_size"):
         transcribe(speech, tone(), batch_size=0)
     with pytest.raises(SpeechError, match="no such audio file"):

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lora_speech.bench.settings import MIXED_RANKS
+
 NAMES = {
     "ours": "ours",
+    "ours_one_adapter": "ours, one adapter",
+    "ours_rank16": "ours, one rank 16",
     "ctranslate2": "CTranslate2",
     "openvino_bf16": "OpenVINO bf16",
     "openvino_f32": "OpenVINO fp32",
@@ -43,11 +47,14 @@ SECTIONS = (
     Section("decode", "Decoding, one utterance", _DECODING + "Greedy.", "tokens/s"),
     Section("decode_batch8", "Decoding, 8 utterances", _DECODING + "Greedy.", "tokens/s"),
     Section(
-        "decode_beam5",
-        "Decoding with 5 beams",
-        _DECODING + "Ours by transformers' generate() over cached steps.",
+        "decode_batch8_adapters",
+        "Decoding, 8 utterances, 8 adapters",
+        _DECODING + "Greedy. Ranks "
+        f"{', '.join(map(str, MIXED_RANKS))}; beside it the same batch and model with one adapter, "
+        "of the mean of these ranks and of rank 16; PEFT by adapter_names.",
         "tokens/s",
     ),
+    Section("decode_beam5", "Decoding with 5 beams", _DECODING, "tokens/s"),
     Section("encoder", "Encoding one window", "Features to encoder output.", "ms", False),
 )
 
@@ -61,7 +68,11 @@ def comparisons(data: dict[str, Any], key: str) -> Iterator[tuple[str, str, dict
 
 def advantage(section: Section, figures: dict[str, float]) -> tuple[float, str] | None:
     """How many times as fast ours is as the best of the others, and its name."""
-    others = {name: value for name, value in figures.items() if name != "ours"}
+    others = {
+        name: value
+        for name, value in figures.items()
+        if name in NAMES and not name.startswith("ours")
+    }
     if not others:
         return None
     best = (max if section.more_is_better else min)(others, key=others.__getitem__)

@@ -38,7 +38,9 @@ class CTranslate2(System):
         self.types = [kind for kind in self.COMPUTE_TYPES if kind in supported]
 
     def contestants(self, job: Job, threads: int) -> list[Contestant]:
-        """One per compute type."""
+        """One per compute type; none where every row has an adapter of its own."""
+        if job.mixed:
+            return []
         features = self.library.StorageView.from_array(self.work.features(job.batch).numpy())
         found = []
         for kind, model in self._models(threads).items():

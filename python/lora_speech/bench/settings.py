@@ -14,6 +14,8 @@ RELEASED = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12)}
 
 SECTIONS = ("decode", "encoder", "linear", "train")
 RANK = 16
+MIXED_RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
+"""Of the adapters of a batch in which every row has another."""
 
 
 def default_threads() -> tuple[int, ...]:

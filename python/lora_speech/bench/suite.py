@@ -44,9 +44,10 @@ def run_bench(
     Returns
     -------
     dict
-        What the JSON holds: figures under `decode`, `decode_batch8`, `decode_beam5` (tokens per
-        second), `encoder` (ms per window), `linear` (us per call), `train` and `roofline`;
-        percentiles of all of them under the same keys in `timings`; what was `left_out` and why.
+        What the JSON holds: figures under `decode`, `decode_batch8`, `decode_batch8_adapters`,
+        `decode_beam5` (tokens per second), `encoder` (ms per window), `linear` (us per call),
+        `train` and `roofline`; percentiles of all of them under the same keys in `timings`; what
+        was `left_out` and why.
     """
     settings = settings or BenchSettings()
     record = Record(settings, progress or BenchProgress(), path)

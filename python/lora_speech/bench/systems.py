@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,16 +20,25 @@ from lora_speech.projections import AdapterRows
 from lora_speech.whisper_decoder import whisper_of
 
 ADAPTER = "adapter"
+ONE_ADAPTER = "ours_one_adapter"
+RANK_16 = "ours_rank16"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a system has to do: decode so many rows with so many beams, or encode a window."""
+    """What a system has to do: decode so many rows with so many beams, or encode a window.
+
+    Attributes
+    ----------
+    mixed : bool
+        Every row has an adapter of its own, of another rank each.
+    """
 
     name: str
     batch: int = 1
     beams: int = 1
     decode: bool = True
+    mixed: bool = False
 
 
 class System:
@@ -54,33 +64,61 @@ class Ours(System):
         lk.swap(self.model)
         lk.load_adapter(self.model, work.adapter_folder, name=ADAPTER)
 
-    @torch.inference_mode()
+    @cached_property
+    def mixed(self) -> Any:
+        """A copy with the adapters of a mixed batch; the other jobs' has one alone."""
+        model = copy.deepcopy(self.model)
+        for name, folder in self.work.mixed[1].items():
+            lk.load_adapter(model, folder, name=name)
+        return model
+
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         """Encode as `greedy_decode` does."""
-        rows = AdapterRows.of(self.model, ADAPTER, features.shape[0])
-        return FlatEncoder(whisper_of(self.model).model.encoder, rows)(features)
+        return encode(self.model, features, ADAPTER)
 
     def contestants(self, job: Job, threads: int) -> list[Contestant]:
-        """The lean decoder, or the encoder alone."""
-        work = self.work
-        features = work.features(job.batch)
+        """The lean decoder, or the encoder alone.
+
+        For a mixed batch also the same model with one adapter for all rows, of the mean rank and
+        of rank 16.
+        """
+        features = self.work.features(job.batch)
         if not job.decode:
             return [Contestant(OURS, lambda: self.encode(features))]
-        encoded = self.encode(features)
+        if not job.mixed:
+            return [Contestant(OURS, self._decoding(job, self.model, features, ADAPTER))]
+        *several, mean = self.work.mixed[1]
+        chosen: dict[str, str | list[str]] = {OURS: several, ONE_ADAPTER: mean, RANK_16: ADAPTER}
+        return [
+            Contestant(name, self._decoding(job, self.mixed, features, adapters))
+            for name, adapters in chosen.items()
+        ]
+
+    def _decoding(
+        self, job: Job, model: Any, features: torch.Tensor, adapters: str | list[str]
+    ) -> Callable[[], None]:
+        work, encoded = self.work, encode(model, features, adapters)
         search = greedy_decode if job.beams == 1 else partial(beam_decode, beams=job.beams)
 
         def decode() -> None:
             decoded = search(
-                self.model,
+                model,
                 encoded=encoded,
-                adapters=ADAPTER,
+                adapters=adapters,
                 language=work.language,
                 max_new_tokens=work.new_tokens,
                 min_new_tokens=work.new_tokens,
             )
             work.check([len(tokens) for tokens in decoded.tokens], job.batch)
 
-        return [Contestant(OURS, decode)]
+        return decode
+
+
+@torch.inference_mode()
+def encode(model: Any, features: torch.Tensor, adapters: str | list[str]) -> torch.Tensor:
+    """Encode as `greedy_decode` does, with one adapter for all rows or one per row."""
+    rows = AdapterRows.of(model, adapters, features.shape[0])
+    return FlatEncoder(whisper_of(model).model.encoder, rows)(features)
 
 
 class TransformersPeft(System):
@@ -102,8 +140,27 @@ class TransformersPeft(System):
         features = self.work.features(job.batch)
         if not job.decode:
             return [Contestant(self.name, lambda: self.encode(features))]
+        if job.mixed:
+            return [Contestant(self.name, self._mixed(features))]
         run = _generate(self.work, self.model, self.encode(features), job.beams)
         return [Contestant(self.name, run)]
+
+    def _mixed(self, features: torch.Tensor) -> Callable[[], None]:
+        """PEFT's own way for a batch of several adapters: `adapter_names`."""
+        peft, folders = self.work.mixed
+        names = list(folders)[: len(features)]
+        model = peft.get_base_model()
+        # What PeftModel.generate(adapter_names=...) does around the model's own generate().
+        hooks = partial(peft.base_model._enable_peft_forward_hooks, adapter_names=names)
+        with torch.inference_mode(), hooks():
+            encoded = model.get_encoder()(features).last_hidden_state
+        generate = _generate(self.work, model, encoded, 1)
+
+        def run() -> None:
+            with hooks():
+                generate()
+
+        return run
 
 
 def _generate(work: Workload, model: Any, encoded: torch.Tensor, beams: int) -> Callable[[], None]:

@@ -33,11 +33,13 @@ def _whole_models(data: dict[str, Any], section: Section) -> Table:
     found = list(comparisons(data, section.key))
     names = [name for name in NAMES if any(name in figures for _, _, figures in found)]
     limited = section.key == "decode"
+    mixed = section.key == "decode_batch8_adapters"
     table = _table(
         f"{section.title}, {section.unit}",
         ["model"],
         [THREADS, *(NAMES[name] for name in names), "speed vs\nbest peer"]
-        + ["of\nroofline"] * limited,
+        + ["of\nroofline"] * limited
+        + ["time over\none adapter"] * mixed,
     )
     for model, threads, figures in found:
         timings = data["timings"][section.key][model][threads]
@@ -46,6 +48,8 @@ def _whole_models(data: dict[str, Any], section: Section) -> Table:
         cells.append("" if ahead is None else _coloured(f"{ahead[0]:.2f}×", ahead[0] > 1))
         if limited:
             cells.append(f"{data['roofline'][model][threads]['fraction']:.0%}")
+        if mixed:
+            cells.append(f"{figures['over_one_adapter']:.2f}")
         table.add_row(escape(model), *cells)
     return table
 

@@ -10,12 +10,17 @@ import torch
 from lora_kernels.benchmarking.roofline import read_bandwidth
 from lora_speech.bench.measure import OURS, Contestant, compare, reason, significant
 from lora_speech.bench.record import Record
-from lora_speech.bench.settings import RANK, BenchSettings
-from lora_speech.bench.systems import Job, Ours, System
+from lora_speech.bench.settings import MIXED_RANKS, RANK, BenchSettings
+from lora_speech.bench.systems import ONE_ADAPTER, RANK_16, Job, Ours, System
 from lora_speech.bench.workload import Workload
 
 JOBS = {
-    "decode": (Job("decode"), Job("decode_batch8", batch=8), Job("decode_beam5", beams=5)),
+    "decode": (
+        Job("decode"),
+        Job("decode_batch8", batch=8),
+        Job("decode_batch8_adapters", batch=len(MIXED_RANKS), mixed=True),
+        Job("decode_beam5", beams=5),
+    ),
     "encoder": (Job("encoder", decode=False),),
 }
 """What each section of the settings stands for."""
@@ -31,7 +36,8 @@ def compare_systems(
 ) -> None:
     """Tokens per second of decoding, or milliseconds of encoding one window.
 
-    The roofline goes with decoding one row without beams.
+    The roofline goes with decoding one row without beams, and with a mixed batch the time that it
+    takes as a multiple of the same batch's with one adapter.
     """
     torch.set_num_threads(threads)
     path = (job.name, work.key, str(threads))
@@ -48,7 +54,13 @@ def compare_systems(
     beside = None if roofline is None else roofline.read
     result = compare(contestants, settings, counter, beside=beside)
     made = job.batch * work.new_tokens
-    record.add(path, result, lambda seconds: made / seconds if job.decode else seconds * 1e3)
+    figures = record.add(
+        path, result, lambda seconds: made / seconds if job.decode else seconds * 1e3
+    )
+    if job.mixed:
+        figures["over_one_adapter"] = significant(result.ratio(OURS, ONE_ADAPTER))
+        figures["over_rank16"] = significant(result.ratio(OURS, RANK_16))
+        record.save()
     if roofline is not None:
         record.put(("roofline", work.key, str(threads)), roofline.judge(made / result.median(OURS)))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_speech.bench.settings import RANK, RELEASED, BenchSettings, model_key
+from lora_speech.bench.settings import MIXED_RANKS, RANK, RELEASED, BenchSettings, model_key
 from lora_speech.errors import ModelError
 from lora_speech.models.loading import load_base
 from lora_speech.models.whisper import WHISPER
@@ -42,16 +42,21 @@ def build_model(model: str) -> Any:
 
 def with_lora(model: Any) -> Any:
     """PEFT's LoRA on every projection of encoder and decoder, with random A and B, live."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     torch.manual_seed(1)
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
+    return get_peft_model(model, _lora(RANK)).eval()
+
+
+def _lora(rank: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules=list(WHISPER.lora_targets),
         init_lora_weights=False,
     )
-    return get_peft_model(model, config).eval()
 
 
 class Workload:
@@ -81,6 +86,25 @@ class Workload:
         self.adapted = with_lora(plain)
         self.adapter_folder = self.folder / "adapter"
         self.adapted.save_pretrained(self.adapter_folder)
+
+    @cached_property
+    def mixed(self) -> tuple[Any, dict[str, Path]]:
+        """The model with an adapter of each of `MIXED_RANKS` and one of their mean rank.
+
+        Returns
+        -------
+        model : PeftModel
+            With all of them.
+        folders : dict
+            Of each by its name, the mean's last.
+        """
+        model = copy.deepcopy(self.adapted)
+        ranks = {f"rank{rank}": rank for rank in MIXED_RANKS}
+        ranks["mean"] = sum(MIXED_RANKS) // len(MIXED_RANKS)
+        for name, rank in ranks.items():
+            model.add_adapter(name, _lora(rank))
+        model.save_pretrained(self.folder / "mixed", selected_adapters=list(ranks))
+        return model.eval(), {name: self.folder / "mixed" / name for name in ranks}
 
     @cached_property
     def merged(self) -> Any:
