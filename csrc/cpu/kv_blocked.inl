@@ -37,15 +37,16 @@ inline I four_of(const uint8_t* from) {
 
 // high[i] += x[i].high . w, low[i] += x[i].low . w: one step of NQ queries and NV vectors. High halves of the weights
 // are not negative, as all low ones.
-template <int NQ, int NV, bool kWeights>
+template <int NQ, int NV, bool kWeights, bool kLow = true>
 inline void add_halves(I high[NQ][NV], I low[NQ][NV], const uint8_t* x, const Weights w[NV]) {
 #pragma GCC unroll 8
   for (int i = 0; i < NQ; ++i) {
-    const I h = four_of(x + i * kPairBytes), l = four_of(x + i * kPairBytes + kKvStep);
+    const I h = four_of(x + i * kPairBytes);
+    const I l = kLow ? four_of(x + i * kPairBytes + kKvStep) : h;
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
       kWeights ? int8_dot_positive_into(high[i][j], h, w[j]) : int8_dot_into(high[i][j], h, w[j]);
-      int8_dot_positive_into(low[i][j], l, w[j]);
+      if constexpr (kLow) int8_dot_positive_into(low[i][j], l, w[j]);
     }
   }
 }
@@ -61,7 +62,8 @@ inline void load_step(const uint8_t* from, Weights w[NV]) {
 
 // Scores of NQ queries over NV vectors of positions of a block, from `k` on: factors[i] * (q[i] . k), positions a lane
 // each. Unsigned halves have 128 added to the high one, so 128 times the sum of each position's k is taken off again.
-template <int NQ, int NV>
+// Without kLow the low halves are zero and left out.
+template <int NQ, int NV, bool kLow>
 LORA_KERNELS_APART void score_vectors(const uint8_t* k, int64_t steps, const uint8_t* q, const float* factors,
                                       float* scores, int64_t stride) {
   I high[NQ][NV], low[NQ][NV], excess[NV];
@@ -77,13 +79,14 @@ LORA_KERNELS_APART void score_vectors(const uint8_t* k, int64_t steps, const uin
     if constexpr (kUnsignedActivations)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) int8_dot_into(excess[j], set_int(static_cast<int32_t>(0x80808080u)), w[j]);
-    add_halves<NQ, NV, false>(high, low, q, w);
+    add_halves<NQ, NV, false, kLow>(high, low, q, w);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < NQ; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      const F sum = to_float(high[i][j] - excess[j]) * set(128.0f) + to_float(low[i][j]);
+      F sum = to_float(high[i][j] - excess[j]) * set(128.0f);
+      if constexpr (kLow) sum = sum + to_float(low[i][j]);
       store(scores + i * stride + j * kLanes, sum * set(factors[i]));
     }
 }
@@ -123,16 +126,16 @@ inline void in_groups(int64_t count, const Body& body, int64_t first = 0) {
 }
 
 // All scores of NQ queries over `positions` positions, rounded up to a vector.
-template <int NQ>
+template <int NQ, bool kLow>
 inline void blocked_scores(const uint8_t* keys, int64_t steps, int64_t positions, const uint8_t* q,
                            const float* factors, float* scores, int64_t stride) {
-  constexpr int kSums = 2 * NQ + (kUnsignedActivations ? 1 : 0);
+  constexpr int kSums = (kLow ? 2 : 1) * NQ + (kUnsignedActivations ? 1 : 0);
   constexpr int NV = 4 * kSums <= kBlockedSums ? 4 : 2 * kSums <= kBlockedSums ? 2 : 1;
   in_groups<NV>(round_up(positions, kLanes) / kLanes, [&](auto tag, int64_t first) {
     const int64_t at = first * kLanes;
     const uint8_t* k = keys + at / kKvBlockPositions * (steps * kKvBlockPositions * kKvStep);
-    score_vectors<NQ, decltype(tag)::value>(k + at % kKvBlockPositions * kKvStep, steps, q, factors, scores + at,
-                                            stride);
+    score_vectors<NQ, decltype(tag)::value, kLow>(k + at % kKvBlockPositions * kKvStep, steps, q, factors, scores + at,
+                                                  stride);
   });
 }
 
@@ -154,19 +157,21 @@ inline void blocked_values(const uint8_t* values, int64_t channels, int64_t posi
   }
 }
 
-// One of `queries` queries' q as pairs; returns what one unit is worth, NaN where q is not finite.
-inline float split_query(const float* q, int64_t count, uint8_t* pairs, int queries) {
+// One of `queries` queries' q as pairs, with `low` halves or without; returns what one unit is worth, NaN where q is
+// not finite.
+inline float split_query(const float* q, int64_t count, uint8_t* pairs, int queries, bool low) {
   I bits = set_int(0);
   for (int64_t d = 0; d < count; d += kLanes) bits = max_int(bits, bits_of(abs(load(q + d))));
   const int32_t most = reduce_max_int(bits);  // as bits, infinities and NaNs are the largest
   float amax;
   memcpy(&amax, &most, sizeof amax);
   const bool finite = amax <= 3.4028235e38f;
-  const float inverse = static_cast<float>(kKvMost) / amax;
+  const float inverse = static_cast<float>(low ? kKvMost : 127) / amax;
   const bool usable = finite && inverse <= 3.4028235e38f;
   for (int64_t d = 0; d < count; d += kLanes) {
     const F x = usable ? load(q + d) * set(inverse) : zero();
-    store_halves(pairs + d * 2 * queries, queries * kPairBytes, to_int(x), kUnsignedActivations ? 128 : 0);
+    const I v = low ? to_int(x) : to_int(x) * set_int(128);
+    store_halves(pairs + d * 2 * queries, queries * kPairBytes, v, kUnsignedActivations ? 128 : 0);
   }
   return !finite ? __builtin_nanf("") : usable ? amax / static_cast<float>(kKvMost) : 0.0f;
 }
@@ -207,12 +212,15 @@ inline void attend_blocked(const Step& s, const StepMemory& m, const QueryBlock&
   const int64_t value_bytes = kv_value_steps(longest) * kKvStep * m.q_stride;
 
   load_queries<int8_t>(s, m, queries, count, head, s.args.k_scales + at * p.head_size, q);
+  const bool low = p.tokens < kKvManyQueries;
   float factors[kQueries];
   for (int i = 0; i < count; ++i)
-    factors[i] = split_query(q + i * m.q_stride, m.q_stride, q_pairs + i * kPairBytes, count);
+    factors[i] = split_query(q + i * m.q_stride, m.q_stride, q_pairs + i * kPairBytes, count, low);
   with_rows<kQueries>(count, [&](auto tag) {
-    blocked_scores<decltype(tag)::value>(keys, kv_key_steps(p.head_size), longest, q_pairs, factors, scores,
-                                         m.score_stride);
+    constexpr int kCount = decltype(tag)::value;
+    const int64_t steps = kv_key_steps(p.head_size);
+    low ? blocked_scores<kCount, true>(keys, steps, longest, q_pairs, factors, scores, m.score_stride)
+        : blocked_scores<kCount, false>(keys, steps, longest, q_pairs, factors, scores, m.score_stride);
   });
   float inverses[kQueries] = {};
   int64_t asked = 0;  // of V: as much as memory gives while the softmax is computed

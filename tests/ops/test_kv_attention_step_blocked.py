@@ -57,6 +57,21 @@ def test_beams_share_their_utterance(implementation, beams):
     )
 
 
+@pytest.mark.parametrize("positions", [5, 130])
+def test_many_queries_are_rounded_to_eight_bits(implementation, positions):
+    """From 64 tokens on: what the specification gives for q rounded as K is."""
+    step = make_blocked_step(rows=2, heads=2, tokens=70, positions=positions, head_size=24)
+    scales = step.k_scales.transpose(1, 2)  # [rows, 1, heads, channels], part of q for the products
+    unit = (step.q * scales).abs().amax(-1, keepdim=True) / 127
+    rounded = (step.q * scales / unit).round() * unit / scales
+    assert (rounded - step.q).abs().max() > 1e-3, "otherwise this would prove nothing"
+    coarse = dataclasses.replace(step, q=rounded)
+    check(coarse)
+    torch.testing.assert_close(step.run()[0], coarse.run()[0], rtol=0, atol=1e-4)
+    few = dataclasses.replace(step, q=step.q[:, :63].contiguous())
+    check(few)  # one less than many: 14 bits
+
+
 def test_large(implementation):
     """Split over tasks."""
     check(make_blocked_step(heads=5, positions=700, lengths=int32(700, 699, 1)))

@@ -7,7 +7,8 @@
 // positions together to be that; a vector of a block that holds no visible position is not read.
 //
 // q and the softmax weights are integers of 14 bits, 128 * high + low with halves of 7, so what 8 bits lose is lost in
-// K and V alone. A half takes one integer product: high is in [-127, 127], low in [0, 127].
+// K and V alone. A half takes one integer product: high is in [-127, 127], low in [0, 127]. Calls of many queries
+// (kKvManyQueries: an encoder, bound by its products) round q to 8 bits, as K is: high alone.
 #pragma once
 
 #include "lora_kernels/types.h"
@@ -18,6 +19,7 @@ constexpr int64_t kKvBlockPositions = 64;
 constexpr int64_t kKvStep = 4;  // channels of K, positions of V in an int32 lane
 constexpr int64_t kKvValueChannels = 16;
 constexpr int32_t kKvMost = 127 * 128;  // of 14 bits
+constexpr int64_t kKvManyQueries = 64;  // tokens of a row in one call
 // Sums of products stay below 2^31: 127 * 127 per position, and 255 * 127 per channel with unsigned halves of q.
 constexpr int64_t kKvMostPositions = 131072, kKvMostHeadSize = 65536;
 
