@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CPP := $(shell git ls-files '*.h' '*.cpp' '*.inl' 2>/dev/null)
+CPP := $(shell git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 
 .PHONY: help setup demo test test-quick bench lint format base-model clean
 
@@ -47,12 +47,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files '*.h' '*.cpp' '*.inl' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files '*.h' '*.cpp' '*.inl' | xargs $(BIN)/clang-format -i
+	git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 base-model: setup
 	$(BIN)/python -m lora_speech.pretraining --output python/lora_speech/assets/base_model

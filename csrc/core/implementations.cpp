@@ -35,6 +35,7 @@ constexpr NamedIsa kNames[] = {
     {kIsaAvxVnni, "avx_vnni"},
     {kIsaAmxInt8, "amx_int8"},
     {kIsaAmxBf16, "amx_bf16"},
+    {kIsaCuda, "cuda"},
 };
 
 }  // namespace
@@ -67,8 +68,17 @@ std::string isa_names(uint32_t isa) {
 }
 
 std::string missing_isa(uint32_t required, const DeviceInfo& device) {
+  if (device.cuda.arch && !(required & kIsaCuda)) return "it runs on a CPU, and the operands are on a CUDA device";
+  if (!device.cuda.arch && (required & kIsaCuda)) return "it runs on a CUDA device, and the operands are on a CPU";
   const uint32_t missing = required & ~device.isa;
   return missing ? "this CPU lacks " + isa_names(missing) : "";
+}
+
+DeviceInfo on_cuda(const CudaDevice& cuda) {
+  DeviceInfo device;
+  device.isa = kIsaCuda;
+  device.cuda = cuda;
+  return device;
 }
 
 DeviceInfo host_device() {
