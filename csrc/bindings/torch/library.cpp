@@ -69,12 +69,14 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor lengths, Tensor? slots, float scale, "
       "Tensor(e!) out) -> ()");
   m.def("kv_pack(Tensor k, Tensor v, int heads) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("allow_tf32(bool allow) -> ()");
   m.def("force_implementation(str name) -> ()");
   m.def("forced_implementation() -> str");
   m.def("describe_implementations() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("allow_tf32", TORCH_BOX(&lora_kernels::allow_tf32));
   m.impl("force_implementation", TORCH_BOX(&lora_kernels::force));
   m.impl("forced_implementation", TORCH_BOX(&lora_kernels::forced));
   m.impl("describe_implementations", TORCH_BOX(&lora_kernels::describe));
