@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,9 +20,11 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2}
 PATHS = {"base": 0, "two_steps": 1, "in_tile": 2, "few_rows": 3}
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 
-_INTEGERS = """rows in_features out_features dtype bias_dtype activation has_bias has_residual adapters
-total_rank max_rank groups lora_dtype allow_tf32 arch path large_tiles splits x_stride weight_stride
-a_stride b_stride_rank b_stride_out dropout_seed needs_dx needs_dweight needs_dbias needs_dlora"""
+_INTEGERS = """rows in_features out_features dtype bias_dtype activation has_bias has_residual
+adapters total_rank max_rank groups lora_dtype allow_tf32 arch path large_tiles splits x_stride
+weight_stride
+a_stride b_stride_rank b_stride_out dropout_seed needs_dx needs_dweight needs_dbias
+needs_dlora"""
 _POINTERS = """x weight bias lora_a lora_b scales offsets adapter_ids residual dy y dx dweight dbias
 dlora_a dlora_b"""
 
@@ -46,15 +48,15 @@ def missing() -> str:
     return ""
 
 
-def build(target: str, *options: str, sources: Path = ROOT) -> Path:
+def build(target: str, *options: str, sources: Path = ROOT, folder: Path | None = None) -> Path:
     """Build a target of the emulation; kept under build/ for as long as the sources stay."""
     digest = hashlib.sha256(" ".join(options).encode())
-    for folder in ("csrc", "tests/cpp"):
-        for path in sorted((sources / folder).rglob("*")):
+    for part in ("csrc", "tests/cpp"):
+        for path in sorted((sources / part).rglob("*")):
             if path.suffix in {".h", ".cuh", ".cu", ".cpp"}:
                 digest.update(path.read_bytes())
     digest.update((sources / "CMakeLists.txt").read_bytes())
-    folder = ROOT / "build" / "emulation" / digest.hexdigest()[:16]
+    folder = folder or ROOT / "build" / "emulation" / digest.hexdigest()[:16]
     built = folder / target
     if not built.is_file():
         configure = ["cmake", "-S", sources, "-B", folder, "-DLORA_KERNELS_EMULATION=ON", *options]
@@ -68,13 +70,10 @@ def build(target: str, *options: str, sources: Path = ROOT) -> Path:
     return built
 
 
-@lru_cache(maxsize=None)
-def library(*options: str, sources: Path = ROOT) -> ctypes.CDLL:
-    """The emulated library, built on first use."""
-    path = os.environ.get("LORA_KERNELS_EMULATED") or build(
-        "libcuda_emulated.so", *options, sources=sources
-    )
-    return ctypes.CDLL(str(path))
+@cache
+def library() -> ctypes.CDLL:
+    """The emulated library, built on first use; LORA_KERNELS_EMULATED names another one."""
+    return ctypes.CDLL(os.environ.get("LORA_KERNELS_EMULATED") or build("libcuda_emulated.so"))
 
 
 class EmulationError(RuntimeError):

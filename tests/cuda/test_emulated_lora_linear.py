@@ -296,5 +296,7 @@ def test_refusals_name_every_reason() -> None:
 def test_a_failed_launch_names_kernel_plan_and_cause() -> None:
     x, weight, _, _ = base(300, 8, 8, torch.float16)
     x = x[:1].expand(70000 * 64, 8)  # more tiles than a grid has rows
-    with pytest.raises(EmulationError, match=r"lora_linear: .*few_rows.*invalid.*the plan was: cuda"):
+    with pytest.raises(
+        EmulationError, match=r"lora_linear: .*few_rows.*invalid.*the plan was: cuda"
+    ):
         Emulated(path="few_rows", splits=70000).forward(x[:1], weight)
