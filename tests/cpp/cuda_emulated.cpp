@@ -98,6 +98,13 @@ void emulated_order(int order, uint64_t seed) {
   emulation::options.seed = seed;
 }
 
+// Extra passes of ldmatrix since the last call.
+uint64_t emulated_bank_conflicts() {
+  const uint64_t count = emulation::bank_conflicts;
+  emulation::bank_conflicts = 0;
+  return count;
+}
+
 // 0: ran, and message is the plan; else message is the error.
 int emulated_forward(const Call* c, char* message, int64_t size) {
   const DeviceInfo device = device_of(c->arch);

@@ -63,6 +63,10 @@ def main(dtypes: list[torch.dtype]) -> int:
     except (AssertionError, EmulationError) as error:
         print(f"WRONG: {error}")
         wrong += 1
+    conflicts = Emulated().lib.emulated_bank_conflicts()
+    if conflicts:
+        print(f"WRONG: {conflicts} bank conflicts")
+        wrong += 1
     print("wrong" if wrong else "all right")
     return min(wrong, 1)
 

@@ -207,6 +207,19 @@ def test_the_mask_of_dropout_is_the_cpu_s() -> None:
     assert torch.equal(back["dx"] != 0, kept)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_no_bank_conflicts(dtype: torch.dtype) -> None:
+    """The swizzle spreads the rows that ldmatrix reads together over all banks."""
+    emulated = Emulated(path="two_steps")
+    emulated.lib.emulated_bank_conflicts()
+    for large in (False, True):
+        for path in ("two_steps", "in_tile"):
+            emulated = Emulated(path=path, large=large)
+            check_forward(emulated, (130, 96, 136), dtype, "peft", "none")
+        check_backward(Emulated(path="two_steps", large=large), (130, 96, 136), dtype, "peft")
+    assert emulated.lib.emulated_bank_conflicts() == 0
+
+
 @pytest.mark.parametrize("path", ["two_steps", "few_rows"])
 def test_ids_and_offsets_out_of_range_are_never_followed(path: str) -> None:
     """Those of a replayed graph are seen by the device alone: an unknown id is the base alone."""

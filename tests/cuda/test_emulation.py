@@ -56,6 +56,24 @@ def test_kernels_under_sanitizers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "silent"), [("ordered", True), ("race", False), ("kernels", True)]
+)
+def test_races_under_thread_sanitizer(what: str, silent: bool) -> None:
+    """A race that changes no result is seen; writes in order are none; our kernels have none."""
+    program = build("emulation_race_test", "-DLORA_KERNELS_SANITIZE=thread")
+    # Where addresses are laid out at random beyond what the sanitizer expects, it cannot start.
+    run = subprocess.run(
+        ["setarch", "-R", program, what], capture_output=True, text=True, timeout=300
+    )
+    text = run.stdout + run.stderr
+    assert ("WARNING: ThreadSanitizer: data race" in text) != silent, text[-3000:]
+    if silent:
+        assert run.returncode == 0, text[-3000:]
+        assert "all checks passed" in text
+
+
+@pytest.mark.slow
 def test_kernels_of_sm_75() -> None:
     """fp16 in products of eight steps of depth, all that sm_75 has."""
     flags = os.environ.get("CXXFLAGS", "") + " -DLORA_KERNELS_EMULATED_ARCH=75"
@@ -132,6 +150,13 @@ FAULTS = [
         "char* to = tile + Tile::offset(r, chunk);",
         "char* to = tile + (r * Tile::kChunks + chunk) * 16;",
         ("relative error",),
+    ),
+    Fault(
+        "swizzle that spreads nothing",
+        "tile.h",
+        "if constexpr (kChunks == 4) return row >> 1 & 3;",
+        "if constexpr (kChunks == 4) return 0;",
+        ("bank conflicts",),
     ),
     Fault(
         "more shared memory than asked for",

@@ -25,6 +25,10 @@ struct Options {
 };
 extern Options options;
 
+// Passes over shared memory that ldmatrix took beyond the first for each matrix, because rows share banks; counted
+// until the caller sets it back.
+extern uint64_t bank_conflicts;
+
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -89,6 +93,11 @@ struct Shuffle {
 };
 void shuffle(Slot* slots, uint32_t lanes);
 void ballot(Slot* slots, uint32_t lanes);
+// Slots hold a row of 16 bytes and the address that it came from.
+struct MatrixRow {
+  uint32_t words[4];
+  uint64_t address;
+};
 void ldmatrix(Slot* slots, uint32_t lanes);
 void ldmatrix_trans(Slot* slots, uint32_t lanes);
 void mma_m16n8k16_f16(Slot* slots, uint32_t lanes);

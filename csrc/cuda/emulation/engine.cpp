@@ -62,6 +62,7 @@ lora_kernels_switch_fiber:
 namespace lora_kernels::emulation {
 
 Options options;
+uint64_t bank_conflicts = 0;
 
 namespace {
 
@@ -195,7 +196,8 @@ void enter() {
     go(*b.current, b.caller);
   }
   for (const PendingCopy& c : b.current->copies) land(c);
-  TSAN(__tsan_release(&b.body);)
+  // Not what enter() acquires: threads that start later are not ordered behind those that are done.
+  TSAN(__tsan_release(&b.arg);)
   b.current->state = State::kDone;
   if (--b.live && b.waiting == b.live) open_barrier();  // threads that exited no longer count
   next(true);
@@ -242,11 +244,11 @@ void run_block(uint3 block, dim3 size, dim3 grid) {
   go(b.caller, *b.current);
   TSAN(if (b.live) for (int i = 0; i < b.threads; ++i) {  // left early: let go of each thread on its behalf
     __tsan_switch_to_fiber(b.fibers[i].tsan, __tsan_switch_to_fiber_no_sync);
-    __tsan_release(&b.body);
+    __tsan_release(&b.arg);
     __tsan_switch_to_fiber(b.caller.tsan, __tsan_switch_to_fiber_no_sync);
     __tsan_destroy_fiber(b.fibers[i].tsan);
     b.fibers[i].tsan = nullptr;
-  } __tsan_acquire(&b.body);)  // blocks are ordered for the sanitizer
+  } __tsan_acquire(&b.arg);)  // blocks are ordered for the sanitizer
   if (b.thrown) std::rethrow_exception(std::exchange(b.thrown, nullptr));
   if (!b.error.empty()) throw Error(std::exchange(b.error, ""));
 }

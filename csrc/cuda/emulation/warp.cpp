@@ -39,6 +39,20 @@ void expect_all(uint32_t lanes, const char* what) {
   if (lanes != ~0u) refuse(std::string(what) + " needs all 32 lanes of a warp");
 }
 
+// The eight rows of a matrix are read at once if they lie in eight different groups of four banks.
+void count_bank_conflicts(const Slot* slots) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    int rows_in[8] = {}, most = 0;
+    for (int row = 0; row < 8; ++row) {
+      MatrixRow r;
+      memcpy(&r, slots[matrix * 8 + row].in, sizeof r);
+      const int in_group = ++rows_in[r.address / 16 % 8];
+      if (in_group > most) most = in_group;
+    }
+    bank_conflicts += static_cast<uint64_t>(most - 1);
+  }
+}
+
 // D[16][8] += A[16][K] B[K][8] on registers a[K/4 words of 2 or 1 elements], b, c in this order. `a_value(registers,
 // e)` is element e of a lane's A, and so on.
 template <int K, class Value>
@@ -90,12 +104,14 @@ void ballot(Slot* slots, uint32_t lanes) {
 
 void ldmatrix(Slot* slots, uint32_t lanes) {
   expect_all(lanes, "ldmatrix");
+  count_bank_conflicts(slots);
   for (int lane = 0; lane < 32; ++lane)
     for (int matrix = 0; matrix < 4; ++matrix) slots[lane].out[matrix] = slots[matrix * 8 + lane / 4].in[lane % 4];
 }
 
 void ldmatrix_trans(Slot* slots, uint32_t lanes) {
   expect_all(lanes, "ldmatrix.trans");
+  count_bank_conflicts(slots);
   const auto element = [&](int matrix, int row, int column) {
     return slots[matrix * 8 + row].in[column / 2] >> column % 2 * 16 & 0xFFFF;
   };

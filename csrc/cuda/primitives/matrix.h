@@ -11,8 +11,10 @@ __device__ inline void ldmatrix(uint32_t (&r)[4], const void* row LORA_KERNELS_C
 #if defined(LORA_KERNELS_EMULATION)
   if (reinterpret_cast<uintptr_t>(row) % 16) emulation::refuse("ldmatrix from a misaligned row");
   for (int i = 0; i < 4; ++i) emulation::expect_written(static_cast<const uint32_t*>(row) + i, "ldmatrix");
-  const Vector out =
-      emulation::meet<Vector>(~0u, {"ldmatrix", file, line}, *static_cast<const Vector*>(row), emulation::ldmatrix);
+  emulation::MatrixRow in;
+  memcpy(in.words, row, sizeof in.words);
+  in.address = reinterpret_cast<uintptr_t>(row);
+  const Vector out = emulation::meet<Vector>(~0u, {"ldmatrix", file, line}, in, emulation::ldmatrix);
   for (int i = 0; i < 4; ++i) r[i] = out.v[i];
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -27,8 +29,10 @@ __device__ inline void ldmatrix_trans(uint32_t (&r)[4], const void* row LORA_KER
 #if defined(LORA_KERNELS_EMULATION)
   if (reinterpret_cast<uintptr_t>(row) % 16) emulation::refuse("ldmatrix.trans from a misaligned row");
   for (int i = 0; i < 4; ++i) emulation::expect_written(static_cast<const uint32_t*>(row) + i, "ldmatrix.trans");
-  const Vector out = emulation::meet<Vector>(~0u, {"ldmatrix.trans", file, line}, *static_cast<const Vector*>(row),
-                                             emulation::ldmatrix_trans);
+  emulation::MatrixRow in;
+  memcpy(in.words, row, sizeof in.words);
+  in.address = reinterpret_cast<uintptr_t>(row);
+  const Vector out = emulation::meet<Vector>(~0u, {"ldmatrix.trans", file, line}, in, emulation::ldmatrix_trans);
   for (int i = 0; i < 4; ++i) r[i] = out.v[i];
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
