@@ -361,10 +361,10 @@ __device__ inline void tile_of_block(int block, int rows, int columns, int* m, i
 }
 
 // Two blocks on a multiprocessor leave 128 registers (of large tiles). fp32 needs more for the two parts of every
-// operand, kInTile for t, kMaskedGradient for the mask; so does kRowSums, where both operands are transposed.
+// operand, kInTile for t, kMaskedGradient for the mask, kRowSums for two transposed operands, and sm_75 for its copies.
 template <class T, Product kProduct>
 constexpr int kBlocksPerMultiprocessor =
-    sizeof(T) == 2 && (kProduct == Product::kForward || kProduct == Product::kInputGradient) ? 2 : 1;
+    kArch >= 80 && sizeof(T) == 2 && (kProduct == Product::kForward || kProduct == Product::kInputGradient) ? 2 : 1;
 
 template <class T, class Shape, Product kProduct>
 __global__ void __launch_bounds__(Shape::kThreads, kBlocksPerMultiprocessor<T, kProduct>) gemm(const GemmParams p) {

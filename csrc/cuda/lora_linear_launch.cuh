@@ -143,7 +143,7 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
   epilogue.columns = static_cast<int>(N);
   epilogue.pairs = pairs_can_be_stored<T>(args.y, epilogue.residual, N);
 
-  const bool separate = lora && plan.cuda.path != CudaLoraLinearPath::kInTile;
+  const bool separate = lora && plan.cuda.path != CudaLoraLinearPath::kInTile && !plan.cuda.t_in_blocks;
   if (separate) {
     DownParams p;
     p.x = x;
@@ -167,6 +167,8 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     p.splits = plan.cuda.splits;
     p.sums = w.sums;
     p.precise = precise;
+    p.makes_t = lora && plan.cuda.t_in_blocks;
+    p.a = a;
     if (M <= 8)
       few<T, 1>(&s, p, early);
     else if (M <= 16)

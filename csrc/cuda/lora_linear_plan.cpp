@@ -20,9 +20,13 @@ constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5, kMemory = 0.85;
 // From a load to its data on a busy device: bandwidth times this must be in flight, or memory idles.
 constexpr double kLatencySeconds = 0.8e-6;
 
-constexpr int64_t kMostFewRows = 32;     // four products of eight columns for each fragment of W
-constexpr int64_t kMostInTileRank = 32;  // registers beside the base's sums (kInTileRank of gemm.cuh)
-constexpr int64_t kMostAdapters = 4096;  // times splits, a dimension of the grid
+// How much faster than memory L2 is taken to be, and what a second pass over depth in every block costs besides bytes.
+constexpr double kL2 = 2.5, kT = 0.3;
+
+constexpr int64_t kMostFewRows = 32;       // four products of eight columns for each fragment of W
+constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
+constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
+constexpr int64_t kMostAdapters = 4096;    // times splits, a dimension of the grid
 
 // FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
 // reaches. Unknown ones are taken for the slowest: a path that needs less arithmetic then wins, and all work.
@@ -114,8 +118,8 @@ int64_t t_stride(const LoraShape& lora) { return round_up(std::max<int64_t>(lora
 ForwardWorkspace::ForwardWorkspace(Workspace& w, const LoraLinearPlan& plan) {
   const LoraLinearProblem& p = plan.problem;
   const auto size = static_cast<int64_t>(size_of(p.dtype));
-  const bool separate =
-      plan.cuda.path == CudaLoraLinearPath::kTwoSteps || plan.cuda.path == CudaLoraLinearPath::kFewRows;
+  const bool separate = plan.cuda.path == CudaLoraLinearPath::kTwoSteps ||
+                        (plan.cuda.path == CudaLoraLinearPath::kFewRows && !plan.cuda.t_in_blocks);
   a = w.take(plan.cuda.convert_a ? p.lora.total_rank * p.in_features * size : 0);
   t = w.take(separate && p.lora.present() ? p.rows * t_stride(p.lora) * size : 0);
   sums = static_cast<float*>(w.take(plan.cuda.splits > 1 ? plan.cuda.splits * p.rows * p.out_features * 4 : 0));
@@ -204,11 +208,18 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
     double us = 0;
     const int splits =
         few_rows_splits(machine, p.out_features, p.in_features * static_cast<int64_t>(size), base_bytes, &us);
-    us += kLaunchUs + down_us;
+    us += kLaunchUs;
+    // t in every block: A comes from L2 for each sixteen columns, beside W's own bytes.
+    const bool one =
+        lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 && !c.convert_a;
+    const double in_blocks_us = machine.memory_us((N / 16 + 1) * total * K * size) / kL2 + kT;
+    const bool t_in_blocks = one && splits == 1 && in_blocks_us < down_us;
+    us += t_in_blocks ? in_blocks_us : down_us;
     if (us <= c.predicted_us) {
       c.path = CudaLoraLinearPath::kFewRows;
       c.large_tiles = false;
       c.splits = splits;
+      c.t_in_blocks = t_in_blocks;
       c.predicted_us = us;
     }
   }
@@ -218,7 +229,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
     c.tile_rows = static_cast<int>(round_up(std::max<int64_t>(p.rows, 1), 8));
     c.tile_columns = 16;
   }
-  c.early_start = c.early_start && lora && c.path != CudaLoraLinearPath::kInTile;
+  c.early_start = c.early_start && lora && c.path != CudaLoraLinearPath::kInTile && !c.t_in_blocks;
   Workspace w;
   ForwardWorkspace(w, *plan);
   plan->workspace = w.used;
@@ -268,7 +279,8 @@ std::string to_string(const CudaLoraLinearPlan& c) {
            : c.path == CudaLoraLinearPath::kInTile   ? "in_tile"
                                                      : "few_rows")
        << " tile=" << c.tile_rows << "x" << c.tile_columns << " splits=" << c.splits
-       << (c.early_start ? " early_start" : "") << (c.convert_a ? " convert_a" : "");
+       << (c.t_in_blocks ? " t_in_blocks" : "") << (c.early_start ? " early_start" : "")
+       << (c.convert_a ? " convert_a" : "");
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
   text << predicted;

@@ -193,6 +193,15 @@ struct Branch {
     for (int r = part; r < rank; r += parts) sum += to_float(of_row[r]) * up.at(begin + r, column);
     return sum;
   }
+
+  // The same with t of adapter 0 in shared memory, unscaled: rank r at r * stride.
+  __device__ float of_t(const float* t_of_row, int stride, int row, int column, int part, int parts) const {
+    if (routing.adapter_of(row) != 0) return 0;
+    const int rank = routing.rank(0);
+    float sum = 0;
+    for (int r = part; r < rank; r += parts) sum += t_of_row[r * stride] * up.at(r, column);
+    return sum * routing.scale(0);
+  }
 };
 
 struct FewRowsParams {
@@ -203,10 +212,14 @@ struct FewRowsParams {
   int splits = 1;
   float* sums = nullptr;  // [splits, M, N] if there are several
   bool precise = false;
+  // Every block makes t of one adapter of at most 16 ranks for itself: r K of A from L2 in place of another kernel.
+  bool makes_t = false;
+  Matrix a;  // [r, K]
 };
 
+// Parts of y and of t.
 template <int kTiles>
-constexpr size_t kFewRowsSharedBytes = (kSkinnyWarps * kSkinnyRows * 8 * kTiles) * sizeof(float);
+constexpr size_t kFewRowsSharedBytes = 2 * (kSkinnyWarps * kSkinnyRows * 8 * kTiles) * sizeof(float);
 
 // Grid (N / 16, splits); kTiles * 8 >= M.
 template <class T, int kTiles>
@@ -220,6 +233,17 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2) few_rows(const FewRowsParam
     float c[kTiles][4] = {};
     skinny_product<T, kTiles>(c, p.w, column, columns, p.x, 0, rows, static_cast<int>(int64_t{steps} * part / all),
                               static_cast<int>(int64_t{steps} * (part + 1) / all), p.precise, Dropout());
+    float* t_parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
+    if (p.makes_t) {  // the same parts of depth of A in the place of W: t transposed
+      float t[kTiles][4] = {};
+      skinny_product<T, kTiles>(t, p.a, 0, p.a.rows, p.x, 0, rows, steps * part / all, steps * (part + 1) / all,
+                                p.precise, Dropout());
+      share_parts<kTiles>(t_parts, t);
+      for (int i = static_cast<int>(threadIdx.x); i < kSkinnyRows * rows; i += kSkinnyThreads) {
+        const int r = i % kSkinnyRows, m = i / kSkinnyRows;  // each element is added up and left by one thread
+        t_parts[r * 8 * kTiles + m] = sum_of_parts<kTiles>(t_parts, r, m);
+      }
+    }
     share_parts<kTiles>(parts, c);
     wait_for_kernel_before();
     // At few rows several lanes share the ranks of an element; a power of two of them, so that shuffles add them up.
@@ -230,7 +254,10 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2) few_rows(const FewRowsParam
       const int element = i / lanes, m = element / kSkinnyRows, n = element % kSkinnyRows;
       const bool valid = i < work && column + n < columns;
       float branch = 0;
-      if (valid && p.splits == 1) branch = p.branch.template at<T>(m, column + n, i % lanes, lanes);
+      if (valid && p.makes_t)
+        branch = p.branch.of_t(t_parts + m, 8 * kTiles, m, column + n, i % lanes, lanes);
+      else if (valid && p.splits == 1)
+        branch = p.branch.template at<T>(m, column + n, i % lanes, lanes);
       for (int by = lanes / 2; by > 0; by /= 2) branch += __shfl_xor_sync(~0u, branch, by);
       if (!valid || i % lanes) continue;
       const float sum = sum_of_parts<kTiles>(parts, n, m);

@@ -116,6 +116,8 @@ int emulated_forward(const Call* c, char* message, int64_t size) {
   if (c->path >= 0) {
     plan.cuda.path = static_cast<CudaLoraLinearPath>(c->path);
     plan.cuda.large_tiles = c->large_tiles != 0;
+    // Few rows have no tiles: the same wish says whether blocks make t.
+    plan.cuda.t_in_blocks = plan.cuda.path == CudaLoraLinearPath::kFewRows && c->large_tiles != 0;
     plan.cuda.splits = static_cast<int>(c->splits);
     cuda::Workspace w;
     cuda::ForwardWorkspace(w, plan);

@@ -108,6 +108,10 @@ void test_paths() {
   // K is split where too few blocks would leave memory idle, and not where there are enough.
   check(plan_of(problem_of(1, 16384, 64, 16), kH100).cuda.splits > 1, "a narrow deep layer is split");
   check(plan_of(problem_of(1, 1280, 5120, 16), kH100).cuda.splits == 1, "a wide one is not");
+  // Without an early start another kernel costs more than t in every block, of few columns.
+  check(plan_of(problem_of(1, 1280, 1280, 16), kA100).cuda.t_in_blocks, "A100: t in blocks");
+  check(!plan_of(problem_of(1, 1280, 1280, 32), kA100).cuda.t_in_blocks, "not with more ranks than a product has rows");
+  check(!plan_of(problem_of(8, 1280, 1280, 16, 4), kA100).cuda.t_in_blocks, "nor with several adapters");
   // More arithmetic for fp32 in three products than for one.
   p = problem_of(8192, 1280, 1280, 16);
   p.dtype = p.lora.dtype = DType::kFloat32;

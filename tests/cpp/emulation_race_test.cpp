@@ -72,17 +72,24 @@ void run_kernels() {
   args.lora.b_stride_rank = N;
   args.lora.b_stride_out = 1;
   args.y = y.get();
-  for (CudaLoraLinearPath path :
-       {CudaLoraLinearPath::kTwoSteps, CudaLoraLinearPath::kInTile, CudaLoraLinearPath::kFewRows}) {
+  const struct {
+    CudaLoraLinearPath path;
+    bool t_in_blocks;
+  } ways[] = {{CudaLoraLinearPath::kTwoSteps, false},
+              {CudaLoraLinearPath::kInTile, false},
+              {CudaLoraLinearPath::kFewRows, false},
+              {CudaLoraLinearPath::kFewRows, true}};
+  for (const auto& [path, t_in_blocks] : ways) {
     p.rows = path == CudaLoraLinearPath::kFewRows ? 9 : M;
-    const bool routed = path != CudaLoraLinearPath::kInTile;
+    const bool routed = path != CudaLoraLinearPath::kInTile && !t_in_blocks;
     p.lora.adapters = routed ? 2 : 1;
     p.lora.groups = routed ? p.rows : 0;
     args.lora.offsets = routed ? offsets.get() : nullptr;
     args.lora.adapter_ids = routed ? ids.get() : nullptr;
     cuda::configure(device, &plan);
     plan.cuda.path = path;
-    plan.cuda.splits = path == CudaLoraLinearPath::kFewRows ? 2 : 1;
+    plan.cuda.t_in_blocks = t_in_blocks;
+    plan.cuda.splits = path == CudaLoraLinearPath::kFewRows && !t_in_blocks ? 2 : 1;
     cuda::Workspace size;
     cuda::ForwardWorkspace(size, plan);
     Buffer<char> workspace = Buffer<char>::aligned(size.used + 256);
@@ -90,6 +97,7 @@ void run_kernels() {
     const Status status = cuda::launch(plan, args, Executor());
     check(status.ok(), status.text);
   }
+  p.lora.adapters = 2;
   LoraLinearBackwardPlan back;
   back.problem.forward = p;
   back.problem.forward.rows = back.problem.forward.lora.groups = M;

@@ -20,7 +20,12 @@ from test_emulated_lora_linear import (  # noqa: E402
     possible,
 )
 
-PLANS = [("two_steps", True, 1), ("in_tile", False, 1), ("few_rows", False, 2)]
+PLANS = [
+    ("two_steps", True, 1),
+    ("in_tile", False, 1),
+    ("few_rows", False, 2),
+    ("few_rows", True, 1),
+]
 
 
 def same_bits() -> None:
@@ -44,7 +49,7 @@ def main(dtypes: list[torch.dtype]) -> int:
             for path, large, splits in PLANS:
                 shape = (9, 101, 67) if path == "few_rows" else (70, 136, 67)
                 for mode in ("peft", "bank", "dropout"):
-                    if not possible(path, mode, shape[0]):
+                    if not possible(path, mode, shape[0], large):
                         continue
                     emulated = Emulated(*order, path=path, large=large, splits=splits)
                     try:

@@ -21,6 +21,7 @@ struct CudaLoraLinearPlan {
   int splits = 1;            // of K among blocks (kFewRows): partial sums go to the workspace
   bool large_tiles = false;  // which of the two tile shapes
   bool early_start = false;  // a kernel may start before the one whose result it needs at its end has finished
+  bool t_in_blocks = false;  // kFewRows: every block makes t for itself, which saves the kernel before
   bool convert_a = false;    // A is of another type than x: a kernel converts it first
   double predicted_us = 0;   // by the plan's bytes and FLOPs; orders the paths, and is no measurement
 };
