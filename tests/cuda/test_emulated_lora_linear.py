@@ -26,6 +26,7 @@ SHAPES = [
     (65, 136, 65),
     (129, 257, 191),
     (130, 96, 260),
+    (600, 24, 70),
 ]
 # path, large tiles (in few_rows: t is made in every block), splits of K
 PLANS = [
