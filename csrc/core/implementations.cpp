@@ -43,10 +43,13 @@ constexpr NamedIsa kNames[] = {
 Status force_implementation(const std::string& name) {
   bool known = name.empty();
   std::string names;
+  std::string others;  // of other devices than this process's CPU, after its own
   for (const ImplementationReport& row : implementations(DeviceInfo())) {
     known = known || row.name == name;
-    if (names.find("'" + row.name + "'") == std::string::npos) names += "'" + row.name + "', ";
+    std::string& list = row.name == "cuda" ? others : names;
+    if (list.find("'" + row.name + "'") == std::string::npos) list += "'" + row.name + "', ";
   }
+  names += others;
   if (!known)
     return Status::invalid("force_implementation: name is '" + name + "'; expected " + names +
                            "or '' for the best one");

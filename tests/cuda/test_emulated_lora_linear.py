@@ -294,6 +294,19 @@ def test_tf32_rounds_more_and_fp32_does_not() -> None:
     assert error[False] < 1e-5 < 1e-4 < error[True] < 1e-2
 
 
+def test_empty_sizes() -> None:
+    """No columns of x: the bias alone. No rows: gradients of parameters are zero."""
+    bias = torch.randn(6).half()
+    x, weight = torch.empty(5, 0).half(), torch.empty(6, 0).half()
+    a, b = torch.empty(2, 0).half(), torch.randn(2, 6).half()
+    got = Emulated().forward(x, weight, bias, lora_a=a, lora_b=b)
+    assert torch.equal(got, bias.expand(5, 6))
+    x, weight, _, dy = base(0, 40, 24, torch.float16)
+    got = Emulated().backward(dy, x, weight, **bank("peft", 0, 40, 24, torch.float16))
+    for name in ("dweight", "dbias", "dlora_a", "dlora_b"):
+        assert (got[name] == 0).all()
+
+
 def test_the_heuristic_s_own_plans_run() -> None:
     for shape, words in [((1, 1024, 512), "few_rows"), ((200, 128, 96), "tile=64x64")]:
         emulated = Emulated()
