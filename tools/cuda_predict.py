@@ -41,7 +41,7 @@ def predicted(device: raw.DeviceInfo, rows: int, k: int, n: int, rank: int) -> t
 
 def main() -> None:
     print("predicted, fp16, rank 16, cold caches: our time with LoRA, and over our base alone")
-    print(f"{'':12}" + "".join(f"{'x'.join(map(str, shape)):>24}" for shape in SHAPES))
+    print(f"{'':12}" + "".join(f"{'x'.join(map(str, shape)):>28}" for shape in SHAPES))
     for name, (arch, multiprocessors, clock, memory) in DEVICES.items():
         device = raw.on_cuda(
             raw.CudaDevice(
@@ -55,8 +55,8 @@ def main() -> None:
         for shape in SHAPES:
             ours, path = predicted(device, *shape, 16)
             base, _ = predicted(device, *shape, 0)
-            cells.append(f"{ours:.1f} us x{ours / base:.2f} {path:>9}")
-        print(f"{name:12}" + "".join(f"{cell:>24}" for cell in cells))
+            cells.append(f"{ours:.1f} us x{ours / base:.2f} {path:>9}  ")
+        print(f"{name:12}" + "".join(f"{cell:>28}" for cell in cells))
 
 
 if __name__ == "__main__":
