@@ -15,9 +15,16 @@ std::string forced() { return forced_implementation(); }
 std::string describe() {
   std::string text = "isa\t" + isa_names(current_device().isa) + "\n";
   text += "build\t" LORA_KERNELS_BUILD_COMPILER "\t" LORA_KERNELS_BUILD_TYPE "\t" LORA_KERNELS_BUILD_CUDA "\n";
-  for (const ImplementationReport& row : implementations(current_device()))
+  for (ImplementationReport row : implementations(current_device())) {
+    if (row.name == "cuda") {  // its operands are elsewhere: what matters is whether there is such a device
+      DeviceInfo device;
+      const Status found = cuda_device(0, &device);
+      row.available = found.ok();
+      row.reason = found.ok() ? "for operands on a CUDA device" : found.text;
+    }
     text += row.op + "\t" + row.name + "\t" + (row.available ? "1" : "0") + "\t" + (row.selected ? "1" : "0") + "\t" +
             std::to_string(row.runs) + "\t" + row.reason + "\n";
+  }
   return text;
 }
 
