@@ -1,17 +1,17 @@
-// Tiled matrix products on tensor cores: forward, input gradient, and sums over rows.
+// Tiled matrix products on tensor cores: forward, input gradient, and sums over rows. Result = a b, with
 //
-//   kForward        y  = act(x Wt + bias + t B) + residual    a = x [M, K], b = W [N, K]; t = s x At from a kernel
-//   before kInTile         the same with t made here, from the x that passes through anyway kInputGradient  dx = dy W +
-//   u A                           a = dy [M, N], b = W by depth [N, K]; u = s dy Bt kMaskedGradient the same with
-//   dropout: + mask (u A)       apart, since the mask takes registers kRowSums        out = at b a [M, i], b [M, j]: dA
-//   = ut drop(x), dB = tt dy, dW = dyt x
+//   kForward         y  = act(x Wt + bias + t B) + residual   a = x [M, K], b = W [N, K]; t = s x At, made before
+//   kInTile          the same, and t is made here             from the x that passes through anyway
+//   kInputGradient   dx = dy W + u A                          a = dy [M, N], b = W [N, K] by depth; u = s dy Bt
+//   kMaskedGradient  dx = dy W + mask (u A)                   with dropout: apart, the mask takes registers
+//   kRowSums         dA = ut drop(x), dB = tt dy, dW = dyt x  a [M, i], b [M, j], depth across both
 //
 // FLOPs 2 M N K for the base, 2 M r N more for the branch, which is only more steps over depth on the same sums: t
 // beside x and B beside W. A block of 256 threads makes 128 x 128 of the result (128 threads, 64 x 64), in steps of 64
 // bytes of depth, with three (four) steps of shared memory filled by asynchronous copies; 48 (32) KB, so that two
-// blocks share a multiprocessor from sm_75 to sm_120. Every step reads (BM + BN) 64 bytes for 2 BM BN 32 FLOPs (16
-// bits): 128 FLOPs per byte at 128 x 128, so L2 and not memory bounds it below that; blocks in groups of eight rows of
-// tiles share W there.
+// blocks share a multiprocessor from sm_75 to sm_120. A step reads (BM + BN) 64 bytes for 2 BM BN 32 FLOPs (16 bits):
+// 64 FLOPs per byte at 128 x 128, all of it from L2 but the first time; blocks in groups of eight rows of tiles share W
+// there. Bound by arithmetic at many rows.
 //
 // kInTile costs max_rank / BN of the base's products again (rank 16: 12.5 %), kForward another kernel that reads x:
 // lora_linear_plan.cpp weighs the two.
@@ -20,79 +20,10 @@
 // faster there at many rows. Not tried: stores of 16 bytes (results leave as pairs, half of a sector at a time).
 #pragma once
 
-#include "cuda/epilogue.h"
+#include "cuda/gemm_shapes.h"
 #include "cuda/primitives/launch.h"
-#include "cuda/routing.h"
-#include "cuda/tile.h"
 
 namespace lora_kernels::cuda {
-
-enum class Product { kForward, kInTile, kInputGradient, kMaskedGradient, kRowSums };
-
-struct GemmParams {
-  Matrix a, b;                           // see above
-  int rows = 0, columns = 0, depth = 0;  // of the result, and of the sums
-  bool precise = false;
-  Matrix t;        // [rows, max_rank] (kForward; u in gradients)
-  Factor up;       // B (kForward, kInTile)
-  Matrix up_rows;  // A by rank row (gradients)
-  Matrix down;     // A (kInTile)
-  Routing routing;
-  Dropout dropout;  // of the branch of dx, or of b in kRowSums
-  Epilogue epilogue;
-  float* sums = nullptr;  // kRowSums: [splits][..., columns] fp32
-  int splits = 1;         // of depth
-  int64_t split_stride = 0;
-};
-
-constexpr int kInTileRank = 32;  // the most that kInTile keeps in registers beside the base's sums
-
-struct LargeShape {
-  static constexpr int kRows = 128, kColumns = 128, kWarpRows = 64, kWarpColumns = 32, kThreads = 256, kStages = 3;
-};
-struct SmallShape {
-  static constexpr int kRows = 64, kColumns = 64, kWarpRows = 32, kWarpColumns = 32, kThreads = 128, kStages = 4;
-};
-
-template <class T, class Shape, Product kProduct>
-struct GemmLayout {
-  static constexpr bool kMasked = kProduct == Product::kMaskedGradient;
-  static constexpr bool kGradient = kProduct == Product::kInputGradient || kMasked;
-  static constexpr bool kAAcross = kProduct == Product::kRowSums;
-  static constexpr bool kBAcross = kAAcross || kGradient;
-  using A = std::conditional_t<kAAcross, Tile<T, kStep<T>, Shape::kRows>, Tile<T, Shape::kRows, kStep<T>>>;
-  using B = std::conditional_t<kBAcross, Tile<T, kStep<T>, Shape::kColumns>, Tile<T, Shape::kColumns, kStep<T>>>;
-  using Down = Tile<T, kInTileRank, kStep<T>>;
-  using Adapters = TileAdapters<Shape::kRows, Shape::kThreads>;
-  static constexpr bool kInTile = kProduct == Product::kInTile;
-  static constexpr bool kRouted = kProduct == Product::kForward || kGradient;
-  static constexpr int kTSteps = kInTile ? kInTileRank / kStep<T> : 0;  // of the t that a tile makes
-  static constexpr int kStageBytes = A::kBytes + B::kBytes + (kInTile ? Down::kBytes : 0);
-  static constexpr size_t kSharedBytes = static_cast<size_t>(Shape::kStages) * kStageBytes + kTSteps * A::kBytes +
-                                         (kRouted ? (Adapters::kWords * 4 + 15) / 16 * 16 : 0);
-};
-
-// B's columns [n, n + BN) and rank rows [begin + chunk, ...) as a tile with depth along its rows.
-template <class TileB, int kThreads>
-__device__ inline void load_up(char* tile, const Factor& up, int n, int columns, int begin, int chunk, int rank) {
-  using T = typename TileB::T;
-  constexpr DType kType = std::is_same_v<T, float>    ? DType::kFloat32
-                          : std::is_same_v<T, __half> ? DType::kFloat16
-                                                      : DType::kBFloat16;
-  if (up.type == kType && up.stride_rank == 1) {  // PEFT's own layout
-    const T* first = static_cast<const T*>(up.data) + begin;
-    const bool aligned = reinterpret_cast<uintptr_t>(first) % 16 == 0 && up.stride_out * sizeof(T) % 16 == 0;
-    load_tile<TileB, kThreads>(tile, {first, up.stride_out, columns, rank, aligned}, n, chunk);
-    return;
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < TileB::kRows * TileB::kChunks; i += kThreads) {
-    const int column = i % TileB::kRows, part = i / TileB::kRows;  // neighbours read neighbours of a rank row
-    const int r = chunk + part * kPerChunk<T>, left = n + column < columns ? rank - r : 0;
-    const int count = left < 0 ? 0 : left > kPerChunk<T> ? kPerChunk<T> : left;
-    store16(tile + TileB::offset(column, part),
-            gather16<T>(count, [&](int j) { return from_float<T>(up.at(begin + r + j, n + column)); }));
-  }
-}
 
 template <class T, class Shape, Product kProduct>
 class Gemm {
@@ -126,6 +57,8 @@ class Gemm {
     if constexpr (Layout::kRouted) {
       typename Layout::Adapters adapters(p_.routing, shared_.template take<int>(Layout::Adapters::kWords), m_, p_.rows);
       multiply_all(adapters);
+    } else if constexpr (kProduct == Product::kRowSums) {
+      sum_rows();
     } else {
       multiply_all(0);
     }
@@ -164,13 +97,62 @@ class Gemm {
 
   template <class Adapters>
   __device__ void multiply_all(const Adapters& adapters) {
-    const int depth = kProduct == Product::kRowSums ? last_ - first_ : p_.depth;
-    base_steps_ = (depth + kStep<T> - 1) / kStep<T>;
+    base_steps_ = (p_.depth + kStep<T> - 1) / kStep<T>;
     if constexpr (Layout::kRouted)
       for (int i = 0; i < adapters.count(); ++i)
         lora_steps_ += (p_.routing.rank(adapters.adapter(i)) + kStep<T> - 1) / kStep<T>;
     if constexpr (Layout::kInTile) lora_steps_ = (p_.routing.rank(0) + kStep<T> - 1) / kStep<T>;
-    const int steps = base_steps_ + lora_steps_;
+    multiply_steps(base_steps_ + lora_steps_, adapters);
+  }
+
+  // kRowSums: all rows, or those steps of rows that have one of this adapter. Looked over a segment at a time, so that
+  // with rows in runs (utterances) all adapters together read a and b about once.
+  __device__ void sum_rows() {
+    uint32_t* marks = shared_.template take<uint32_t>(Layout::kWords);
+    if (adapter_ < 0) {
+      base_steps_ = (last_ - first_ + kStep<T> - 1) / kStep<T>;
+      return multiply_steps(base_steps_, 0);
+    }
+    marks_ = marks;
+    for (int end = last_; first_ < end; first_ += kSegment * kStep<T>) {
+      base_steps_ = mark_steps(marks, end);
+      slot_ = 0;
+      multiply_steps(base_steps_, 0);
+    }
+  }
+
+  // Marks the steps of this segment that have rows of the adapter; returns how many. Ends with a barrier.
+  __device__ int mark_steps(uint32_t* marks, int end) {
+    __syncthreads();  // all are done with the marks, and with the tiles, of the segment before
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < kSegment) {
+      const int row = first_ + thread * kStep<T>;
+      bool used = false;
+      for (int m = row; !used && m < end && m < row + kStep<T>;
+           m = (m / p_.routing.rows_per_group + 1) * p_.routing.rows_per_group)
+        used = p_.routing.adapter_of(m) == adapter_;
+      const uint32_t vote = __ballot_sync(~0u, used);
+      if (thread % 32 == 0) marks[thread / 32] = vote;
+    }
+    __syncthreads();
+    int count = 0;
+    for (int i = 0; i < kSegment / 32; ++i) count += __popc(marks[i]);
+    return count;
+  }
+
+  // The first row of the next marked step; slot_ counts steps that are behind.
+  __device__ int next_marked() {
+    uint32_t left = marks_[slot_ / 32] >> slot_ % 32;
+    while (left == 0) {
+      slot_ = (slot_ / 32 + 1) * 32;
+      left = marks_[slot_ / 32];
+    }
+    slot_ += __ffs(static_cast<int>(left));
+    return first_ + (slot_ - 1) * kStep<T>;
+  }
+
+  template <class Adapters>
+  __device__ void multiply_steps(int steps, const Adapters& adapters) {
     for (int k = 0; k < kStages - 1; ++k) fetch(k, steps, adapters);
     for (int k = 0; k < steps; ++k) {
       wait_copies<kStages - 2>();
@@ -206,7 +188,7 @@ class Gemm {
     if constexpr (kProduct == Product::kRowSums) {
       Matrix rows_a = p_.a, rows_b = p_.b;
       rows_a.rows = rows_b.rows = last_;
-      const int row = first_ + depth;
+      const int row = adapter_ < 0 ? first_ + depth : next_marked();
       if (adapter_ >= 0) rows_a.columns = p_.routing.rank(adapter_);  // beyond, other adapters' rows have theirs
       if (adapter_ < 0)
         load_tile<A, kThreads>(a, rows_a, row, m_);
@@ -342,6 +324,7 @@ class Gemm {
   const Dropout dropout_;
   Shared shared_;
   char *a_, *b_, *down_ = nullptr, *t_ = nullptr;
+  const uint32_t* marks_ = nullptr;
   int m_, n_, adapter_, first_, last_, warp_row_, warp_column_;
   int base_steps_ = 0, lora_steps_ = 0, slot_ = 0, chunk_ = 0;
   float c_[kRowTiles][kColumnTiles][4] = {};

@@ -60,6 +60,7 @@ def main(dtypes: list[torch.dtype]) -> int:
             try:
                 emulated = Emulated(*order, path="two_steps", splits=2)
                 check_backward(emulated, (70, 40, 67), dtype, "dropout")
+                check_backward(emulated, (70, 40, 67), dtype, "bank")
             except (AssertionError, EmulationError) as error:
                 print(f"WRONG: gradients {order}: {error}")
                 wrong += 1

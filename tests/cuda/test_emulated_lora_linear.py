@@ -175,6 +175,21 @@ def test_gradients(dtype: torch.dtype, mode: str, large: bool, splits: int) -> N
         check_backward(emulated, shape, dtype, mode)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+def test_sums_over_rows_of_an_adapter_go_segment_by_segment(dtype: torch.dtype) -> None:
+    """Steps without a row of the adapter are left out; runs of rows cross every boundary."""
+    rows, k, n = 4300, 8, 8
+    x, weight, _, dy = base(rows, k, n, dtype)
+    operands = bank("bank", rows, k, n, dtype)
+    operands["adapter_ids"] = torch.tensor([0, -1, 2, 2, 3, -1, 0, 0, 2, 3], dtype=torch.int32)
+    emulated = Emulated("shuffled", path="two_steps")
+    got = emulated.backward(dy, x, weight, **operands, needs="dlora")
+    exact = gradients(x, weight, operands, dy, torch.float64)
+    plain = gradients(x, weight, operands, dy, dtype)
+    for name in ("dlora_a", "dlora_b"):
+        assert_close(got[name].to(dtype), exact[name], plain[name], what=name)
+
+
 def test_only_wanted_gradients_are_written() -> None:
     x, weight, _, dy = base(40, 32, 48, torch.float16)
     operands = bank("peft", 40, 32, 48, torch.float16)

@@ -159,8 +159,15 @@ FAULTS = [
         ("bank conflicts",),
     ),
     Fault(
-        "more shared memory than asked for",
+        "step of an adapter left out",
         "gemm.cuh",
+        "m < row + kStep<T>;",
+        "m < row + 1;",
+        ("relative error",),
+    ),
+    Fault(
+        "more shared memory than asked for",
+        "gemm_shapes.h",
         "kTSteps * A::kBytes +",
         "0 +",
         ("bytes of shared memory, launched with",),
@@ -175,7 +182,7 @@ FAULTS = [
     ),
     Fault(
         "index beyond the factor",
-        "gemm.cuh",
+        "gemm_shapes.h",
         "left = n + column < columns ? rank - r : 0;",
         "left = rank - r;",
         ("heap-buffer-overflow", "lora_kernels::cuda::gemm<"),
