@@ -6,9 +6,9 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CPP := $(shell git ls-files '*.h' '*.cpp' '*.inl' 2>/dev/null)
+CPP := $(shell git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: help setup demo test test-quick bench lint format base-model clean
+.PHONY: help setup demo test test-quick bench cuda-check lint format base-model clean
 
 help:
 	@echo "make setup       create $(VENV) and install everything into it (rebuilds when C++ sources change)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test        all tests (about 15 minutes on two cores)"
 	@echo "make test-quick  the quick ones (under 3 minutes)"
 	@echo "make bench       benchmarks of the operators against torch and PEFT, JSON under benchmarks/results"
+	@echo "make cuda-check  compile every CUDA kernel for every architecture; registers, spills, instructions (no GPU needed)"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make base-model  train the shipped base model again (more than an hour)"
 
@@ -43,16 +44,21 @@ test-quick: setup
 bench: setup
 	$(BIN)/python -m benchmarks --output benchmarks/results
 
+# RECORD=--record writes csrc/cuda/resources.json anew.
+cuda-check: setup
+	$(BIN)/python -m pip install --quiet "nvidia-cuda-nvdisasm>=13,<14"
+	$(BIN)/python tools/cuda_check.py $(RECORD)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files '*.h' '*.cpp' '*.inl' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files '*.h' '*.cpp' '*.inl' | xargs $(BIN)/clang-format -i
+	git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 base-model: setup
 	$(BIN)/python -m lora_speech.pretraining --output python/lora_speech/assets/base_model

@@ -73,8 +73,8 @@ def force_implementation(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        "generic", "avx2", "avx2_vnni" or "avx512". An operator without a row "avx2_vnni" takes
-        "avx2" for it.
+        "generic", "avx2", "avx2_vnni", "avx512" or "cuda". An operator without a row "avx2_vnni"
+        takes "avx2" for it. Operands on another kind of device than the name's are refused.
 
     Raises
     ------
@@ -99,3 +99,12 @@ def force_implementation(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.lora_kernels.force_implementation(before)
+
+
+def allow_tf32(allow: bool) -> None:
+    """Let CUDA kernels round fp32 to tf32 (10 bits): one product in place of three.
+
+    False to begin with, as ``torch.backends.cuda.matmul.allow_tf32`` is: products then keep the
+    precision of fp32. It holds for the whole process and does nothing on CPUs.
+    """
+    torch.ops.lora_kernels.allow_tf32(bool(allow))

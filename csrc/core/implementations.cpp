@@ -35,6 +35,7 @@ constexpr NamedIsa kNames[] = {
     {kIsaAvxVnni, "avx_vnni"},
     {kIsaAmxInt8, "amx_int8"},
     {kIsaAmxBf16, "amx_bf16"},
+    {kIsaCuda, "cuda"},
 };
 
 }  // namespace
@@ -42,10 +43,13 @@ constexpr NamedIsa kNames[] = {
 Status force_implementation(const std::string& name) {
   bool known = name.empty();
   std::string names;
+  std::string others;  // of other devices than this process's CPU, after its own
   for (const ImplementationReport& row : implementations(DeviceInfo())) {
     known = known || row.name == name;
-    if (names.find("'" + row.name + "'") == std::string::npos) names += "'" + row.name + "', ";
+    std::string& list = row.name == "cuda" ? others : names;
+    if (list.find("'" + row.name + "'") == std::string::npos) list += "'" + row.name + "', ";
   }
+  names += others;
   if (!known)
     return Status::invalid("force_implementation: name is '" + name + "'; expected " + names +
                            "or '' for the best one");
@@ -67,8 +71,17 @@ std::string isa_names(uint32_t isa) {
 }
 
 std::string missing_isa(uint32_t required, const DeviceInfo& device) {
+  if (device.cuda.arch && !(required & kIsaCuda)) return "it runs on a CPU, and the operands are on a CUDA device";
+  if (!device.cuda.arch && (required & kIsaCuda)) return "it runs on a CUDA device, and the operands are on a CPU";
   const uint32_t missing = required & ~device.isa;
   return missing ? "this CPU lacks " + isa_names(missing) : "";
+}
+
+DeviceInfo on_cuda(const CudaDevice& cuda) {
+  DeviceInfo device;
+  device.isa = kIsaCuda;
+  device.cuda = cuda;
+  return device;
 }
 
 DeviceInfo host_device() {

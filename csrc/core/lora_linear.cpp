@@ -5,18 +5,24 @@
 #include "core/select.h"
 #include "core/validate.h"
 #include "cpu/lora_linear.h"
+#include "cuda/lora_linear.h"
 
 namespace lora_kernels {
 namespace {
 
+// Its launches can fail, so they return a Status and are called below; a CPU's cannot.
+const LoraLinearImplementation kLoraLinearCuda = {
+    "cuda", kIsaCuda, cuda::configure, nullptr, cuda::configure_backward, nullptr,
+};
+
 const Table<LoraLinearImplementation> kTable = {
     "lora_linear",
 #if defined(__x86_64__)
-    3,
-    {&kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
+    4,
+    {&kLoraLinearCuda, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
 #else
-    1,
-    {&kLoraLinearGeneric},
+    2,
+    {&kLoraLinearCuda, &kLoraLinearGeneric},
 #endif
 };
 
@@ -31,6 +37,17 @@ Status validate(const LoraLinearProblem& p) {
   return check.status();
 }
 
+// What a valid problem must have besides on a CUDA device.
+Status validate(const LoraLinearProblem& p, const DeviceInfo& device) {
+  const Status valid = validate(p);
+  return valid.ok() && device.cuda.arch ? cuda::supported(p, device.cuda) : valid;
+}
+
+Status refuse_blocks(const char* op, const char* where) {
+  return Status::invalid(std::string(op) + ": lora_b: expected [rank, out_features] " + where +
+                         ", got blocks; pass it by rank row");
+}
+
 }  // namespace
 
 void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
@@ -38,7 +55,7 @@ void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationRepo
 }
 
 Status plan(const LoraLinearProblem& problem, const DeviceInfo& device, LoraLinearPlan* plan) {
-  return make_plan(kTable, validate(problem), problem, device, &LoraLinearImplementation::configure, plan);
+  return make_plan(kTable, validate(problem, device), problem, device, &LoraLinearImplementation::configure, plan);
 }
 
 int64_t workspace_bytes(const LoraLinearPlan& plan) { return plan.workspace; }
@@ -46,6 +63,12 @@ int64_t workspace_bytes(const LoraLinearPlan& plan) { return plan.workspace; }
 Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor) {
   const LoraLinearProblem& p = plan.problem;
   if (p.rows == 0 || p.out_features == 0) return {};
+  if (plan.implementation == &kLoraLinearCuda && args.lora.b_stride_block)
+    return refuse_blocks("lora_linear", "on CUDA");
+  if (plan.implementation == &kLoraLinearCuda) {  // whose bank is not in the CPU's memory: kernels clamp what they read
+    kTable.count_run(plan.implementation);
+    return cuda::launch(plan, args, executor);
+  }
   Check check("lora_linear");
   check_lora_bank(&check, p.lora, args.lora);
   if (!check.status().ok()) return check.status();
@@ -55,14 +78,19 @@ Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executo
 }
 
 Status plan(const LoraLinearBackwardProblem& problem, const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
-  return make_plan(kTable, validate(problem.forward), problem, device, &LoraLinearImplementation::configure_backward,
-                   plan);
+  return make_plan(kTable, validate(problem.forward, device), problem, device,
+                   &LoraLinearImplementation::configure_backward, plan);
 }
 
 int64_t workspace_bytes(const LoraLinearBackwardPlan& plan) { return plan.workspace; }
 
 Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& args, const Executor& executor) {
   const LoraLinearProblem& p = plan.problem.forward;
+  if (args.lora.b_stride_block) return refuse_blocks("lora_linear_backward", "where gradients are needed");
+  if (plan.implementation == &kLoraLinearCuda) {
+    kTable.count_run(plan.implementation);
+    return cuda::launch_backward(plan, args, executor);
+  }
   Check check("lora_linear_backward");
   check_lora_bank(&check, p.lora, args.lora);
   if (!check.status().ok()) return check.status();
@@ -85,9 +113,27 @@ std::string to_string(const LoraLinearProblem& p) {
 
 std::string to_string(const LoraLinearPlan& plan) {
   std::ostringstream text;
+  if (plan.implementation == &kLoraLinearCuda) {
+    text << to_string(plan.problem) << " -> " << to_string(plan.cuda) << " workspace=" << plan.workspace;
+    return text.str();
+  }
   text << to_string(plan.problem) << " -> " << plan.implementation->name << " "
        << (plan.path == LoraLinearPath::kDot ? "dot" : "panel") << (plan.bf16_dot ? " vdpbf16ps" : "")
        << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
+  return text.str();
+}
+
+std::string to_string(const LoraLinearBackwardPlan& plan) {
+  std::ostringstream text;
+  const LoraLinearBackwardProblem& p = plan.problem;
+  text << "gradients (" << (p.needs_dx ? "dx " : "") << (p.needs_dweight ? "dweight " : "")
+       << (p.needs_dbias ? "dbias " : "") << (p.needs_dlora ? "dlora " : "") << ") of " << to_string(p.forward)
+       << " -> " << plan.implementation->name;
+  if (plan.implementation == &kLoraLinearCuda)
+    text << " " << to_string(plan.cuda);
+  else
+    text << " tasks=" << plan.tasks;
+  text << " workspace=" << plan.workspace;
   return text.str();
 }
 

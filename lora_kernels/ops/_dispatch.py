@@ -14,21 +14,23 @@ from typing import Any
 import torch
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 
 
-def is_plain(x: torch.Tensor) -> bool:
-    """Whether a call on ``x`` may go straight to the CPU kernel.
+def is_plain(x: torch.Tensor, *, cuda: bool = False) -> bool:
+    """Whether a call on ``x`` may go straight to the kernel of its device.
 
-    True for plain CPU tensors outside of tracing, of every dispatch mode (fake tensors, FLOP
-    counters, ...) and of torch.func's transforms.
+    True for plain CPU tensors (with ``cuda``, an operator that has a CUDA kernel: CUDA tensors
+    too) outside of tracing, of every dispatch mode (fake tensors, FLOP counters, ...) and of
+    torch.func's transforms.
     """
     return (
         type(x) is torch.Tensor
-        and x.is_cpu
+        and (x.is_cpu or (cuda and x.is_cuda))
         and not _is_compiling()
         and _modes() == 0
         and not _transforms()
@@ -43,3 +45,14 @@ def forward_only(x: torch.Tensor) -> bool:
 def straight(op: Any) -> Any:
     """A callable that runs the CPU kernel of an operator overload, and nothing else."""
     return partial(op.redispatch, _CPU)
+
+
+def has_cuda(op: Any) -> bool:
+    """Whether an operator overload has a CUDA kernel in this build."""
+    name = op.name().split(".")[0]
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
+
+
+def straight_on_cuda(op: Any) -> Any:
+    """A callable that runs the CUDA kernel of an operator overload, and nothing else."""
+    return partial(op.redispatch, _CUDA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -19,13 +20,18 @@ def _candidates() -> list[Path]:
 
 
 def library_path() -> Path:
-    """The compiled library's file.
+    """The compiled library's file: LORA_KERNELS_LIBRARY if set, else the one beside the package.
 
     Raises
     ------
     ImportError
-        If it was never built; the text says how to build it.
+        If it was never built, or is not where the variable says; the text says how to build it.
     """
+    named = os.environ.get("LORA_KERNELS_LIBRARY")
+    if named:
+        if Path(named).is_file():
+            return Path(named)
+        raise ImportError(f"LORA_KERNELS_LIBRARY: expected a file, got {named!r}; unset it")
     for folder in _candidates():
         path = folder / "_torch.so"
         if path.is_file():

@@ -49,8 +49,8 @@ def kv_attention_step(
         in place when k and v are given. Positions that no row attends to may hold anything. Or the
         blocked int8 caches of :func:`kv_pack`, fixed, with their scales per channel: the fastest
         for cross-attention. Then ``q`` and the weights are rounded to 14 bits of their largest
-        magnitude (``q`` to 8 from 64 tokens on), C is the number of positions rounded up to a multiple of 4, and a row with a
-        ``q`` that is not finite gets NaN.
+        magnitude (``q`` to 8 from 64 tokens on), C is the number of positions rounded up to a
+        multiple of 4, and a row with a ``q`` that is not finite gets NaN.
     lengths
         int32 [rows], the valid positions before this call; not changed.
     k_scales, v_scales

@@ -8,10 +8,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _library as _library
-from ._dispatch import is_plain, straight
+from ._dispatch import has_cuda, is_plain, straight, straight_on_cuda
 
 _op = torch.ops.lora_kernels.lora_linear.default
-_straight = straight(_op)
+_on_cpu, _on_cuda = straight(_op), straight_on_cuda(_op)
+_has_cuda = has_cuda(_op)
 _backward_op = torch.ops.lora_kernels.lora_linear_backward.default
 
 
@@ -96,11 +97,11 @@ def lora_linear(
         dropout_p,
         dropout_seed,
     )
-    if not is_plain(x):
+    if not is_plain(x, cuda=_has_cuda):
         return _op(*arguments)
     if torch.is_grad_enabled():
         return _Differentiable.apply(*arguments)  # type: ignore[no-any-return]
-    return _straight(*arguments)  # type: ignore[no-any-return]
+    return (_on_cpu if x.is_cpu else _on_cuda)(*arguments)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("lora_kernels::lora_linear")
@@ -202,7 +203,8 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> torch.Tensor:
-        return _straight(*arguments)  # type: ignore[no-any-return]
+        run = _on_cpu if arguments[0].is_cpu else _on_cuda
+        return run(*arguments)  # type: ignore[no-any-return]
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]

@@ -1,5 +1,7 @@
 #include "common.h"
 
+#include <dlfcn.h>
+
 #include <cstdlib>
 #include <memory>
 #include <sstream>
@@ -24,7 +26,21 @@ void refuse(const char* op, const char* argument, const std::string& text) {
   throw std::runtime_error(std::string(op) + ": " + argument + ": " + text);
 }
 
+namespace {
+
+// Of the CallDevice that is alive on this thread; -1: the CPU.
+thread_local int32_t expected_device = -1;
+
+}  // namespace
+
 void expect_cpu(const char* op, const char* argument, const Tensor& t) {
+  if (expected_device >= 0) {
+    if (!(t.is_cuda() && t.get_device_index() == expected_device))
+      refuse(op, argument,
+             "expected a tensor on CUDA device " + std::to_string(expected_device) +
+                 ", as x is, got one on another device; move it with .to(x.device)");
+    return;
+  }
   if (!t.is_cpu())
     refuse(op, argument, "expected a CPU tensor, as x is, got one on another device; move it with .to('cpu')");
 }
@@ -143,8 +159,10 @@ LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const O
              "expected a contiguous tensor of one entry more than there are adapters, got " + shape_of(*offsets));
     out.bank.offsets = static_cast<const int32_t*>(offsets->data_ptr());
     out.shape.adapters = offsets->size(0) - 1;
-    out.shape.max_rank = 0;
-    for (int64_t i = 0; i < out.shape.adapters; ++i) {
+    // Offsets on a CUDA device are not waited for: the largest rank is then only known to be at most their sum.
+    const bool readable = offsets->is_cpu();
+    out.shape.max_rank = readable ? 0 : out.shape.total_rank;
+    for (int64_t i = 0; readable && i < out.shape.adapters; ++i) {
       const int64_t rank = out.bank.offsets[i + 1] - static_cast<int64_t>(out.bank.offsets[i]);
       if (rank > out.shape.max_rank) out.shape.max_rank = rank;
     }
@@ -219,6 +237,66 @@ DeviceInfo current_device() {
   DeviceInfo device = host;
   device.threads = static_cast<int>(torch::stable::get_num_threads());
   return device;
+}
+
+namespace {
+
+bool& tf32_switch() {
+  static bool allowed = false;
+  return allowed;
+}
+
+// torch's current stream. Its CUDA library is not on the link line, so that this one also loads where there is none; it
+// is found among the libraries that are loaded, once.
+void* current_stream(const char* op, int32_t index) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda ? reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  if (!get)
+    refuse(op, "x",
+           "expected a torch with CUDA for a tensor on a CUDA device, got a CPU build; install one of its own");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(index, &stream));
+  return stream;
+}
+
+}  // namespace
+
+bool tf32_allowed() { return tf32_switch(); }
+void allow_tf32(bool allow) { tf32_switch() = allow; }
+
+CallDevice::CallDevice(const char* op, const Tensor& x) : like_(x) {
+  if (!x.is_cuda()) return;
+  current_stream(op, x.get_device_index());  // refuses before anything is touched
+  guard_.emplace(x.get_device_index());
+  expected_device = index_ = x.get_device_index();
+}
+
+CallDevice::~CallDevice() {
+  if (is_cuda()) expected_device = -1;
+}
+
+DeviceInfo CallDevice::info() const {
+  if (!is_cuda()) return current_device();
+  DeviceInfo device;
+  raise_if_failed(cuda_device(index_, &device));
+  return device;
+}
+
+Executor CallDevice::executor() const {
+  if (!is_cuda()) return torch_executor();
+  Executor executor;
+  executor.stream = current_stream("executor", index_);
+  return executor;
+}
+
+void* CallDevice::workspace(int64_t bytes) {
+  if (!is_cuda()) return lora_kernels::workspace(bytes);
+  if (bytes == 0) return nullptr;
+  memory_ = new_tensor(like_, {bytes}, ScalarType::Byte);
+  return memory_->data_ptr();
 }
 
 Executor torch_executor() {

@@ -2,6 +2,7 @@
 // Bindings translate only; every check of sizes and values that needs no Tensor is the core's.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -32,7 +33,8 @@ void raise_if_failed(const Status& status);
 // Throws "<op>: <argument>: <text>". Called behind an if, so that calls that are right make no texts.
 [[noreturn]] void refuse(const char* op, const char* argument, const std::string& text);
 
-// Refuses tensors that are not in the CPU's memory; every operand passes here or through dtype_of or expect_tensor.
+// Refuses tensors that are not in the CPU's memory, or not on the device of the CallDevice that is alive; every operand
+// passes here or through dtype_of or expect_tensor.
 void expect_cpu(const char* op, const char* argument, const Tensor& t);
 
 DType dtype_of(const char* op, const char* argument, const Tensor& t);
@@ -82,6 +84,33 @@ DeviceInfo current_device();
 
 // torch's own pool.
 Executor torch_executor();
+
+// Where one call runs: on the device of x, which all its operands must share. On CUDA that is torch's current device
+// and stream for as long as this lives.
+class CallDevice {
+ public:
+  explicit CallDevice(const char* op, const Tensor& x);
+  ~CallDevice();
+  CallDevice(const CallDevice&) = delete;
+  CallDevice& operator=(const CallDevice&) = delete;
+
+  bool is_cuda() const { return index_ >= 0; }
+  DeviceInfo info() const;
+  Executor executor() const;
+  // workspace() of the CPU, or memory of torch's allocator on this device: it is kept until the call ends, and the
+  // stream orders what comes after.
+  void* workspace(int64_t bytes);
+
+ private:
+  int32_t index_ = -1;  // of the CUDA device
+  Tensor like_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  OptionalTensor memory_;
+};
+
+// Whether products of fp32 may be rounded to tf32 on CUDA; false to begin with, as torch's own switch.
+bool tf32_allowed();
+void allow_tf32(bool allow);
 
 // Memory of at least `bytes`, aligned to 64, valid until the next call on this thread. Kept and grown, so that a call
 // costs no page faults.

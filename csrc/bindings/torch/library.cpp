@@ -15,9 +15,16 @@ std::string forced() { return forced_implementation(); }
 std::string describe() {
   std::string text = "isa\t" + isa_names(current_device().isa) + "\n";
   text += "build\t" LORA_KERNELS_BUILD_COMPILER "\t" LORA_KERNELS_BUILD_TYPE "\t" LORA_KERNELS_BUILD_CUDA "\n";
-  for (const ImplementationReport& row : implementations(current_device()))
+  for (ImplementationReport row : implementations(current_device())) {
+    if (row.name == "cuda") {  // its operands are elsewhere: what matters is whether there is such a device
+      DeviceInfo device;
+      const Status found = cuda_device(0, &device);
+      row.available = found.ok();
+      row.reason = found.ok() ? "for operands on a CUDA device" : found.text;
+    }
     text += row.op + "\t" + row.name + "\t" + (row.available ? "1" : "0") + "\t" + (row.selected ? "1" : "0") + "\t" +
             std::to_string(row.runs) + "\t" + row.reason + "\n";
+  }
   return text;
 }
 
@@ -69,12 +76,14 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor lengths, Tensor? slots, float scale, "
       "Tensor(e!) out) -> ()");
   m.def("kv_pack(Tensor k, Tensor v, int heads) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("allow_tf32(bool allow) -> ()");
   m.def("force_implementation(str name) -> ()");
   m.def("forced_implementation() -> str");
   m.def("describe_implementations() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("allow_tf32", TORCH_BOX(&lora_kernels::allow_tf32));
   m.impl("force_implementation", TORCH_BOX(&lora_kernels::force));
   m.impl("forced_implementation", TORCH_BOX(&lora_kernels::forced));
   m.impl("describe_implementations", TORCH_BOX(&lora_kernels::describe));

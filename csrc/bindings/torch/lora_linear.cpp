@@ -1,4 +1,4 @@
-// lora_linear and its gradients as torch operators on the CPU.
+// lora_linear and its gradients as torch operators on the CPU, and on CUDA where that is built.
 #include "lora_kernels/lora_linear.h"
 
 #include <tuple>
@@ -14,6 +14,7 @@ struct Operands {
   LoraOperands lora;
   LoraLinearProblem problem;
   uint64_t seed = 0;
+  const int64_t* seed_on_device = nullptr;
 };
 
 Operands operands(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& lora_a,
@@ -38,11 +39,21 @@ Operands operands(const char* op, const Tensor& x, const Tensor& weight, const O
   o.problem.out_features = weight.size(0);
   o.problem.lora = o.lora.shape;
   o.problem.dropout_p = dropout_p;
+  o.problem.allow_tf32 = tf32_allowed();
   if (dropout_p > 0) {
     if (!dropout_seed.has_value())
       refuse(op, "dropout_seed", "expected an int64 tensor of one element with dropout_p > 0, got None");
-    expect_tensor(op, "dropout_seed", *dropout_seed, ScalarType::Long, {1});
-    o.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(dropout_seed->data_ptr()));
+    if (x.is_cuda() && dropout_seed->is_cpu()) {  // known here: it goes with the launch
+      if (!(dropout_seed->numel() == 1 && dropout_seed->scalar_type() == ScalarType::Long))
+        refuse(op, "dropout_seed", "expected an int64 tensor of one element, got " + shape_of(*dropout_seed));
+    } else {
+      expect_tensor(op, "dropout_seed", *dropout_seed, ScalarType::Long, {1});
+    }
+    const auto* seed = static_cast<const int64_t*>(dropout_seed->data_ptr());
+    if (dropout_seed->is_cpu())
+      o.seed = static_cast<uint64_t>(*seed);
+    else
+      o.seed_on_device = seed;
   }
   return o;
 }
@@ -52,6 +63,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
                    const OptionalTensor& adapter_ids, const OptionalTensor& residual, const std::string activation,
                    double dropout_p, const OptionalTensor& dropout_seed) {
   const char* op = "lora_linear";
+  CallDevice device(op, x);
   Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
   o.problem.activation = activation_of(op, activation);
   LoraLinearArgs args;
@@ -60,7 +72,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   o.problem.bias_dtype = extra.bias_dtype;
   o.problem.has_residual = extra.residual != nullptr;
   LoraLinearPlan chosen;
-  raise_if_failed(plan(o.problem, current_device(), &chosen));
+  raise_if_failed(plan(o.problem, device.info(), &chosen));
   Tensor y = new_tensor(x, output_sizes(x, o.problem.out_features));
   args.x = o.x.data;
   args.x_stride = o.x.stride;
@@ -71,8 +83,9 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   args.residual = extra.residual;
   args.y = y.data_ptr();
   args.dropout_seed = o.seed;
-  args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, args, torch_executor()));
+  args.dropout_seed_on_device = o.seed_on_device;
+  args.workspace = device.workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, args, device.executor()));
   return y;
 }
 
@@ -82,10 +95,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const OptionalTensor& scales, const OptionalTensor& offsets, const OptionalTensor& adapter_ids, double dropout_p,
     const OptionalTensor& dropout_seed, bool needs_dx, bool needs_dweight, bool needs_dbias, bool needs_dlora) {
   const char* op = "lora_linear_backward";
+  CallDevice device(op, x);
   Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
   const int64_t M = o.problem.rows, N = o.problem.out_features, K = o.problem.in_features;
-  if (o.lora.bank.b_stride_block)
-    refuse(op, "lora_b", "expected [rank, out_features] where gradients are needed, got blocks; pass it by rank row");
   expect_cpu(op, "dy", dy);
   const Tensor g = dy.is_contiguous() ? dy : torch::stable::contiguous(dy);
   if (!(g.numel() == M * N && g.scalar_type() == x.scalar_type()))
@@ -97,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   problem.needs_dbias = needs_dbias;
   problem.needs_dlora = needs_dlora && o.problem.lora.adapters > 0;
   LoraLinearBackwardPlan chosen;
-  raise_if_failed(plan(problem, current_device(), &chosen));
+  raise_if_failed(plan(problem, device.info(), &chosen));
   const auto fp32 = [&](bool wanted, std::vector<int64_t> sizes) {
     return new_tensor(x, wanted ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
   };
@@ -113,13 +125,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   args.weight_stride = o.weight.stride;
   args.lora = o.lora.bank;
   args.dropout_seed = o.seed;
+  args.dropout_seed_on_device = o.seed_on_device;
   args.dx = dx.data_ptr();
   args.dweight = static_cast<float*>(dweight.data_ptr());
   args.dbias = static_cast<float*>(dbias.data_ptr());
   args.dlora_a = static_cast<float*>(da.data_ptr());
   args.dlora_b = static_cast<float*>(db.data_ptr());
-  args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, args, torch_executor()));
+  args.workspace = device.workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, args, device.executor()));
   return std::make_tuple(dx, dweight, dbias, da, db);
 }
 
@@ -130,3 +143,10 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_kernels::lora_linear));
   m.impl("lora_linear_backward", TORCH_BOX(&lora_kernels::lora_linear_backward));
 }
+
+#if defined(LORA_KERNELS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_kernels::lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&lora_kernels::lora_linear_backward));
+}
+#endif

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "lora_kernels/status.h"
+
 namespace lora_kernels {
 
 // Instruction sets of x86-64, as bits.
@@ -15,6 +17,18 @@ enum Isa : uint32_t {
   kIsaAvxVnni = 1u << 4,     // vpdpbusd on 256 bits without AVX-512
   kIsaAmxInt8 = 1u << 5,
   kIsaAmxBf16 = 1u << 6,
+  kIsaCuda = 1u << 31,  // not of a CPU: the operands are in the memory of a CUDA device, described by DeviceInfo::cuda
+};
+
+// A CUDA device as plans see it. arch 0: there is none, the operands are in the CPU's memory. What is 0 or unknown
+// besides is replaced by cautious values when a plan is made.
+struct CudaDevice {
+  int arch = 0;                        // compute capability times ten: 75, 80, 86, 89, 90, 100, 120
+  int multiprocessors = 0;             //
+  int64_t shared_bytes = 0;            // a block may have at most, opted in
+  int64_t l2_bytes = 0;                //
+  double clock_hz = 0;                 // of the multiprocessors
+  double memory_bytes_per_second = 0;  // of the data sheet: clock times width
 };
 
 struct DeviceInfo {
@@ -24,7 +38,14 @@ struct DeviceInfo {
   uint32_t isa = 0;            // Isa bits
   int threads = 1;             // how many tasks the executor runs at the same time
   int64_t l2_bytes = 1 << 20;  // per core
+  CudaDevice cuda;             // of the operands; isa is then kIsaCuda alone
 };
+
+// The CUDA device `index` of this process; unsupported where there is none or the library was built without CUDA.
+Status cuda_device(int index, DeviceInfo* device);
+
+// A device that may not be here, for plans: the DeviceInfo of operands on it.
+DeviceInfo on_cuda(const CudaDevice& device);
 
 // The CPU that this process runs on; `threads` is left at 1, the caller knows its own pool.
 DeviceInfo host_device();

@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/lora_bank.h"
@@ -27,6 +28,9 @@ struct LoraLinearProblem {
   Activation activation = Activation::kNone;
   LoraShape lora;
   double dropout_p = 0;  // of the LoRA branch's input; 0: none
+  // On CUDA, products of fp32 storage are made of three tf32 products each, which keeps fp32's precision. This allows
+  // one, of 10 bits, as torch.backends.cuda.matmul.allow_tf32 does.
+  bool allow_tf32 = false;
 };
 
 struct LoraLinearArgs {
@@ -39,7 +43,8 @@ struct LoraLinearArgs {
   const void* residual = nullptr;  // [M, N] contiguous
   void* y = nullptr;               // [M, N] contiguous
   uint64_t dropout_seed = 0;
-  void* workspace = nullptr;  // workspace_bytes(plan), aligned to 64 bytes
+  const int64_t* dropout_seed_on_device = nullptr;  // CUDA: read by the kernels in place of dropout_seed, unless null
+  void* workspace = nullptr;                        // workspace_bytes(plan), aligned to 64 bytes (256 on a CUDA device)
 };
 
 // How the product is computed; chosen by plan() from the problem and the device alone.
@@ -52,10 +57,11 @@ struct LoraLinearPlan {
   LoraLinearProblem problem;
   const LoraLinearImplementation* implementation = nullptr;
   LoraLinearPath path = LoraLinearPath::kDot;
-  int tasks = 1;          // of the executor
-  int64_t l2_bytes = 0;   // of the device: blocks of rows are cut to fit it
-  bool bf16_dot = false;  // vdpbf16ps on bf16 storage
-  int64_t workspace = 0;  // bytes
+  int tasks = 1;            // of the executor
+  int64_t l2_bytes = 0;     // of the device: blocks of rows are cut to fit it
+  bool bf16_dot = false;    // vdpbf16ps on bf16 storage
+  int64_t workspace = 0;    // bytes
+  CudaLoraLinearPlan cuda;  // on a CUDA device: everything above but problem, implementation and workspace is idle
 };
 
 Status plan(const LoraLinearProblem& problem, const DeviceInfo& device, LoraLinearPlan* plan);
@@ -80,6 +86,7 @@ struct LoraLinearBackwardArgs {
   int64_t weight_stride = 0;
   LoraBank lora;
   uint64_t dropout_seed = 0;
+  const int64_t* dropout_seed_on_device = nullptr;
   void* dx = nullptr;        // [M, K] contiguous, forward.dtype
   float* dweight = nullptr;  // [N, K] contiguous fp32
   float* dbias = nullptr;    // [N] fp32
@@ -94,6 +101,7 @@ struct LoraLinearBackwardPlan {
   int tasks = 1;
   int64_t l2_bytes = 0;
   int64_t workspace = 0;
+  CudaLoraLinearBackwardPlan cuda;
 };
 
 Status plan(const LoraLinearBackwardProblem& problem, const DeviceInfo& device, LoraLinearBackwardPlan* plan);
@@ -102,5 +110,6 @@ Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& arg
 
 std::string to_string(const LoraLinearProblem& problem);
 std::string to_string(const LoraLinearPlan& plan);
+std::string to_string(const LoraLinearBackwardPlan& plan);
 
 }  // namespace lora_kernels

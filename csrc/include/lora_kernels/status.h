@@ -10,6 +10,7 @@ enum class StatusCode {
   kOk,
   kInvalidArgument,  // an argument is wrong; the text names it, what was expected, what came, and the fix
   kUnsupported,      // no implementation can do this here; the text lists every reason
+  kFailed,           // a launch failed; the text has the kernel, the plan, and CUDA's own error
 };
 
 struct Status {
@@ -18,6 +19,7 @@ struct Status {
 
   bool ok() const { return code == StatusCode::kOk; }
   static Status invalid(std::string text) { return {StatusCode::kInvalidArgument, std::move(text)}; }
+  static Status failed(std::string text) { return {StatusCode::kFailed, std::move(text)}; }
   static Status unsupported(std::string text) { return {StatusCode::kUnsupported, std::move(text)}; }
 };
 

@@ -1,0 +1,192 @@
+// The operators on addresses, without torch: for PyCUDA, CuPy, cuda-python, numpy, and whatever else has pointers.
+// Names are the contract's own; addresses are integers, and a stream is one too (0: the default stream). The caller
+// keeps the memory alive until the stream has passed it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "lora_kernels/implementations.h"
+#include "lora_kernels/lora_linear.h"
+
+namespace py = pybind11;
+using namespace lora_kernels;
+
+namespace {
+
+void raise_if_failed(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.text);
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// On the CPU a call runs on the caller's thread.
+Executor executor_of(uintptr_t stream) {
+  Executor executor = serial_executor();
+  executor.stream = pointer<void>(stream);
+  return executor;
+}
+
+LoraBank bank_of(uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride_rank, int64_t b_stride_out,
+                 uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids) {
+  LoraBank bank;
+  bank.a = pointer<void>(a);
+  bank.a_stride = a_stride;
+  bank.b = pointer<void>(b);
+  bank.b_stride_rank = b_stride_rank;
+  bank.b_stride_out = b_stride_out;
+  bank.scales = pointer<float>(scales);
+  bank.offsets = pointer<int32_t>(offsets);
+  bank.adapter_ids = pointer<int32_t>(adapter_ids);
+  return bank;
+}
+
+// A structure that is made from keywords, each of them one of its fields.
+template <class T>
+py::class_<T> plain(py::module_& m, const char* name) {
+  py::class_<T> type(m, name);
+  type.def(py::init([](const py::kwargs& fields) {
+    T value;
+    py::object object = py::cast(&value, py::return_value_policy::reference);
+    for (const auto& field : fields) py::setattr(object, field.first, field.second);
+    return value;
+  }));
+  return type;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_raw, m) {
+  m.doc() = "lora_kernels on addresses and streams, without torch";
+
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("float16", DType::kFloat16)
+      .value("bfloat16", DType::kBFloat16);
+  py::enum_<Activation>(m, "Activation")
+      .value("none", Activation::kNone)
+      .value("gelu", Activation::kGelu)
+      .value("silu", Activation::kSilu);
+
+  plain<CudaDevice>(m, "CudaDevice")
+      .def_readwrite("arch", &CudaDevice::arch)
+      .def_readwrite("multiprocessors", &CudaDevice::multiprocessors)
+      .def_readwrite("shared_bytes", &CudaDevice::shared_bytes)
+      .def_readwrite("l2_bytes", &CudaDevice::l2_bytes)
+      .def_readwrite("clock_hz", &CudaDevice::clock_hz)
+      .def_readwrite("memory_bytes_per_second", &CudaDevice::memory_bytes_per_second);
+  py::class_<DeviceInfo>(m, "DeviceInfo").def_readonly("cuda", &DeviceInfo::cuda);
+  m.def("host_device", &host_device, "The CPU of this process.");
+  m.def("on_cuda", &on_cuda, "A CUDA device by its description, for plans.");
+  m.def(
+      "cuda_device",
+      [](int index) {
+        DeviceInfo device;
+        raise_if_failed(cuda_device(index, &device));
+        return device;
+      },
+      py::arg("index") = 0, "A CUDA device of this process.");
+  m.def("force_implementation", [](const std::string& name) { raise_if_failed(force_implementation(name)); });
+
+  plain<LoraShape>(m, "LoraShape")
+      .def_readwrite("adapters", &LoraShape::adapters)
+      .def_readwrite("total_rank", &LoraShape::total_rank)
+      .def_readwrite("max_rank", &LoraShape::max_rank)
+      .def_readwrite("groups", &LoraShape::groups)
+      .def_readwrite("dtype", &LoraShape::dtype);
+  plain<LoraLinearProblem>(m, "LoraLinearProblem")
+      .def_readwrite("rows", &LoraLinearProblem::rows)
+      .def_readwrite("in_features", &LoraLinearProblem::in_features)
+      .def_readwrite("out_features", &LoraLinearProblem::out_features)
+      .def_readwrite("dtype", &LoraLinearProblem::dtype)
+      .def_readwrite("bias_dtype", &LoraLinearProblem::bias_dtype)
+      .def_readwrite("has_bias", &LoraLinearProblem::has_bias)
+      .def_readwrite("has_residual", &LoraLinearProblem::has_residual)
+      .def_readwrite("activation", &LoraLinearProblem::activation)
+      .def_readwrite("lora", &LoraLinearProblem::lora)
+      .def_readwrite("dropout_p", &LoraLinearProblem::dropout_p)
+      .def_readwrite("allow_tf32", &LoraLinearProblem::allow_tf32)
+      .def("__str__", [](const LoraLinearProblem& p) { return to_string(p); });
+  plain<LoraLinearBackwardProblem>(m, "LoraLinearBackwardProblem")
+      .def_readwrite("forward", &LoraLinearBackwardProblem::forward)
+      .def_readwrite("needs_dx", &LoraLinearBackwardProblem::needs_dx)
+      .def_readwrite("needs_dweight", &LoraLinearBackwardProblem::needs_dweight)
+      .def_readwrite("needs_dbias", &LoraLinearBackwardProblem::needs_dbias)
+      .def_readwrite("needs_dlora", &LoraLinearBackwardProblem::needs_dlora);
+
+  py::class_<LoraLinearPlan>(m, "LoraLinearPlan")
+      .def_property_readonly("workspace_bytes", [](const LoraLinearPlan& p) { return workspace_bytes(p); })
+      .def("__str__", [](const LoraLinearPlan& p) { return to_string(p); });
+  py::class_<LoraLinearBackwardPlan>(m, "LoraLinearBackwardPlan")
+      .def_property_readonly("workspace_bytes", [](const LoraLinearBackwardPlan& p) { return workspace_bytes(p); })
+      .def("__str__", [](const LoraLinearBackwardPlan& p) { return to_string(p); });
+  m.def("plan", [](const LoraLinearProblem& problem, const DeviceInfo& device) {
+    LoraLinearPlan chosen;
+    raise_if_failed(plan(problem, device, &chosen));
+    return chosen;
+  });
+  m.def("plan", [](const LoraLinearBackwardProblem& problem, const DeviceInfo& device) {
+    LoraLinearBackwardPlan chosen;
+    raise_if_failed(plan(problem, device, &chosen));
+    return chosen;
+  });
+
+  m.def(
+      "run",
+      [](const LoraLinearPlan& chosen, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride,
+         uintptr_t y, uintptr_t bias, uintptr_t residual, uintptr_t lora_a, int64_t a_stride, uintptr_t lora_b,
+         int64_t b_stride_rank, int64_t b_stride_out, uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids,
+         uint64_t dropout_seed, uintptr_t workspace, uintptr_t stream) {
+        LoraLinearArgs args;
+        args.x = pointer<void>(x);
+        args.x_stride = x_stride;
+        args.weight = pointer<void>(weight);
+        args.weight_stride = weight_stride;
+        args.bias = pointer<void>(bias);
+        args.lora = bank_of(lora_a, a_stride, lora_b, b_stride_rank, b_stride_out, scales, offsets, adapter_ids);
+        args.residual = pointer<void>(residual);
+        args.y = pointer<void>(y);
+        args.dropout_seed = dropout_seed;
+        args.workspace = pointer<void>(workspace);
+        const py::gil_scoped_release released;
+        raise_if_failed(run(chosen, args, executor_of(stream)));
+      },
+      py::arg("plan"), py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"),
+      py::arg("y"), py::arg("bias") = 0, py::arg("residual") = 0, py::arg("lora_a") = 0, py::arg("a_stride") = 0,
+      py::arg("lora_b") = 0, py::arg("b_stride_rank") = 0, py::arg("b_stride_out") = 0, py::arg("scales") = 0,
+      py::arg("offsets") = 0, py::arg("adapter_ids") = 0, py::arg("dropout_seed") = 0, py::arg("workspace") = 0,
+      py::arg("stream") = 0, "lora_linear on addresses; strides count elements.");
+  m.def(
+      "run",
+      [](const LoraLinearBackwardPlan& chosen, uintptr_t dy, uintptr_t x, int64_t x_stride, uintptr_t weight,
+         int64_t weight_stride, uintptr_t lora_a, int64_t a_stride, uintptr_t lora_b, int64_t b_stride_rank,
+         int64_t b_stride_out, uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids, uint64_t dropout_seed,
+         uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t dlora_a, uintptr_t dlora_b, uintptr_t workspace,
+         uintptr_t stream) {
+        LoraLinearBackwardArgs args;
+        args.dy = pointer<void>(dy);
+        args.x = pointer<void>(x);
+        args.x_stride = x_stride;
+        args.weight = pointer<void>(weight);
+        args.weight_stride = weight_stride;
+        args.lora = bank_of(lora_a, a_stride, lora_b, b_stride_rank, b_stride_out, scales, offsets, adapter_ids);
+        args.dropout_seed = dropout_seed;
+        args.dx = pointer<void>(dx);
+        args.dweight = pointer<float>(dweight);
+        args.dbias = pointer<float>(dbias);
+        args.dlora_a = pointer<float>(dlora_a);
+        args.dlora_b = pointer<float>(dlora_b);
+        args.workspace = pointer<void>(workspace);
+        const py::gil_scoped_release released;
+        raise_if_failed(run(chosen, args, executor_of(stream)));
+      },
+      py::arg("plan"), py::kw_only(), py::arg("dy"), py::arg("x"), py::arg("x_stride"), py::arg("weight"),
+      py::arg("weight_stride"), py::arg("lora_a") = 0, py::arg("a_stride") = 0, py::arg("lora_b") = 0,
+      py::arg("b_stride_rank") = 0, py::arg("b_stride_out") = 0, py::arg("scales") = 0, py::arg("offsets") = 0,
+      py::arg("adapter_ids") = 0, py::arg("dropout_seed") = 0, py::arg("dx") = 0, py::arg("dweight") = 0,
+      py::arg("dbias") = 0, py::arg("dlora_a") = 0, py::arg("dlora_b") = 0, py::arg("workspace") = 0,
+      py::arg("stream") = 0, "The gradients of lora_linear on addresses.");
+}

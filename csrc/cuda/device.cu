@@ -1,0 +1,52 @@
+// What a CUDA device says of itself, asked once.
+#include <mutex>
+
+#include "cuda/primitives/platform.h"
+#include "lora_kernels/device.h"
+
+namespace lora_kernels {
+
+Status cuda_device(int index, DeviceInfo* device) {
+  constexpr int kMost = 64;
+  static std::mutex mutex;
+  static CudaDevice known[kMost];
+  if (index < 0 || index >= kMost)
+    return Status::invalid("cuda_device: index: expected 0 to " + std::to_string(kMost - 1) + ", got " +
+                           std::to_string(index));
+  std::lock_guard<std::mutex> lock(mutex);
+  CudaDevice& d = known[index];
+  if (!d.arch) {
+    CudaDevice found;
+    int major = 0, minor = 0, shared = 0, l2 = 0, clock = 0, memory_clock = 0, width = 0;
+    struct {
+      int* value;
+      cudaDeviceAttr attribute;
+    } const wanted[] = {
+        {&major, cudaDevAttrComputeCapabilityMajor},
+        {&minor, cudaDevAttrComputeCapabilityMinor},
+        {&found.multiprocessors, cudaDevAttrMultiProcessorCount},
+        {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+        {&l2, cudaDevAttrL2CacheSize},
+        {&clock, cudaDevAttrClockRate},
+        {&memory_clock, cudaDevAttrMemoryClockRate},
+        {&width, cudaDevAttrGlobalMemoryBusWidth},
+    };
+    for (const auto& w : wanted) {
+      const cudaError_t error = cudaDeviceGetAttribute(w.value, w.attribute, index);
+      if (error == cudaSuccess) continue;
+      cudaGetLastError();
+      return Status::unsupported("cuda_device: device " + std::to_string(index) +
+                                 " could not be asked: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+    }
+    found.arch = major * 10 + minor;
+    found.shared_bytes = shared;
+    found.l2_bytes = l2;
+    found.clock_hz = clock * 1e3;
+    found.memory_bytes_per_second = 2e3 * memory_clock * width / 8;  // two transfers per clock
+    d = found;
+  }
+  *device = on_cuda(d);
+  return {};
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,109 @@
+// Runs CUDA kernels on the CPU: one fiber per thread, the blocks of a grid one after the other. Fibers switch only
+// where CUDA threads may wait for each other (barriers, collectives of a warp), in an order that Options choose. What
+// CUDA leaves undefined is refused: an Error names the kernel's line and what the block's threads were doing.
+//
+// This header is the engine's interface; names.h has CUDA's own names over it, and primitives/*.h what kernels use.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda/emulation/types.h"
+
+namespace lora_kernels::emulation {
+
+// The order in which threads that could run do run, and blocks: by index, from the last, or drawn anew at every step.
+// It also says when asynchronous copies land: at their wait, at once, or drawn.
+enum class Order { kForward, kReverse, kShuffled };
+
+struct Options {
+  Order order = Order::kForward;
+  uint64_t seed = 1;  // of kShuffled
+};
+extern Options options;
+
+// Passes over shared memory that ldmatrix took beyond the first for each matrix, because rows share banks; counted
+// until the caller sets it back.
+extern uint64_t bank_conflicts;
+
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Leaves the block; launch() throws Error with this text, the block, and what its threads were doing.
+[[noreturn]] void refuse(const std::string& why);
+
+// What a lane brings to a collective, and what it takes from it.
+struct Slot {
+  alignas(16) uint32_t in[16];
+  uint32_t out[8];
+};
+
+// The running thread.
+struct Self {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+};
+const Self& self();
+
+// `lanes` of the warp are present; their slots hold what they brought.
+using Compute = void (*)(Slot* slots, uint32_t lanes);
+
+struct Call {
+  const char* what;
+  const char* file;
+  int line;
+};
+
+// Waits until every lane of `mask` has come to the same call; the last to arrive computes for all of them.
+Slot& collective(uint32_t mask, const Call& call, const void* in, size_t in_bytes, Compute compute, bool orders_memory);
+void barrier(const Call& call);
+
+// The part of the block's shared memory behind `used` bytes, and `gaps` bytes between what was opened before. Under
+// AddressSanitizer what was not opened is out of bounds, and `gap` bytes stay so behind it. Everything begins as 0xFF:
+// NaN in every type.
+void* open_shared(size_t used, size_t gaps, size_t bytes, size_t* gap);
+
+// Refuses if these 4 bytes of shared memory still are what they began as.
+void expect_written(const void* word, const char* what);
+
+using Copy = void (*)(void* to, const void* from, int bytes, int valid);
+void start_copy(void* to, const void* from, int bytes, int valid, Copy copy);
+void commit_copies();
+void wait_copies(int newest);  // all but the newest groups have landed
+
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arg);
+
+template <class Out, class In>
+Out meet(uint32_t mask, const Call& call, const In& in, Compute compute) {
+  static_assert(sizeof(In) <= sizeof(Slot::in) && sizeof(Out) <= sizeof(Slot::out), "a slot holds no more");
+  Out out;
+  __builtin_memcpy(&out, collective(mask, call, &in, sizeof in, compute, false).out, sizeof out);
+  return out;
+}
+
+// What warps compute (warp.cpp), by the fragment layouts of the PTX ISA.
+struct Shuffle {
+  uint64_t value;
+  int32_t from;  // every lane names the lane it reads
+};
+void shuffle(Slot* slots, uint32_t lanes);
+void ballot(Slot* slots, uint32_t lanes);
+// Slots hold a row of 16 bytes and the address that it came from.
+struct MatrixRow {
+  uint32_t words[4];
+  uint64_t address;
+};
+void ldmatrix(Slot* slots, uint32_t lanes);
+void ldmatrix_trans(Slot* slots, uint32_t lanes);
+void mma_m16n8k16_f16(Slot* slots, uint32_t lanes);
+void mma_m16n8k16_bf16(Slot* slots, uint32_t lanes);
+void mma_m16n8k8_f16(Slot* slots, uint32_t lanes);
+void mma_m16n8k8_tf32(Slot* slots, uint32_t lanes);
+void mma_m16n8k32_s8(Slot* slots, uint32_t lanes);
+
+}  // namespace lora_kernels::emulation

@@ -1,0 +1,384 @@
+// Fibers, barriers, collectives, shared memory and asynchronous copies behind emulation.h.
+//
+// Under ThreadSanitizer every thread is a fiber of the sanitizer's, switched without synchronisation; barriers and
+// __syncwarp release and acquire, shuffles and matrix products order nothing, as on the device. This file itself is
+// then compiled without -fsanitize=thread and with LORA_KERNELS_EMULATION_TSAN.
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "cuda/emulation/emulation.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define ASAN(...) __VA_ARGS__
+#else
+#define ASAN(...)
+#endif
+#if defined(LORA_KERNELS_EMULATION_TSAN)
+#include <sanitizer/tsan_interface.h>
+#define TSAN(...) __VA_ARGS__
+#else
+#define TSAN(...)
+#endif
+
+extern "C" void lora_kernels_switch_fiber(void** save, void* load);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.type lora_kernels_switch_fiber,@function
+lora_kernels_switch_fiber:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  subq $8,%rsp
+  stmxcsr (%rsp)
+  fnstcw 4(%rsp)
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  ldmxcsr (%rsp)
+  fldcw 4(%rsp)
+  addq $8,%rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size lora_kernels_switch_fiber,.-lora_kernels_switch_fiber
+)");
+#else
+#error "csrc/cuda/emulation: write lora_kernels_switch_fiber for this processor"
+#endif
+
+namespace lora_kernels::emulation {
+
+Options options;
+uint64_t bank_conflicts = 0;
+
+namespace {
+
+constexpr size_t kMostThreads = 1024, kMostShared = 227 << 10, kStackBytes = 256 << 10;
+constexpr size_t kGap = 0 ASAN(+64), kGaps = 0 ASAN(+4096);  // bytes behind each part of shared memory, and of all
+constexpr uint32_t kUnwritten = 0xFFFFFFFFu;
+
+struct Context {
+  void *stack_pointer, *fake_stack;
+  const void* low;
+  size_t size;
+  void* tsan;
+};
+struct PendingCopy {
+  void* to;
+  const void* from;
+  int bytes, valid, group;
+  Copy copy;
+};
+enum class State { kReady, kBarrier, kWarp, kDone };
+struct Fiber : Context {
+  State state;
+  Self self;
+  int index;
+  uint32_t mask;
+  Call call;
+  std::vector<PendingCopy> copies;
+  int group;
+};
+struct Warp {
+  Slot slots[32];
+  uint32_t exists, waiting;
+  char order;  // its address is what __syncwarp releases and acquires
+};
+
+// One block runs at a time, on one thread of the host.
+struct Block {
+  Fiber fibers[kMostThreads];
+  Warp warps[kMostThreads / 32];
+  Fiber* ready[kMostThreads];
+  int threads, ready_count, waiting, live;
+  Fiber* current;
+  const Fiber* first_at_barrier;
+  Context caller;
+  char* stacks;
+  const char* kernel;
+  void (*body)(const void*);
+  const void* arg;
+  char* shared;
+  size_t shared_bytes, shared_capacity;  // what the launch asked for, and with gaps
+  std::string error;
+  std::exception_ptr thrown;
+  uint64_t random;
+};
+Block b;
+
+uint32_t draw(uint32_t below) {
+  b.random ^= b.random << 13;
+  b.random ^= b.random >> 7;
+  b.random ^= b.random << 17;
+  return static_cast<uint32_t>((b.random >> 11) % below);
+}
+
+void go(Context& from, Context& to, [[maybe_unused]] bool dying = false) {
+  ASAN(__sanitizer_start_switch_fiber(dying ? nullptr : &from.fake_stack, to.low, to.size);)
+  TSAN(__tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);)
+  lora_kernels_switch_fiber(&from.stack_pointer, to.stack_pointer);
+  ASAN(__sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);)
+}
+
+// The last that is pushed runs first.
+template <class Which>
+void wake(Fiber* fibers, int count, Which which) {
+  for (int i = 0; i < count; ++i) {
+    Fiber& f = fibers[options.order == Order::kReverse ? i : count - 1 - i];
+    if (!which(f)) continue;
+    f.state = State::kReady;
+    b.ready[b.ready_count++] = &f;
+  }
+}
+
+std::string what_threads_do() {
+  std::string text;
+  for (int i = 0, shown = 0; i < b.threads && shown < 8; ++i) {
+    const Fiber &f = b.fibers[i], &before = b.fibers[i ? i - 1 : 0];
+    if (i && f.state == before.state && f.call.line == before.call.line) continue;
+    text += "\n  from thread " + std::to_string(i) + " on: ";
+    if (f.state == State::kDone)
+      text += "exited";
+    else if (f.state == State::kReady)
+      text += "running";
+    else
+      text += std::string("waits in ") + f.call.what + " at " + f.call.file + ":" + std::to_string(f.call.line);
+    ++shown;
+  }
+  return text;
+}
+
+void next(bool dying = false) {
+  Fiber* me = b.current;
+  if (!b.ready_count) {
+    if (!b.live) go(*me, b.caller, dying);
+    refuse("deadlock");
+  }
+  const int i = options.order == Order::kShuffled ? static_cast<int>(draw(static_cast<uint32_t>(b.ready_count)))
+                                                  : b.ready_count - 1;
+  Fiber* f = b.ready[i];
+  b.ready[i] = b.ready[--b.ready_count];
+  if (f == me) return;
+  b.current = f;
+  go(*me, *f, dying);
+  b.current = me;
+}
+
+void open_barrier() {
+  b.waiting = 0;
+  wake(b.fibers, b.threads, [](const Fiber& f) { return f.state == State::kBarrier; });
+}
+
+void land(const PendingCopy& c) { c.copy(c.to, c.from, c.bytes, c.valid); }
+
+// The first code of a fiber, and its last.
+void enter() {
+  ASAN(const void* low; size_t size; __sanitizer_finish_switch_fiber(nullptr, &low, &size);
+       if (!b.caller.low) b.caller.low = low, b.caller.size = size;)  // the first one comes from the caller
+  TSAN(__tsan_acquire(&b.body);)
+  try {
+    b.body(b.arg);
+  } catch (...) {
+    b.thrown = std::current_exception();
+    go(*b.current, b.caller);
+  }
+  for (const PendingCopy& c : b.current->copies) land(c);
+  // Not what enter() acquires: threads that start later are not ordered behind those that are done.
+  TSAN(__tsan_release(&b.arg);)
+  b.current->state = State::kDone;
+  if (--b.live && b.waiting == b.live) open_barrier();  // threads that exited no longer count
+  next(true);
+  std::abort();
+}
+
+void prepare(int i, uint3 block, dim3 size, dim3 grid) {
+  Fiber& f = b.fibers[i];
+  const unsigned t = static_cast<unsigned>(i);
+  f.self = {{t % size.x, t / size.x % size.y, t / size.x / size.y}, block, size, grid};
+  f.index = i;
+  f.copies.clear();
+  f.group = 0;
+  f.call = {"", "", 0};
+  b.warps[i / 32].exists |= 1u << i % 32;
+  char* low = b.stacks + static_cast<size_t>(i) * kStackBytes;
+  ASAN(__asan_unpoison_memory_region(low, kStackBytes);)
+  // What lora_kernels_switch_fiber pops: control words, six registers, where to return; enter() never does.
+  void** sp = reinterpret_cast<void**>(low + kStackBytes);
+  *--sp = nullptr;
+  *--sp = reinterpret_cast<void*>(&enter);
+  for (int k = 0; k < 6; ++k) *--sp = nullptr;
+  uint32_t control[2] = {};
+  asm volatile("stmxcsr %0\n fnstcw %1" : "=m"(control[0]), "=m"(control[1]));
+  memcpy(--sp, control, sizeof control);
+  f.stack_pointer = sp;
+  f.low = low;
+  f.size = kStackBytes;
+  f.fake_stack = nullptr;
+  TSAN(if (!f.tsan) f.tsan = __tsan_create_fiber(0);)
+}
+
+void run_block(uint3 block, dim3 size, dim3 grid) {
+  ASAN(__asan_unpoison_memory_region(b.shared, b.shared_capacity);)
+  memset(b.shared, 0xFF, b.shared_capacity);
+  ASAN(__asan_poison_memory_region(b.shared, b.shared_capacity);)
+  memset(static_cast<void*>(b.warps), 0, sizeof(Warp) * static_cast<size_t>((b.threads + 31) / 32));
+  b.live = b.threads;
+  b.waiting = b.ready_count = 0;
+  TSAN(__tsan_release(&b.body);)
+  for (int i = 0; i < b.threads; ++i) prepare(i, block, size, grid);
+  wake(b.fibers, b.threads, [](const Fiber&) { return true; });
+  b.current = b.ready[--b.ready_count];
+  go(b.caller, *b.current);
+  TSAN(if (b.live) for (int i = 0; i < b.threads; ++i) {  // left early: let go of each thread on its behalf
+    __tsan_switch_to_fiber(b.fibers[i].tsan, __tsan_switch_to_fiber_no_sync);
+    __tsan_release(&b.arg);
+    __tsan_switch_to_fiber(b.caller.tsan, __tsan_switch_to_fiber_no_sync);
+    __tsan_destroy_fiber(b.fibers[i].tsan);
+    b.fibers[i].tsan = nullptr;
+  } __tsan_acquire(&b.arg);)  // blocks are ordered for the sanitizer
+  if (b.thrown) std::rethrow_exception(std::exchange(b.thrown, nullptr));
+  if (!b.error.empty()) throw Error(std::exchange(b.error, ""));
+}
+
+}  // namespace
+
+const Self& self() { return b.current->self; }
+
+void refuse(const std::string& why) {
+  const uint3& at = b.current->self.block;
+  b.error = std::string(b.kernel) + ": " + why + ", by thread " + std::to_string(b.current->index) + " of block " +
+            std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) + what_threads_do();
+  go(*b.current, b.caller);
+  std::abort();
+}
+
+void barrier(const Call& call) {
+  Fiber& f = *b.current;
+  f.call = call;
+  f.state = State::kBarrier;
+  TSAN(__tsan_release(&b.waiting);)
+  if (b.waiting == 0) b.first_at_barrier = &f;
+  if (b.first_at_barrier->call.line != call.line || strcmp(b.first_at_barrier->call.file, call.file) != 0)
+    refuse("threads of one block meet in different barriers");
+  if (++b.waiting == b.live) open_barrier();
+  next();
+  TSAN(__tsan_acquire(&b.waiting);)
+}
+
+Slot& collective(uint32_t mask, const Call& call, const void* in, size_t in_bytes, Compute compute,
+                 [[maybe_unused]] bool orders_memory) {
+  Fiber& f = *b.current;
+  Warp& w = b.warps[f.index / 32];
+  Fiber* lanes_of_warp = b.fibers + f.index / 32 * 32;
+  const int lane = f.index % 32;
+  const uint32_t lanes = mask & w.exists;
+  f.call = call;
+  f.mask = mask;
+  f.state = State::kWarp;
+  if (!(mask >> lane & 1)) refuse(std::string(call.what) + " by a lane outside its mask");
+  for (int l = 0; l < 32; ++l)
+    if ((lanes >> l & 1) && lanes_of_warp[l].state == State::kDone)
+      refuse(std::string(call.what) + " names a thread that has exited");
+  if (in_bytes) memcpy(w.slots[lane].in, in, in_bytes);
+  TSAN(if (orders_memory) __tsan_release(&w.order);)
+  w.waiting |= 1u << lane;
+  bool all = (w.waiting & lanes) == lanes;
+  for (int l = 0; all && l < 32; ++l)
+    if (lanes >> l & 1) {
+      all = lanes_of_warp[l].mask == mask;
+      if (all && strcmp(lanes_of_warp[l].call.what, call.what) != 0)
+        refuse(std::string("lanes of one warp meet in ") + call.what + " and " + lanes_of_warp[l].call.what);
+    }
+  if (all) {
+    compute(w.slots, lanes);
+    w.waiting &= ~lanes;
+    const int first = f.index / 32 * 32, count = b.threads - first < 32 ? b.threads - first : 32;
+    wake(lanes_of_warp, count, [=](const Fiber& g) { return (lanes >> (g.index % 32) & 1) != 0; });
+  }
+  next();
+  TSAN(if (orders_memory) __tsan_acquire(&w.order);)
+  return w.slots[lane];
+}
+
+void* open_shared(size_t used, size_t gaps, size_t bytes, size_t* gap) {
+  *gap = kGap;
+  if (used + bytes > b.shared_bytes)
+    refuse("takes " + std::to_string(used + bytes) + " bytes of shared memory, launched with " +
+           std::to_string(b.shared_bytes));
+  if (gaps + kGap > kGaps) refuse("shared memory is taken in more parts than the emulation guards");
+  ASAN(__asan_unpoison_memory_region(b.shared + used + gaps, bytes);)
+  return b.shared + used + gaps;
+}
+
+void expect_written(const void* word, const char* what) {
+  uint32_t bits;
+  memcpy(&bits, word, sizeof bits);
+  if (bits == kUnwritten) refuse(std::string(what) + " reads shared memory that nothing has written");
+}
+
+void start_copy(void* to, const void* from, int bytes, int valid, Copy copy) {
+  const PendingCopy c{to, from, bytes, valid, b.current->group, copy};
+  if (options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2)))
+    land(c);
+  else
+    b.current->copies.push_back(c);
+}
+
+void commit_copies() { ++b.current->group; }
+
+void wait_copies(int newest) {
+  std::vector<PendingCopy>& copies = b.current->copies;
+  size_t i = 0;
+  for (; i < copies.size() && copies[i].group < b.current->group - newest; ++i) land(copies[i]);
+  copies.erase(copies.begin(), copies.begin() + static_cast<ptrdiff_t>(i));
+}
+
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+            const void* arg) {
+  const size_t threads = size_t{block.x} * block.y * block.z, blocks = size_t{grid.x} * grid.y * grid.z;
+  if (!threads || threads > kMostThreads || !blocks || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMostShared)
+    throw Error(std::string(kernel) + ": invalid configuration: " + std::to_string(blocks) + " blocks of " +
+                std::to_string(threads) + " threads, " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (!b.stacks)
+    b.stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  b.threads = static_cast<int>(threads);
+  b.kernel = kernel;
+  b.body = body;
+  b.arg = arg;
+  b.shared_bytes = shared_bytes;
+  b.shared_capacity = (shared_bytes + kGaps + 127) / 128 * 128 + 128;
+  ASAN(b.caller.low = nullptr;)
+  TSAN(b.caller.tsan = __tsan_get_current_fiber();)
+  b.random = options.seed * 0x9E3779B97F4A7C15ull | 1;
+  struct Memory {
+    Memory() { b.shared = static_cast<char*>(std::aligned_alloc(128, b.shared_capacity)); }
+    ~Memory() {
+      ASAN(__asan_unpoison_memory_region(b.shared, b.shared_capacity);)
+      std::free(b.shared);
+    }
+  } memory;
+  std::vector<size_t> order(blocks);
+  for (size_t i = 0; i < blocks; ++i) order[i] = options.order == Order::kReverse ? blocks - 1 - i : i;
+  if (options.order == Order::kShuffled)
+    for (size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[draw(static_cast<uint32_t>(i))]);
+  for (size_t i : order)
+    run_block({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+               static_cast<unsigned>(i / grid.x / grid.y)},
+              block, grid);
+}
+
+}  // namespace lora_kernels::emulation

@@ -1,0 +1,3 @@
+#include "cuda/lora_linear_launch.cuh"
+
+template struct lora_kernels::cuda::LoraLinearKernels<__nv_bfloat16>;

@@ -1,0 +1,300 @@
+// Which kernels a lora_linear takes on a CUDA device: pure functions of the problem and of what the device says of
+// itself. Times are predicted from bytes and FLOPs, in microseconds; they order the paths, and nothing has measured
+// them.
+#include <algorithm>
+#include <climits>
+#include <cstdio>
+#include <sstream>
+#include <vector>
+
+#include "cuda/lora_linear.h"
+
+namespace lora_kernels::cuda {
+namespace {
+
+// What a kernel more on the same stream costs: the gap between dependent kernels. With an early start its blocks are
+// resident when the one before ends. Vendors and papers report 1 to 3 and under 1.
+constexpr double kLaunchUs = 2.5, kEarlyLaunchUs = 1.0;
+// The part of the tensor cores' peak, and of the memory's, that tiles of these shapes are expected to reach.
+constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5, kMemory = 0.85;
+// From a load to its data on a busy device: bandwidth times this must be in flight, or memory idles.
+constexpr double kLatencySeconds = 0.8e-6;
+
+// How much faster than memory L2 is taken to be, and what a second pass over depth in every block costs besides bytes.
+constexpr double kL2 = 2.5, kT = 0.3;
+
+constexpr int64_t kMostFewRows = 32;       // four products of eight columns for each fragment of W
+constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
+constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
+constexpr int64_t kMostAdapters = 4096;    // times splits, a dimension of the grid
+
+// FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
+// reaches. Unknown ones are taken for the slowest: a path that needs less arithmetic then wins, and all work.
+double flops_per_clock(int arch) {
+  switch (arch) {
+    case 80: return 2048;
+    case 90: return 2540;
+    case 100: return 2048;
+    default: return 1024;  // 75, 86, 89, 120
+  }
+}
+
+struct Machine {
+  double multiprocessors, flops, bytes;  // of one multiprocessor, and of the memory, per second
+  bool early;
+
+  Machine(const CudaDevice& d, DType type, bool allow_tf32) {
+    multiprocessors = d.multiprocessors > 0 ? d.multiprocessors : 40;  // a T4
+    flops = flops_per_clock(d.arch) * (d.clock_hz > 0 ? d.clock_hz : 1.4e9);
+    if (type == DType::kFloat32) flops /= allow_tf32 ? 2 : 6;  // tf32 at half the rate of 16 bits; three products
+    bytes = kMemory * (d.memory_bytes_per_second > 0 ? d.memory_bytes_per_second : 320e9);
+    early = d.arch >= 90;
+  }
+  double memory_us(double count) const { return count / bytes * 1e6; }
+  // Tiles go to multiprocessors in turns; the last turn may be short.
+  double tiles_us(int64_t rows, int64_t columns, double depth, int64_t tile, double reached) const {
+    const double tiles =
+        static_cast<double>((rows + tile - 1) / tile) * static_cast<double>((columns + tile - 1) / tile);
+    const double turns =
+        std::max(1.0, static_cast<double>(static_cast<int64_t>((tiles + multiprocessors - 1) / multiprocessors)));
+    return turns * 2.0 * static_cast<double>(tile * tile) * depth / (flops * reached) * 1e6;
+  }
+  double next_launch_us() const { return early ? kEarlyLaunchUs : kLaunchUs; }
+};
+
+struct TiledTime {
+  bool large;
+  double us;
+};
+
+// The better of the two tile shapes; `depth_of(tile)` counts what every tile does besides the base. Few tiles have few
+// bytes in flight: two steps of 16 KB in a large one, three of 8 KB in a small one.
+template <class DepthOf>
+TiledTime tiled(const Machine& machine, int64_t rows, int64_t columns, double bytes, const DepthOf& depth_of) {
+  const auto time = [&](int tile, double reached, double in_flight) {
+    const double blocks =
+        static_cast<double>((rows + tile - 1) / tile) * static_cast<double>((columns + tile - 1) / tile);
+    const double busy = std::min(1.0, blocks * in_flight / (machine.bytes * kLatencySeconds));
+    return std::max(machine.tiles_us(rows, columns, depth_of(tile), tile, reached), machine.memory_us(bytes) / busy);
+  };
+  const double large = time(128, kLargeTiles, 2 * 16384), small = time(64, kSmallTiles, 3 * 8192);
+  return {large <= small, std::min(large, small) + kLaunchUs};
+}
+
+// Into how many parts few rows split K: enough for memory to be busy, where that gains more than the sum costs.
+int few_rows_splits(const Machine& machine, int64_t columns, int64_t depth_bytes, double bytes, double* us) {
+  constexpr double kInFlight = 256 * 16 * 2 * 4;  // bytes of one block: threads, loads, rows of W, steps ahead
+  const double needed = machine.bytes * kLatencySeconds / kInFlight;
+  int best = 1;
+  *us = 0;
+  for (int splits : {1, 2, 4, 8, 16}) {
+    if (splits > 1 && depth_bytes / 64 < 8 * splits) break;  // every warp has a step
+    const double blocks = static_cast<double>((columns + 15) / 16 * splits);
+    const double time = machine.memory_us(bytes) / std::min(1.0, blocks / needed) + (splits > 1 ? kLaunchUs : 0);
+    if (splits == 1 || time < *us) {
+      best = splits;
+      *us = time;
+    }
+  }
+  return best;
+}
+
+std::string joined(const std::vector<std::string>& reasons) {
+  std::string text;
+  for (const std::string& reason : reasons) text += (text.empty() ? "" : "; ") + reason;
+  return text;
+}
+
+int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
+  // Two blocks for each multiprocessor, of at least 256 rows each: fewer would read and add parts for nothing.
+  const int64_t wanted = blocks > 0 ? static_cast<int64_t>(2 * machine.multiprocessors) / blocks : 1;
+  return static_cast<int>(std::max<int64_t>(1, std::min({wanted, rows / 256, int64_t{64}})));
+}
+
+}  // namespace
+
+int64_t t_stride(const LoraShape& lora) { return round_up(std::max<int64_t>(lora.max_rank, 1), 16); }
+
+ForwardWorkspace::ForwardWorkspace(Workspace& w, const LoraLinearPlan& plan) {
+  const LoraLinearProblem& p = plan.problem;
+  const auto size = static_cast<int64_t>(size_of(p.dtype));
+  const bool separate = plan.cuda.path == CudaLoraLinearPath::kTwoSteps ||
+                        (plan.cuda.path == CudaLoraLinearPath::kFewRows && !plan.cuda.t_in_blocks);
+  a = w.take(plan.cuda.convert_a ? p.lora.total_rank * p.in_features * size : 0);
+  t = w.take(separate && p.lora.present() ? p.rows * t_stride(p.lora) * size : 0);
+  sums = static_cast<float*>(w.take(plan.cuda.splits > 1 ? plan.cuda.splits * p.rows * p.out_features * 4 : 0));
+}
+
+BackwardWorkspace::BackwardWorkspace(Workspace& w, const LoraLinearBackwardPlan& plan) {
+  const LoraLinearProblem& p = plan.problem.forward;
+  const auto size = static_cast<int64_t>(size_of(p.dtype));
+  const bool lora = p.lora.present() && (plan.problem.needs_dx || plan.problem.needs_dlora);
+  const bool convert_a = lora && p.lora.dtype != p.dtype, factors = lora && plan.problem.needs_dlora;
+  const auto parts = [&](bool wanted, int splits, int64_t rows, int64_t columns) {
+    return static_cast<float*>(w.take(wanted && splits > 1 ? splits * rows * columns * 4 : 0));
+  };
+  void* converted = w.take(convert_a ? p.lora.total_rank * p.in_features * size : 0);
+  a = convert_a ? converted : nullptr;
+  b = w.take(lora ? p.lora.total_rank * p.out_features * size : 0);
+  t = w.take(factors ? p.rows * t_stride(p.lora) * size : 0);
+  u = w.take(lora ? p.rows * t_stride(p.lora) * size : 0);
+  a_sums = parts(factors, plan.cuda.a_splits, p.lora.total_rank, p.in_features);
+  b_sums = parts(factors, plan.cuda.b_splits, p.lora.total_rank, p.out_features);
+  w_sums = parts(plan.problem.needs_dweight, plan.cuda.w_splits, p.out_features, p.in_features);
+}
+
+Status supported(const LoraLinearProblem& p, const CudaDevice& device) {
+  std::vector<std::string> reasons;
+  const std::string arch = "sm_" + std::to_string(device.arch);
+  if (device.arch < 75)
+    reasons.push_back("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
+  else if (device.arch < 80 && p.dtype != DType::kFloat16)
+    reasons.push_back(std::string("dtype: on ") + arch + " expected float16, all that its tensor cores multiply, got " +
+                      name_of(p.dtype));
+  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of x", p.rows},
+                                    {"in_features", p.in_features},
+                                    {"out_features", p.out_features}})
+    if (value > INT_MAX / 2)
+      reasons.push_back(std::string(name) + ": expected at most " + std::to_string(INT_MAX / 2) + ", got " +
+                        std::to_string(value));
+  if (p.lora.total_rank > INT_MAX / 2 || p.lora.max_rank > p.lora.total_rank)
+    reasons.push_back("rank: expected ranks that sum to at most " + std::to_string(INT_MAX / 2) + ", the largest " +
+                      std::to_string(p.lora.max_rank) + ", got a sum of " + std::to_string(p.lora.total_rank));
+  if (p.lora.adapters > kMostAdapters)
+    reasons.push_back("adapters: expected at most " + std::to_string(kMostAdapters) + " in a bank, got " +
+                      std::to_string(p.lora.adapters));
+  if (reasons.empty()) return {};
+  return Status::unsupported("lora_linear: CUDA kernels cannot run this: " + joined(reasons) +
+                             ". Convert the operands to a type that is supported, move them to the CPU, whose kernels "
+                             "take any of it, or use the eager formula of lora_kernels.reference.");
+}
+
+void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
+  const LoraLinearProblem& p = plan->problem;
+  const Machine machine(device.cuda, p.dtype, p.allow_tf32);
+  CudaLoraLinearPlan& c = plan->cuda;
+  c = {};
+  c.arch = device.cuda.arch;
+  c.early_start = machine.early;
+  const bool lora = p.lora.present() && p.in_features > 0;
+  const double size = static_cast<double>(size_of(p.dtype)), M = static_cast<double>(p.rows);
+  const double K = static_cast<double>(p.in_features), N = static_cast<double>(p.out_features);
+  const double rank = lora ? static_cast<double>(p.lora.max_rank) : 0,
+               total = lora ? static_cast<double>(p.lora.total_rank) : 0;
+  // B counts wherever it is read; A where t is made.
+  const double base_bytes = (N * K + M * K + M * N * (p.has_residual ? 2 : 1) + total * N) * size;
+  c.convert_a = lora && p.lora.dtype != p.dtype;
+  const double convert_us = c.convert_a ? kLaunchUs + machine.memory_us(2 * total * K * size) : 0;
+  // t reads x once, and once more from L2 for every 32 ranks beyond the first.
+  const double down_us =
+      lora ? machine.memory_us((M * K + total * K) * size) + machine.next_launch_us() + convert_us : 0;
+
+  const TiledTime two = tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + rank; });
+  c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
+  c.large_tiles = two.large;
+  c.predicted_us = two.us + down_us;
+
+  if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a) {
+    const double made = rank <= 16 ? 16 : 32;
+    const TiledTime in_tile = tiled(machine, p.rows, p.out_features, base_bytes + total * K * size,
+                                    [&](int tile) { return K * (1 + made / tile) + rank; });
+    if (in_tile.us < c.predicted_us) {
+      c.path = CudaLoraLinearPath::kInTile;
+      c.large_tiles = in_tile.large;
+      c.predicted_us = in_tile.us;
+    }
+  }
+  if (p.rows <= kMostFewRows && p.in_features > 0) {
+    double us = 0;
+    const int splits =
+        few_rows_splits(machine, p.out_features, p.in_features * static_cast<int64_t>(size), base_bytes, &us);
+    us += kLaunchUs;
+    // t in every block: A comes from L2 for each sixteen columns, beside W's own bytes.
+    const bool one =
+        lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 && !c.convert_a;
+    const double in_blocks_us = machine.memory_us((N / 16 + 1) * total * K * size) / kL2 + kT;
+    const bool t_in_blocks = one && splits == 1 && in_blocks_us < down_us;
+    us += t_in_blocks ? in_blocks_us : down_us;
+    if (us <= c.predicted_us) {
+      c.path = CudaLoraLinearPath::kFewRows;
+      c.large_tiles = false;
+      c.splits = splits;
+      c.t_in_blocks = t_in_blocks;
+      c.predicted_us = us;
+    }
+  }
+  c.tile_rows = c.large_tiles ? 128 : 64;
+  c.tile_columns = c.tile_rows;
+  if (c.path == CudaLoraLinearPath::kFewRows) {
+    c.tile_rows = static_cast<int>(round_up(std::max<int64_t>(p.rows, 1), 8));
+    c.tile_columns = 16;
+  }
+  c.early_start = c.early_start && lora && c.path != CudaLoraLinearPath::kInTile && !c.t_in_blocks;
+  Workspace w;
+  ForwardWorkspace(w, *plan);
+  plan->workspace = w.used;
+}
+
+void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
+  const LoraLinearBackwardProblem& b = plan->problem;
+  const LoraLinearProblem& p = b.forward;
+  const Machine machine(device.cuda, p.dtype, p.allow_tf32);
+  CudaLoraLinearBackwardPlan& c = plan->cuda;
+  c = {};
+  c.arch = device.cuda.arch;
+  c.early_start = machine.early;
+  const double size = static_cast<double>(size_of(p.dtype)), M = static_cast<double>(p.rows);
+  const double K = static_cast<double>(p.in_features), N = static_cast<double>(p.out_features);
+  const bool lora = p.lora.present();
+  const double rank = lora ? static_cast<double>(p.lora.max_rank) : 0;
+  const TiledTime dx =
+      tiled(machine, p.rows, p.in_features, (N * K + M * (K + N)) * size, [&](int) { return N + rank; });
+  c.large_tiles = dx.large;
+  const int64_t small_a = (p.in_features + 63) / 64, small_b = (p.out_features + 63) / 64;
+  const int64_t factors = std::max<int64_t>(1, p.lora.adapters) * ((std::max<int64_t>(1, p.lora.max_rank) + 63) / 64);
+  c.a_splits = parts_of_rows(machine, small_a * factors, p.rows);
+  c.b_splits = parts_of_rows(machine, small_b * factors, p.rows);
+  c.w_splits = parts_of_rows(machine, ((p.out_features + 127) / 128) * ((p.in_features + 127) / 128), p.rows);
+  if (b.needs_dx) c.predicted_us += dx.us;
+  if (lora && (b.needs_dx || b.needs_dlora)) c.predicted_us += machine.memory_us(M * N * size) + 2 * kLaunchUs;
+  if (lora && b.needs_dlora) c.predicted_us += machine.memory_us(M * (2 * K + N) * size) + 5 * kLaunchUs;
+  if (b.needs_dweight)
+    c.predicted_us +=
+        tiled(machine, p.out_features, p.in_features, (M * (K + N)) * size + 4 * N * K, [&](int) { return M; }).us;
+  if (b.needs_dbias) c.predicted_us += machine.memory_us(M * N * size) + kLaunchUs;
+  Workspace w;
+  BackwardWorkspace(w, *plan);
+  plan->workspace = w.used;
+}
+
+}  // namespace lora_kernels::cuda
+
+namespace lora_kernels {
+
+std::string to_string(const CudaLoraLinearPlan& c) {
+  std::ostringstream text;
+  text << "cuda sm_" << c.arch << " "
+       << (c.path == CudaLoraLinearPath::kBase       ? "base"
+           : c.path == CudaLoraLinearPath::kTwoSteps ? "two_steps"
+           : c.path == CudaLoraLinearPath::kInTile   ? "in_tile"
+                                                     : "few_rows")
+       << " tile=" << c.tile_rows << "x" << c.tile_columns << " splits=" << c.splits
+       << (c.t_in_blocks ? " t_in_blocks" : "") << (c.early_start ? " early_start" : "")
+       << (c.convert_a ? " convert_a" : "");
+  char predicted[32];
+  std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
+  text << predicted;
+  return text.str();
+}
+
+std::string to_string(const CudaLoraLinearBackwardPlan& c) {
+  std::ostringstream text;
+  text << "sm_" << c.arch << " dx_tile=" << (c.large_tiles ? 128 : 64) << " splits=" << c.a_splits << "," << c.b_splits
+       << "," << c.w_splits << (c.early_start ? " early_start" : "");
+  char predicted[32];
+  std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
+  text << predicted;
+  return text.str();
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,84 @@
+// Launches, and what one kernel of a stream may do before the one before it has finished.
+#pragma once
+
+#include <atomic>
+#include <string>
+
+#include "cuda/primitives/platform.h"
+#include "lora_kernels/status.h"
+
+namespace lora_kernels::cuda {
+
+struct Launch {
+  const char* kernel;  // its name, for messages
+  dim3 grid, block;
+  size_t shared_bytes;
+  void* stream;
+  bool early = false;  // may start before the kernel before it has finished (sm_90 on): wait_for_kernel_before() waits
+};
+
+// Returns once everything that kernels before this one have written can be read. Everything that only they write must
+// be read after it.
+__device__ inline void wait_for_kernel_before() {
+#if !defined(LORA_KERNELS_EMULATION)
+  if constexpr (kArch >= 90) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The kernel behind this one may start as soon as every block has said so.
+__device__ inline void let_next_kernel_start() {
+#if !defined(LORA_KERNELS_EMULATION)
+  if constexpr (kArch >= 90) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Runs kKernel, which takes one structure. Never synchronises or allocates. A template of the kernel itself, so that
+// what is remembered of it is its own.
+template <auto kKernel, class Params>
+Status launch(const Launch& l, const Params& params) {
+#if defined(LORA_KERNELS_EMULATION)
+  try {
+    emulation::launch(
+        l.kernel, l.grid, l.block, l.shared_bytes, [](const void* p) { kKernel(*static_cast<const Params*>(p)); },
+        &params);
+  } catch (const emulation::Error& error) {
+    return Status::failed(std::string("emulation: ") + error.what());
+  }
+  return {};
+#else
+  // More than 48 KB have to be asked for, once on each device; by two threads at the same time does no harm.
+  static std::atomic<uint64_t> asked{0};
+  cudaError_t error = cudaSuccess;
+  if (l.shared_bytes > 48 << 10) {
+    int device = 0;
+    error = cudaGetDevice(&device);
+    const uint64_t bit = uint64_t{1} << (device & 63);
+    if (error == cudaSuccess && (device >= 64 || !(asked.load(std::memory_order_relaxed) & bit))) {
+      error =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes));
+      if (error == cudaSuccess) asked.fetch_or(bit, std::memory_order_relaxed);
+    }
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = l.grid;
+    config.blockDim = l.block;
+    config.dynamicSmemBytes = l.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(l.stream);
+    config.attrs = &early;
+    config.numAttrs = l.early ? 1 : 0;
+    error = cudaLaunchKernelEx(&config, kKernel, params);
+  }
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // it is reported here: later calls should not meet it again
+  return Status::failed(std::string("kernel ") + l.kernel + " could not be launched with " + std::to_string(l.grid.x) +
+                        "x" + std::to_string(l.grid.y) + "x" + std::to_string(l.grid.z) + " blocks of " +
+                        std::to_string(l.block.x) + " threads and " + std::to_string(l.shared_bytes) +
+                        " bytes of shared memory: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+#endif
+}
+
+}  // namespace lora_kernels::cuda

@@ -1,0 +1,290 @@
+// Products with one short side, whose operands stream from memory straight into registers: t = s drop(x) At (also
+// u = s dy Bt of the backward pass), and y for up to 32 rows.
+//
+//   down      t [M, r]   16 rows of x against the rank rows of their adapters
+//   few_rows  y [M, N]   16 rows of W (columns of y) against up to 32 rows of x
+//   combine              sums of the parts into which few_rows was split, in order
+//
+// Bytes: down reads x once for up to 32 ranks (r / 32 times beyond, from L2) and r K of A for every 16 rows; few_rows
+// reads W once: N K * element size over the bandwidth is its time, x and A are small and come from L2.
+//
+// Sums over depth do not care for the order of k, so each lane takes the 16 bytes that lie together: four lanes read 64
+// bytes of a row in one access, and both operands are permuted alike (lane t's 16 bytes are registers 0 and 1 of one
+// tensor-core step, 2 and 3 of the next). The eight warps of a block take eight parts of depth and are added in order.
+// Not measured: no GPU has run this. Not tried: x in shared memory (at 32 rows it is read twice as often as W, from
+// L1).
+#pragma once
+
+#include "cuda/epilogue.h"
+#include "cuda/primitives/launch.h"
+#include "cuda/routing.h"
+#include "cuda/tile.h"
+
+namespace lora_kernels::cuda {
+
+constexpr int kSkinnyThreads = 256, kSkinnyWarps = kSkinnyThreads / 32, kSkinnyRows = 16;
+
+// The sixteen bytes of a row from column k on; zeros where `valid` is false or the row ends.
+template <class T>
+__device__ inline Vector row_chunk(const Matrix& m, int row, bool valid, int k) {
+  const int left = valid ? m.columns - k : 0;
+  const T* from = static_cast<const T*>(m.data) + (left > 0 ? row * m.stride + k : 0);
+  if (m.aligned && left >= kPerChunk<T>) return load16_constant(from);
+  return gather16<T>(left < kPerChunk<T> ? left : kPerChunk<T>, [&](int j) { return from[j]; });
+}
+
+// c [16 rows of P, 8 * kTiles rows of Q] += P Qt over the steps [first, last) of depth. p_row, q_row: where the
+// operands' rows begin; rows from p_end, q_end on are zeros. With dropout the mask is of P's elements.
+template <class T, int kTiles>
+__device__ inline void skinny_product(float (&c)[kTiles][4], const Matrix& p, int p_row, int p_end, const Matrix& q,
+                                      int q_row, int q_end, int first, int last, bool precise, const Dropout& dropout) {
+  constexpr int kAhead = kTiles > 2 ? 2 : 4;  // steps whose loads are in flight together: 128 or 256 bytes of a row
+  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+  const auto one = [&](const Vector& low, const Vector& high, const Vector(&b)[kTiles]) {
+#pragma unroll
+    for (int h = 0; h < 4; h += 2) {
+      const uint32_t a[4] = {low.v[h], high.v[h], low.v[h + 1], high.v[h + 1]};
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) product<T>(c[j], a, b[j].v[h], b[j].v[h + 1], precise);
+    }
+  };
+  const auto kept_of = [&](int row, int k) {
+    return kept_bits(dropout, static_cast<uint64_t>(row) * static_cast<uint64_t>(p.columns) + k, kPerChunk<T>);
+  };
+  const bool low_valid = p_row + g < p_end, high_valid = p_row + g + 8 < p_end;
+  int step = first;
+  // Whole chunks only: no element is looked at one by one.
+  if (p.aligned && q.aligned) {
+    const int whole = p.columns / kStep<T> < last ? p.columns / kStep<T> : last;
+    const T* low_from = static_cast<const T*>(p.data) + (low_valid ? (p_row + g) * p.stride : 0);
+    const T* high_from = static_cast<const T*>(p.data) + (high_valid ? (p_row + g + 8) * p.stride : 0);
+    const Vector zero = {{0, 0, 0, 0}};
+    for (; step + kAhead <= whole; step += kAhead) {
+      Vector low[kAhead], high[kAhead], b[kAhead][kTiles];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int k = (step + i) * kStep<T> + t * kPerChunk<T>;
+        low[i] = low_valid ? load16_constant(low_from + k) : zero;
+        high[i] = high_valid ? load16_constant(high_from + k) : zero;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const int row = q_row + j * 8 + g;
+          b[i][j] = row < q_end ? load16_constant(static_cast<const T*>(q.data) + row * q.stride + k) : zero;
+        }
+      }
+      if (dropout.on) {
+        uint64_t kept = 0;
+#pragma unroll 1
+        for (int i = 0; i < 2 * kAhead; ++i)
+          kept |= static_cast<uint64_t>(kept_of(p_row + g + i % 2 * 8, (step + i / 2) * kStep<T> + t * kPerChunk<T>))
+                  << i * kPerChunk<T>;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          low[i] = drop<T>(low[i], static_cast<uint32_t>(kept >> 2 * i * kPerChunk<T>));
+          high[i] = drop<T>(high[i], static_cast<uint32_t>(kept >> (2 * i + 1) * kPerChunk<T>));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) one(low[i], high[i], b[i]);
+    }
+  }
+#pragma unroll 1
+  for (; step < last; ++step) {
+    const int k = step * kStep<T> + t * kPerChunk<T>;
+    Vector low = row_chunk<T>(p, p_row + g, low_valid, k), high = row_chunk<T>(p, p_row + g + 8, high_valid, k);
+    Vector b[kTiles];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) b[j] = row_chunk<T>(q, q_row + j * 8 + g, q_row + j * 8 + g < q_end, k);
+    if (dropout.on) {
+      low = drop<T>(low, kept_of(p_row + g, k));
+      high = drop<T>(high, kept_of(p_row + g + 8, k));
+    }
+    one(low, high, b);
+  }
+}
+
+// The warps' parts [warp][16][8 * kTiles] to shared memory. Ends with a barrier.
+template <int kTiles>
+__device__ inline void share_parts(float* parts, const float (&c)[kTiles][4]) {
+  constexpr int kWidth = 8 * kTiles;
+  float* mine = parts + static_cast<int>(threadIdx.x) / 32 * kSkinnyRows * kWidth;
+  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) mine[(g + e / 2 * 8) * kWidth + j * 8 + t * 2 + e % 2] = c[j][e];
+  __syncthreads();
+}
+
+// Element (row, column) of the sum of the parts.
+template <int kTiles>
+__device__ inline float sum_of_parts(const float* parts, int row, int column) {
+  constexpr int kWidth = 8 * kTiles;
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < kSkinnyWarps; ++w) sum += parts[(w * kSkinnyRows + row) * kWidth + column];
+  return sum;
+}
+
+struct DownParams {
+  Matrix x;  // [M, K]
+  Matrix a;  // [R, K]
+  Routing routing;
+  Dropout dropout;
+  float factor = 1;   // 1 / (1 - p)
+  void* t = nullptr;  // [M, t_stride]: row m has the ranks of its own adapter from 0 on; the rest is not written
+  int64_t t_stride = 0;
+  bool precise = false;
+};
+
+template <int kTiles>
+constexpr size_t kDownSharedBytes = (kSkinnyWarps * kSkinnyRows * 8 * kTiles) * sizeof(float) +
+                                    (TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords * 4 + 15) / 16 * 16;
+
+// Grid (rows / 16, slots): the adapters of sixteen rows are shared out among the blocks of y.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(kSkinnyThreads, 2) down(const DownParams p) {
+  if constexpr (kCompiled<T>) {
+    let_next_kernel_start();
+    using Adapters = TileAdapters<kSkinnyRows, kSkinnyThreads>;
+    Shared shared;
+    float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
+    const int row = static_cast<int>(blockIdx.x) * kSkinnyRows;
+    const Adapters adapters(p.routing, shared.take<int>(Adapters::kWords), row, p.x.rows);
+    const Dropout dropout = p.dropout.with_seed();
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int steps = (p.x.columns + kStep<T> - 1) / kStep<T>;
+    const int first = steps * warp / kSkinnyWarps, last = steps * (warp + 1) / kSkinnyWarps;
+    for (int slot = static_cast<int>(blockIdx.y); slot < adapters.count(); slot += static_cast<int>(gridDim.y)) {
+      const int adapter = adapters.adapter(slot), begin = p.routing.begin(adapter), rank = p.routing.rank(adapter);
+      const float scale = p.routing.scale(adapter) * p.factor;
+      for (int r = 0; r < rank; r += 8 * kTiles) {
+        float c[kTiles][4] = {};
+        skinny_product<T, kTiles>(c, p.x, row, p.x.rows, p.a, begin + r, begin + rank, first, last, p.precise, dropout);
+        share_parts<kTiles>(parts, c);
+        for (int i = static_cast<int>(threadIdx.x); i < kSkinnyRows * 8 * kTiles; i += kSkinnyThreads) {
+          const int m = i / (8 * kTiles), j = i % (8 * kTiles);
+          if (row + m < p.x.rows && r + j < rank && adapters.uses(m, adapter))
+            static_cast<T*>(p.t)[(row + m) * p.t_stride + r + j] =
+                from_float<T>(sum_of_parts<kTiles>(parts, m, j) * scale);
+        }
+        __syncthreads();  // the parts are free again
+      }
+    }
+  }
+}
+
+// The LoRA branch of few_rows and combine, element by element.
+struct Branch {
+  const void* t = nullptr;
+  int64_t t_stride = 0;
+  Factor up;
+  Routing routing;
+
+  // The terms part, part + parts, ... of (t B)(row, column).
+  template <class T>
+  __device__ float at(int row, int column, int part, int parts) const {
+    const int adapter = routing.adapter_of(row);
+    if (adapter < 0) return 0;
+    const int begin = routing.begin(adapter), rank = routing.rank(adapter);
+    const T* of_row = static_cast<const T*>(t) + row * t_stride;
+    float sum = 0;
+#pragma unroll 4
+    for (int r = part; r < rank; r += parts) sum += to_float(of_row[r]) * up.at(begin + r, column);
+    return sum;
+  }
+
+  // The same with t of adapter 0 in shared memory, unscaled: rank r at r * stride.
+  __device__ float of_t(const float* t_of_row, int stride, int row, int column, int part, int parts) const {
+    if (routing.adapter_of(row) != 0) return 0;
+    const int rank = routing.rank(0);
+    float sum = 0;
+    for (int r = part; r < rank; r += parts) sum += t_of_row[r * stride] * up.at(r, column);
+    return sum * routing.scale(0);
+  }
+};
+
+struct FewRowsParams {
+  Matrix w;  // [N, K]
+  Matrix x;  // [M, K], M <= 32
+  Branch branch;
+  Epilogue epilogue;
+  int splits = 1;
+  float* sums = nullptr;  // [splits, M, N] if there are several
+  bool precise = false;
+  // Every block makes t of one adapter of at most 16 ranks for itself: r K of A from L2 in place of another kernel.
+  bool makes_t = false;
+  Matrix a;  // [r, K]
+};
+
+// Parts of y and of t.
+template <int kTiles>
+constexpr size_t kFewRowsSharedBytes = 2 * (kSkinnyWarps * kSkinnyRows * 8 * kTiles) * sizeof(float);
+
+// Grid (N / 16, splits); kTiles * 8 >= M.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(kSkinnyThreads, 2) few_rows(const FewRowsParams p) {
+  if constexpr (kCompiled<T>) {
+    Shared shared;
+    float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
+    const int column = static_cast<int>(blockIdx.x) * kSkinnyRows, rows = p.x.rows, columns = p.w.rows;
+    const int steps = (p.x.columns + kStep<T> - 1) / kStep<T>, all = kSkinnyWarps * p.splits;
+    const int part = static_cast<int>(blockIdx.y) * kSkinnyWarps + static_cast<int>(threadIdx.x) / 32;
+    float c[kTiles][4] = {};
+    skinny_product<T, kTiles>(c, p.w, column, columns, p.x, 0, rows, static_cast<int>(int64_t{steps} * part / all),
+                              static_cast<int>(int64_t{steps} * (part + 1) / all), p.precise, Dropout());
+    float* t_parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
+    if (p.makes_t) {  // the same parts of depth of A in the place of W: t transposed
+      float t[kTiles][4] = {};
+      skinny_product<T, kTiles>(t, p.a, 0, p.a.rows, p.x, 0, rows, steps * part / all, steps * (part + 1) / all,
+                                p.precise, Dropout());
+      share_parts<kTiles>(t_parts, t);
+      for (int i = static_cast<int>(threadIdx.x); i < kSkinnyRows * rows; i += kSkinnyThreads) {
+        const int r = i % kSkinnyRows, m = i / kSkinnyRows;  // each element is added up and left by one thread
+        t_parts[r * 8 * kTiles + m] = sum_of_parts<kTiles>(t_parts, r, m);
+      }
+    }
+    share_parts<kTiles>(parts, c);
+    wait_for_kernel_before();
+    // At few rows several lanes share the ranks of an element; a power of two of them, so that shuffles add them up.
+    int lanes = 16;
+    while (lanes > 1 && lanes * rows > 16) lanes /= 2;
+    const int work = kSkinnyRows * rows * lanes;
+    for (int i = static_cast<int>(threadIdx.x); i - lane_of_warp() < work; i += kSkinnyThreads) {
+      const int element = i / lanes, m = element / kSkinnyRows, n = element % kSkinnyRows;
+      const bool valid = i < work && column + n < columns;
+      float branch = 0;
+      if (valid && p.makes_t)
+        branch = p.branch.of_t(t_parts + m, 8 * kTiles, m, column + n, i % lanes, lanes);
+      else if (valid && p.splits == 1)
+        branch = p.branch.template at<T>(m, column + n, i % lanes, lanes);
+      for (int by = lanes / 2; by > 0; by /= 2) branch += __shfl_xor_sync(~0u, branch, by);
+      if (!valid || i % lanes) continue;
+      const float sum = sum_of_parts<kTiles>(parts, n, m);
+      if (p.splits == 1)
+        p.epilogue.template store<T>(sum + branch, m, column + n);
+      else
+        p.sums[(static_cast<int64_t>(blockIdx.y) * rows + m) * columns + column + n] = sum;
+    }
+  }
+}
+
+struct CombineParams {
+  const float* sums = nullptr;  // [splits, rows, columns]
+  int splits = 1, rows = 0;
+  Branch branch;
+  Epilogue epilogue;
+};
+
+// A thread for each element.
+template <class T>
+__global__ void __launch_bounds__(256) combine(const CombineParams p) {
+  const int i = static_cast<int>(blockIdx.x * 256 + threadIdx.x), all = p.rows * p.epilogue.columns;
+  if (i >= all) return;
+  const int row = i / p.epilogue.columns, column = i % p.epilogue.columns;
+  float sum = 0;
+  for (int s = 0; s < p.splits; ++s) sum += p.sums[static_cast<int64_t>(s) * all + i];
+  p.epilogue.template store<T>(sum + p.branch.template at<T>(row, column, 0, 1), row, column);
+}
+
+}  // namespace lora_kernels::cuda

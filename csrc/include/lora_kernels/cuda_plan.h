@@ -1,0 +1,41 @@
+// How operators run on a CUDA device: the part of a Plan that csrc/cuda fills in. Plain data that prints.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace lora_kernels {
+
+enum class CudaLoraLinearPath : uint8_t {
+  kBase,      // no LoRA branch: one tiled matrix product
+  kTwoSteps,  // a kernel for t = s x At, then the base product, whose accumulators take t B as more steps over depth
+  kInTile,    // one kernel: every tile makes the t of its own rows beside the base product
+  kFewRows,   // up to 32 rows: W streams through registers; t, and the sum of split parts, are kernels of their own
+};
+
+struct CudaLoraLinearPlan {
+  CudaLoraLinearPath path = CudaLoraLinearPath::kBase;
+  int arch = 0;              // of the device, as in CudaDevice
+  int tile_rows = 0;         // of a block
+  int tile_columns = 0;      //
+  int splits = 1;            // of K among blocks (kFewRows): partial sums go to the workspace
+  bool large_tiles = false;  // which of the two tile shapes
+  bool early_start = false;  // a kernel may start before the one whose result it needs at its end has finished
+  bool t_in_blocks = false;  // kFewRows: every block makes t for itself, which saves the kernel before
+  bool convert_a = false;    // A is of another type than x: a kernel converts it first
+  double predicted_us = 0;   // by the plan's bytes and FLOPs; orders the paths, and is no measurement
+};
+std::string to_string(const CudaLoraLinearPlan& plan);
+
+struct CudaLoraLinearBackwardPlan {
+  int arch = 0;
+  bool large_tiles = false;  // of dx
+  bool early_start = false;  //
+  int a_splits = 1;          // of the rows, in the sums over rows: partial sums go to the workspace and are
+  int b_splits = 1;          // added in order by a last kernel
+  int w_splits = 1;          //
+  double predicted_us = 0;   //
+};
+std::string to_string(const CudaLoraLinearBackwardPlan& plan);
+
+}  // namespace lora_kernels

@@ -1,0 +1,186 @@
+// What a plan says of CUDA devices that are not here: who is offered which implementation, which path it takes, and
+// that every reason against is listed. Nothing is launched.
+#include <set>
+
+#include "check.h"
+#include "lora_kernels/implementations.h"
+#include "lora_kernels/lora_linear.h"
+
+using namespace lora_kernels;
+
+namespace {
+
+CudaDevice device_of(int arch, int multiprocessors, double clock_ghz, double memory_gbs) {
+  CudaDevice d;
+  d.arch = arch;
+  d.multiprocessors = multiprocessors;
+  d.clock_hz = clock_ghz * 1e9;
+  d.memory_bytes_per_second = memory_gbs * 1e9;
+  d.shared_bytes = arch == 75 ? 64 << 10 : arch == 80 ? 163 << 10 : arch == 90 || arch == 100 ? 227 << 10 : 99 << 10;
+  return d;
+}
+
+const CudaDevice kT4 = device_of(75, 40, 1.59, 320);
+const CudaDevice kA100 = device_of(80, 108, 1.41, 1555);
+const CudaDevice kA10 = device_of(86, 72, 1.7, 600);
+const CudaDevice kL4 = device_of(89, 58, 2.04, 300);
+const CudaDevice kH100 = device_of(90, 132, 1.755, 3350);
+const CudaDevice kB200 = device_of(100, 148, 1.85, 8000);
+const CudaDevice k5090 = device_of(120, 170, 2.41, 1792);
+
+LoraLinearProblem problem_of(int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t adapters = 1) {
+  LoraLinearProblem p;
+  p.rows = rows;
+  p.in_features = in;
+  p.out_features = out;
+  p.dtype = p.lora.dtype = DType::kFloat16;
+  p.lora.adapters = rank > 0 ? adapters : 0;
+  p.lora.max_rank = rank;
+  p.lora.total_rank = rank * p.lora.adapters;
+  if (adapters > 1) p.lora.groups = rows;
+  return p;
+}
+
+LoraLinearPlan plan_of(const LoraLinearProblem& p, const CudaDevice& device) {
+  LoraLinearPlan chosen;
+  const Status status = plan(p, on_cuda(device), &chosen);
+  check(status.ok(), status.text);
+  return chosen;
+}
+
+void test_who_is_offered_what() {
+  LoraLinearPlan chosen;
+  const LoraLinearProblem p = problem_of(4096, 1280, 1280, 16);
+  check(plan(p, DeviceInfo(), &chosen).ok() && contains(to_string(chosen), "generic"),
+        "a CPU problem stays on the CPU");
+  check(contains(to_string(plan_of(p, kH100)), "cuda sm_90"), "a CUDA problem goes to the CUDA row");
+  for (const char* name : {"generic", "avx2"}) {
+    force_implementation(name);
+    const Status refused = plan(p, on_cuda(kH100), &chosen);
+    force_implementation("");
+    check(refused.code == StatusCode::kUnsupported && contains(refused.text, "cuda: not the forced one") &&
+              contains(refused.text, std::string(name) + ": it runs on a CPU"),
+          "forcing a CPU's name on a CUDA device is an error: " + refused.text);
+  }
+  check(force_implementation("cuda").ok(), "cuda is a name that can be forced");
+  const Status refused = plan(p, DeviceInfo(), &chosen);
+  check(plan(p, on_cuda(kA100), &chosen).ok(), "and is taken on a CUDA device");
+  force_implementation("");
+  check(contains(refused.text, "cuda: it runs on a CUDA device, and the operands are on a CPU"), refused.text);
+  int selected = 0;
+  for (const ImplementationReport& row : implementations(on_cuda(kH100)))
+    if (row.op == "lora_linear" && row.selected) ++selected, check(row.name == "cuda", row.name + " is selected");
+  check(selected == 1, "one row is selected on a CUDA device");
+}
+
+void test_paths() {
+  for (const CudaDevice& d : {kT4, kA100, kA10, kL4, kH100, kB200, k5090}) {
+    for (int64_t rows : {1, 8, 32}) {
+      const LoraLinearPlan few = plan_of(problem_of(rows, 1280, 1280, 16, 4), d);
+      check(few.cuda.path == CudaLoraLinearPath::kFewRows, "few rows stream W: " + to_string(few));
+    }
+    const LoraLinearPlan many = plan_of(problem_of(16384, 1280, 5120, 16), d);
+    check(many.cuda.path == CudaLoraLinearPath::kTwoSteps || many.cuda.path == CudaLoraLinearPath::kInTile,
+          to_string(many));
+    check(many.cuda.large_tiles, "a large product has large tiles: " + to_string(many));
+    check(!plan_of(problem_of(100, 256, 256, 16), d).cuda.large_tiles, "a small one has small tiles");
+    check(to_string(many) == to_string(plan_of(problem_of(16384, 1280, 5120, 16), d)), "a plan is a function");
+    check(many.cuda.early_start == (d.arch >= 90 && many.cuda.path == CudaLoraLinearPath::kTwoSteps),
+          "kernels start early from sm_90 on: " + to_string(many));
+  }
+  // Narrow layers: the kernel that is saved costs more than t made again in every tile.
+  const LoraLinearPlan narrow = plan_of(problem_of(1500, 384, 384, 16), kA100);
+  check(narrow.cuda.path == CudaLoraLinearPath::kInTile, to_string(narrow));
+  check(narrow.workspace == 0, "t stays in the tile: " + to_string(narrow));
+  // Wide ones: t is made once.
+  const LoraLinearPlan wide = plan_of(problem_of(16384, 1280, 5120, 32), kA100);
+  check(wide.cuda.path == CudaLoraLinearPath::kTwoSteps, to_string(wide));
+  // What a tile cannot make for itself.
+  LoraLinearProblem p = problem_of(1500, 384, 384, 16);
+  p.dropout_p = 0.1;
+  check(plan_of(p, kA100).cuda.path == CudaLoraLinearPath::kTwoSteps, "dropout takes two steps");
+  check(plan_of(problem_of(1500, 384, 384, 64), kA100).cuda.path == CudaLoraLinearPath::kTwoSteps, "so do large ranks");
+  check(plan_of(problem_of(1500, 384, 384, 16, 3), kA100).cuda.path == CudaLoraLinearPath::kTwoSteps, "and banks");
+  check(plan_of(problem_of(1500, 384, 384, 0), kA100).cuda.path == CudaLoraLinearPath::kBase, "no LoRA, one kernel");
+  p = problem_of(1500, 384, 384, 16);
+  p.lora.dtype = DType::kFloat32;
+  check(plan_of(p, kA100).cuda.convert_a, "factors of another type are converted first");
+  // K is split where too few blocks would leave memory idle, and not where there are enough.
+  check(plan_of(problem_of(1, 16384, 64, 16), kH100).cuda.splits > 1, "a narrow deep layer is split");
+  check(plan_of(problem_of(1, 1280, 5120, 16), kH100).cuda.splits == 1, "a wide one is not");
+  // Without an early start another kernel costs more than t in every block, of few columns.
+  check(plan_of(problem_of(1, 1280, 1280, 16), kA100).cuda.t_in_blocks, "A100: t in blocks");
+  check(!plan_of(problem_of(1, 1280, 1280, 32), kA100).cuda.t_in_blocks, "not with more ranks than a product has rows");
+  check(!plan_of(problem_of(8, 1280, 1280, 16, 4), kA100).cuda.t_in_blocks, "nor with several adapters");
+  // More arithmetic for fp32 in three products than for one.
+  p = problem_of(8192, 1280, 1280, 16);
+  p.dtype = p.lora.dtype = DType::kFloat32;
+  const double precise = plan_of(p, kA100).cuda.predicted_us;
+  p.allow_tf32 = true;
+  check(plan_of(p, kA100).cuda.predicted_us < precise, "tf32 is predicted to be faster than fp32");
+}
+
+void test_unknown_devices() {
+  CudaDevice unknown;
+  unknown.arch = 130;
+  for (const LoraLinearProblem& p : {problem_of(1, 512, 512, 16), problem_of(4096, 1280, 1280, 16, 4)}) {
+    const LoraLinearPlan chosen = plan_of(p, unknown);
+    check(contains(to_string(chosen), "cuda sm_130"), "a device of which nothing is known gets a plan");
+    check(std::isfinite(chosen.cuda.predicted_us) && chosen.cuda.predicted_us > 0, to_string(chosen));
+  }
+}
+
+void test_workspaces() {
+  const LoraLinearPlan two = plan_of(problem_of(4096, 1280, 5120, 64, 5), kH100);
+  check(workspace_bytes(two) >= 4096 * 64 * 2, "the workspace has room for t: " + to_string(two));
+  check(workspace_bytes(two) < 2 * 4096 * 64 * 2, "and not for much more");
+  LoraLinearBackwardProblem b;
+  b.forward = problem_of(4096, 1280, 1280, 16);
+  b.needs_dx = b.needs_dlora = true;
+  LoraLinearBackwardPlan chosen;
+  check(plan(b, on_cuda(kH100), &chosen).ok(), "gradients have a plan");
+  check(chosen.cuda.a_splits > 1, "rows are split where few tiles would leave the device idle: " + to_string(chosen));
+  check(workspace_bytes(chosen) >= chosen.cuda.a_splits * 16 * 1280 * 4, to_string(chosen));
+  check(contains(to_string(chosen), "dx dlora") && contains(to_string(chosen), "cuda sm_90"), to_string(chosen));
+}
+
+void test_refusals() {
+  LoraLinearPlan chosen;
+  LoraLinearProblem p = problem_of(16, 64, 64, 4);
+  p.dtype = DType::kBFloat16;
+  Status s = plan(p, on_cuda(kT4), &chosen);
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "dtype: on sm_75 expected float16") &&
+            contains(s.text, "bfloat16"),
+        s.text);
+  check(plan(p, on_cuda(kA10), &chosen).ok(), "sm_86 multiplies bfloat16");
+  p.rows = int64_t{1} << 40;
+  p.lora.groups = 0;
+  p.lora.adapters = 100000;
+  s = plan(p, on_cuda(device_of(70, 80, 1.4, 900)), &chosen);
+  for (const char* part : {"architecture: expected sm_75", "rows of x: expected at most",
+                           "adapters: expected at most 4096", "move them to the CPU", "lora_kernels.reference"})
+    check(contains(s.text, part), std::string("every reason is listed, and the way out (") + part + "): " + s.text);
+  p = problem_of(4, 8, 8, 2);
+  p.dropout_p = 2;
+  check(contains(plan(p, on_cuda(kH100), &chosen).text, "dropout_p"), "what is wrong anywhere is wrong on CUDA");
+
+  DeviceInfo device;
+  check(contains(cuda_device(0, &device).text, "built without its CUDA kernels"), "this library has none");
+  check(plan(problem_of(4, 8, 8, 2), on_cuda(kH100), &chosen).ok(), "plans are made all the same");
+  const Status run_status = run(chosen, LoraLinearArgs(), serial_executor());
+  check(run_status.code == StatusCode::kUnsupported && contains(run_status.text, "LORA_KERNELS_CUDA=ON"),
+        "and running one says how to build them: " + run_status.text);
+}
+
+}  // namespace
+
+int main() {
+  test_who_is_offered_what();
+  test_paths();
+  test_unknown_devices();
+  test_workspaces();
+  test_refusals();
+  if (failures) std::printf("%d checks failed\n", failures);
+  if (!failures) std::printf("all checks passed\n");
+  return failures != 0;
+}

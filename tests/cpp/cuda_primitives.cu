@@ -1,0 +1,101 @@
+// Every primitive on registers that the caller draws: compiled by nvcc for a GPU and by the host's compiler for the
+// emulation, whose readings of the PTX ISA are the same and have to be compared with the device's. 32 lanes; lane l
+// reads in[l * 16 ...] and writes out[l * 8 ...].
+#include "cuda/numbers.h"
+#include "cuda/primitives/launch.h"
+
+using namespace lora_kernels;
+using namespace lora_kernels::cuda;
+
+namespace {
+
+struct Registers {
+  const uint32_t* in;
+  uint32_t* out;
+};
+
+template <int kWhich>
+__global__ void primitive(const Registers p) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const uint32_t* in = p.in + lane * 16;
+  uint32_t* out = p.out + lane * 8;
+  uint32_t r[4] = {in[0], in[1], in[2], in[3]};
+  float c[4] = {__uint_as_float(in[6]), __uint_as_float(in[7]), __uint_as_float(in[8]), __uint_as_float(in[9])};
+  Shared shared;
+  uint32_t* words = shared.take<uint32_t>(256);
+  if constexpr (kWhich <= 1) {
+    for (int i = 0; i < 4; ++i) words[lane * 4 + i] = in[i];
+    __syncwarp();
+    if constexpr (kWhich == 0)
+      ldmatrix(r, words + (lane ^ 3) * 4);
+    else
+      ldmatrix_trans(r, words + (lane ^ 3) * 4);
+    for (int i = 0; i < 4; ++i) out[i] = r[i];
+  } else if constexpr (kWhich <= 5) {
+    if constexpr (kWhich == 2) mma_step(__half(), c, r, in[4], in[5]);
+    if constexpr (kWhich == 3) mma_step(__nv_bfloat16(), c, r, in[4], in[5]);
+    if constexpr (kWhich == 4) mma_step(float(), c, r, in[4], in[5]);
+    if constexpr (kWhich == 5) mma_m16n8k8_f16(c, r[0], r[1], in[4]);
+    for (int i = 0; i < 4; ++i) out[i] = __float_as_uint(c[i]);
+  } else if constexpr (kWhich == 6) {
+    int32_t sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = static_cast<int32_t>(in[6 + i]);
+    mma_m16n8k32_s8(sums, r, in[4], in[5]);
+    for (int i = 0; i < 4; ++i) out[i] = static_cast<uint32_t>(sums[i]);
+  } else if constexpr (kWhich == 7) {
+    out[0] = __shfl_xor_sync(~0u, in[0], 5);
+    out[1] = __shfl_down_sync(~0u, in[0], 3);
+    out[2] = __shfl_sync(~0u, in[0], static_cast<int>(in[1] % 32));
+    out[3] = __ballot_sync(~0u, in[2] & 1);
+    out[4] = static_cast<uint32_t>(__any_sync(~0u, in[3] % 97 == 0));
+  } else if constexpr (kWhich == 8) {
+    copy16_async(words + lane * 4, in, lane % 9 * 2);
+    commit_copies();
+    copy16_async(words + 128 + lane * 4, in + 4, 16);
+    commit_copies();
+    wait_copies<1>();
+    for (int i = 0; i < 4; ++i) out[i] = words[lane * 4 + i];
+    wait_copies<0>();
+    for (int i = 0; i < 4; ++i) out[4 + i] = words[128 + lane * 4 + i];
+  } else if constexpr (kWhich == 9) {
+    for (int i = 0; i < 4; ++i) out[i] = round_to_tf32(__uint_as_float(in[i]));
+    for (int i = 0; i < 2; ++i) out[4 + i] = bits_of(from_float<__half>(__uint_as_float(in[i])));
+    for (int i = 0; i < 2; ++i) out[6 + i] = bits_of(from_float<__nv_bfloat16>(__uint_as_float(in[i])));
+  } else if constexpr (kWhich == 10) {
+    for (int i = 0; i < 4; ++i) out[i] = __float_as_uint(activate(c[i], Activation::kGelu));
+    for (int i = 0; i < 4; ++i) out[4 + i] = __float_as_uint(activate(c[i], Activation::kSilu));
+  } else {
+    Dropout dropout;
+    dropout.seed = uint64_t{in[0]} << 32 | in[1];
+    dropout.threshold = in[2];
+    out[0] = kept_bits(dropout, uint64_t{in[3]} << 16 | in[4] % 65536, 32);
+  }
+}
+
+constexpr int kPrimitives = 12;
+
+template <int kWhich = 0>
+Status run_one(int which, const Registers& p) {
+  if constexpr (kWhich + 1 < kPrimitives)
+    if (which != kWhich) return run_one<kWhich + 1>(which, p);
+  return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);
+}
+
+}  // namespace
+
+// 0, or 1 if it could not run. in: 512 words, out: 256.
+extern "C" __attribute__((visibility("default"))) int run_primitive(int which, const uint32_t* in, uint32_t* out) {
+#if defined(LORA_KERNELS_EMULATION)
+  return run_one(which, {in, out}).ok() ? 0 : 1;
+#else
+  uint32_t *device_in = nullptr, *device_out = nullptr;
+  bool good = cudaMalloc(&device_in, 2048) == cudaSuccess && cudaMalloc(&device_out, 1024) == cudaSuccess &&
+              cudaMemcpy(device_in, in, 2048, cudaMemcpyHostToDevice) == cudaSuccess &&
+              cudaMemcpy(device_out, out, 1024, cudaMemcpyHostToDevice) == cudaSuccess &&
+              run_one(which, {device_in, device_out}).ok() &&
+              cudaMemcpy(out, device_out, 1024, cudaMemcpyDeviceToHost) == cudaSuccess;
+  cudaFree(device_in);
+  cudaFree(device_out);
+  return good ? 0 : 1;
+#endif
+}

@@ -1,0 +1,139 @@
+// Races, for ThreadSanitizer: built with LORA_KERNELS_SANITIZE=thread. "kernels" runs every path of lora_linear in
+// drawn order and is expected to be silent; "race" runs a kernel whose threads write the same value to the same word,
+// which changes no result and which nothing but the sanitizer sees.
+#include <cstdlib>
+#include <cstring>
+
+#include "check.h"
+#include "cuda/emulation/emulation.h"
+#include "cuda/lora_linear.h"
+#include "cuda/primitives/launch.h"
+#include "cuda/primitives/shared.h"
+
+namespace lora_kernels {
+std::string to_string(const LoraLinearPlan& plan) { return to_string(plan.cuda); }
+std::string to_string(const LoraLinearBackwardPlan& plan) { return to_string(plan.cuda); }
+}  // namespace lora_kernels
+
+using namespace lora_kernels;
+
+namespace {
+
+struct Nothing {};
+
+template <bool kBarrier>
+__global__ void meeting_kernel(const Nothing) {
+  cuda::Shared shared;
+  uint32_t* word = shared.take<uint32_t>(1);
+  if (!kBarrier || threadIdx.x == 0) *word = 7;
+  if (kBarrier) {
+    __syncthreads();
+    if (threadIdx.x == 33) *word = 7;
+  }
+}
+
+int run_race(bool barrier) {
+  const cuda::Launch l{"meeting", dim3(1, 1, 1), dim3(64, 1, 1), 64, nullptr};
+  const Status status =
+      barrier ? cuda::launch<&meeting_kernel<true>>(l, Nothing()) : cuda::launch<&meeting_kernel<false>>(l, Nothing());
+  check(status.ok(), status.text);
+  return failures;
+}
+
+Buffer<uint16_t> halves(int64_t count) {
+  Buffer<uint16_t> b = Buffer<uint16_t>::aligned(count);
+  for (int64_t i = 0; i < count; ++i)  // fp16 of magnitude 0.03 to 2, either sign
+    b[i] = static_cast<uint16_t>((generator()() & 0x8000) | (0x2800 + generator()() % 0x1800));
+  return b;
+}
+
+void run_kernels() {
+  DeviceInfo device;
+  cuda_device(0, &device);
+  const int64_t M = 70, K = 104, N = 72, R = 5;
+  Buffer<uint16_t> x = halves(M * K), w = halves(N * K), a = halves(R * K), b = halves(R * N), y = halves(M * N);
+  Buffer<uint16_t> dx = halves(M * K);
+  Buffer<int32_t> ids(M), offsets(3);
+  for (int64_t m = 0; m < M; ++m) ids[m] = static_cast<int32_t>(m / 3 % 3) - 1;
+  offsets[0] = 0, offsets[1] = 2, offsets[2] = 5;
+  LoraLinearPlan plan;
+  LoraLinearProblem& p = plan.problem;
+  p.in_features = K;
+  p.out_features = N;
+  p.dtype = p.lora.dtype = DType::kFloat16;
+  p.lora.total_rank = p.lora.max_rank = R;
+  LoraLinearArgs args;
+  args.x = x.get();
+  args.x_stride = args.weight_stride = K;
+  args.weight = w.get();
+  args.lora.a = a.get();
+  args.lora.a_stride = K;
+  args.lora.b = b.get();
+  args.lora.b_stride_rank = N;
+  args.lora.b_stride_out = 1;
+  args.y = y.get();
+  const struct {
+    CudaLoraLinearPath path;
+    bool t_in_blocks;
+  } ways[] = {{CudaLoraLinearPath::kTwoSteps, false},
+              {CudaLoraLinearPath::kInTile, false},
+              {CudaLoraLinearPath::kFewRows, false},
+              {CudaLoraLinearPath::kFewRows, true}};
+  for (const auto& [path, t_in_blocks] : ways) {
+    p.rows = path == CudaLoraLinearPath::kFewRows ? 9 : M;
+    const bool routed = path != CudaLoraLinearPath::kInTile && !t_in_blocks;
+    p.lora.adapters = routed ? 2 : 1;
+    p.lora.groups = routed ? p.rows : 0;
+    args.lora.offsets = routed ? offsets.get() : nullptr;
+    args.lora.adapter_ids = routed ? ids.get() : nullptr;
+    cuda::configure(device, &plan);
+    plan.cuda.path = path;
+    plan.cuda.t_in_blocks = t_in_blocks;
+    plan.cuda.splits = path == CudaLoraLinearPath::kFewRows && !t_in_blocks ? 2 : 1;
+    cuda::Workspace size;
+    cuda::ForwardWorkspace(size, plan);
+    Buffer<char> workspace = Buffer<char>::aligned(size.used + 256);
+    args.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(workspace.get()), 256));
+    const Status status = cuda::launch(plan, args, Executor());
+    check(status.ok(), status.text);
+  }
+  p.lora.adapters = 2;
+  LoraLinearBackwardPlan back;
+  back.problem.forward = p;
+  back.problem.forward.rows = back.problem.forward.lora.groups = M;
+  back.problem.forward.lora.adapters = 2;
+  back.problem.forward.dropout_p = 0.5;
+  back.problem.needs_dx = back.problem.needs_dlora = back.problem.needs_dweight = back.problem.needs_dbias = true;
+  cuda::configure_backward(device, &back);
+  Buffer<float> dw(N * K), dbias(N), da(R * K), db(R * N);
+  Buffer<char> workspace = Buffer<char>::aligned(back.workspace + 256);
+  LoraLinearBackwardArgs g;
+  g.dy = y.get();
+  g.x = x.get();
+  g.x_stride = g.weight_stride = K;
+  g.weight = w.get();
+  g.lora = args.lora;
+  g.lora.offsets = offsets.get();
+  g.lora.adapter_ids = ids.get();
+  g.dx = dx.get();
+  g.dweight = dw.get();
+  g.dbias = dbias.get();
+  g.dlora_a = da.get();
+  g.dlora_b = db.get();
+  g.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(workspace.get()), 256));
+  const Status status = cuda::launch_backward(back, g, Executor());
+  check(status.ok(), status.text);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const std::string what = count > 1 ? words[1] : "kernels";
+  emulation::options = {emulation::Order::kShuffled, 3};
+  if (what == "kernels")
+    run_kernels();
+  else
+    run_race(what == "ordered");
+  if (!failures) std::printf("all checks passed\n");
+  return failures != 0;
+}

@@ -1,0 +1,82 @@
+"""Run the emulated library named by LORA_KERNELS_EMULATED on odd shapes; print what is wrong.
+
+A program of its own, since AddressSanitizer has to be loaded before the interpreter.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch  # noqa: E402
+from emulated import Emulated, EmulationError  # noqa: E402
+from test_emulated_lora_linear import (  # noqa: E402
+    ORDERS,
+    base,
+    check_backward,
+    check_forward,
+    possible,
+)
+
+PLANS = [
+    ("two_steps", True, 1),
+    ("in_tile", False, 1),
+    ("few_rows", False, 2),
+    ("few_rows", True, 1),
+]
+
+
+def same_bits() -> None:
+    """Uneven sizes, several steps of depth; in every order of threads the same bits."""
+    x, weight, bias, _ = base(30, 200, 70, torch.float16)
+    for path, large, splits in PLANS:
+        seen = [
+            Emulated(*order, path=path, large=large, splits=splits).forward(x, weight, bias)
+            for order in ORDERS
+        ]
+        if not all(torch.equal(y, seen[0]) for y in seen):
+            raise AssertionError(f"{path}: the order of threads changes the result")
+
+
+def main(dtypes: list[torch.dtype]) -> int:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    wrong = 0
+    for dtype in dtypes:
+        for order in ORDERS[:3]:
+            for path, large, splits in PLANS:
+                shape = (9, 101, 67) if path == "few_rows" else (70, 136, 67)
+                for mode in ("peft", "bank", "dropout"):
+                    if not possible(path, mode, shape[0], large):
+                        continue
+                    emulated = Emulated(*order, path=path, large=large, splits=splits)
+                    try:
+                        check_forward(emulated, shape, dtype, mode, "silu")
+                    except (AssertionError, EmulationError) as error:
+                        print(f"WRONG: {path} {mode} {order}: {error}")
+                        wrong += 1
+            try:
+                emulated = Emulated(*order, path="two_steps", splits=2)
+                check_backward(emulated, (70, 40, 67), dtype, "dropout")
+                check_backward(emulated, (70, 40, 67), dtype, "bank")
+            except (AssertionError, EmulationError) as error:
+                print(f"WRONG: gradients {order}: {error}")
+                wrong += 1
+    try:
+        same_bits()
+    except (AssertionError, EmulationError) as error:
+        print(f"WRONG: {error}")
+        wrong += 1
+    conflicts = Emulated().lib.emulated_bank_conflicts()
+    if conflicts:
+        print(f"WRONG: {conflicts} bank conflicts")
+        wrong += 1
+    print("wrong" if wrong else "all right")
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    names = sys.argv[1:] or ["float16", "bfloat16", "float32"]
+    sys.exit(main([getattr(torch, name) for name in names]))

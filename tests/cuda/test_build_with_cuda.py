@@ -1,0 +1,98 @@
+"""The library with its CUDA kernels compiles and loads where torch is a CPU build."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import ROOT, TOOLKIT
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=str(TOOLKIT / "bin"))
+
+# For machines without a GPU, or from which CUDA_VISIBLE_DEVICES hides it.
+LOADED = """
+import sys, torch, lora_kernels as lk
+from lora_kernels import implementations, ops
+build, rows = implementations.describe()
+assert build.without_cuda == "", build.without_cuda
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+assert has("lora_kernels::lora_linear", "CUDA")
+assert has("lora_kernels::lora_linear_backward", "CUDA")
+row = next(r for r in rows if r.op == "lora_linear" and r.name == "cuda")
+assert not row.available and "could not be asked" in row.reason, row  # there is no driver here
+x, w = torch.randn(3, 5), torch.randn(4, 5)
+assert torch.allclose(ops.lora_linear(x, w), x @ w.T, atol=1e-5)
+assert not torch.cuda.is_initialized()
+print("loaded")
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both bindings, with the kernels of one architecture."""
+    if NVCC is None or shutil.which("cmake") is None:
+        pytest.skip("nvcc or cmake is not installed")
+    include = Path(sysconfig.get_paths()["include"], "Python.h")
+    raw = "ON" if include.is_file() else "OFF"
+    folder = Path(os.environ.get("LORA_KERNELS_CUDA_BUILD") or tmp_path_factory.mktemp("cuda"))
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-DLORA_KERNELS_CUDA=ON"]
+    configure += ["-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
+    configure += [f"-DLORA_KERNELS_RAW={raw}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-DLORA_KERNELS_TORCH={torch.__path__[0]}"]
+    configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+    jobs = os.environ.get("MAX_JOBS", "2")
+    for command in (configure, ["cmake", "--build", folder, "-j", jobs]):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_the_library_loads_without_a_gpu(built: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", LOADED],
+        env=os.environ
+        | {"LORA_KERNELS_LIBRARY": str(built / "_torch.so"), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "loaded" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_raw_module_runs_on_numpy_and_refuses_a_missing_gpu(built: Path) -> None:
+    if not list(built.glob("_raw*.so")):
+        pytest.skip("Python.h is not installed")
+    environment = os.environ | {"PYTHONPATH": str(built), "CUDA_VISIBLE_DEVICES": ""}
+    example = ROOT / "examples" / "raw_lora_linear.py"
+    run = subprocess.run([sys.executable, example], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "relative error" in run.stdout
+    assert "PyCUDA: skipped" in run.stdout
+    code = "import _raw; print(_raw.on_cuda(_raw.CudaDevice(arch=90))); _raw.cuda_device(0)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "cuda_device: device 0 could not be asked" in run.stderr
+    plan = (
+        "import _raw as r; L = r.LoraShape(adapters=1, total_rank=16, max_rank=16, "
+        "dtype=r.DType.float16); p = r.LoraLinearProblem(rows=4096, in_features=1280, "
+        "out_features=1280, dtype=r.DType.float16, lora=L); "
+        "d = r.on_cuda(r.CudaDevice(arch=90, multiprocessors=132)); c = r.plan(p, d); print(c); "
+        "r.run(c, x=0, x_stride=1280, weight=0, weight_stride=1280, y=0)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", plan], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "cuda sm_90" in run.stdout
+    assert "could not be launched" in run.stderr
+    assert "the plan was: lora_linear rows=4096" in run.stderr

@@ -1,0 +1,218 @@
+"""Faults that are planted in real kernels are caught by the emulation, each of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from emulated import ROOT, build, missing
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+ADDRESS = "-DLORA_KERNELS_SANITIZE=address,undefined"
+
+
+def run_shapes(library: Path, *dtypes: str, sanitized: bool) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"LORA_KERNELS_EMULATED": str(library)}
+    if sanitized:
+        found = subprocess.run(
+            ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        )
+        # The interpreter and torch leak by design, and torch is not watched.
+        environment |= {
+            "LD_PRELOAD": found.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
+        }
+    script = ROOT / "tests" / "cuda" / "run_shapes.py"
+    return subprocess.run(
+        [sys.executable, script, *dtypes], env=environment, capture_output=True, text=True
+    )
+
+
+def test_primitives_and_faults_in_small_kernels() -> None:
+    """tests/cpp/emulation_test.cpp under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    program = build("emulation_test", ADDRESS)
+    run = subprocess.run(
+        [program],
+        env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "all checks passed" in run.stdout
+
+
+@pytest.mark.slow
+def test_kernels_under_sanitizers() -> None:
+    """Every path on odd shapes; tensors and workspace end where their allocations do."""
+    run = run_shapes(build("libcuda_emulated.so", ADDRESS), sanitized=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "all right" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "silent"), [("ordered", True), ("race", False), ("kernels", True)]
+)
+def test_races_under_thread_sanitizer(what: str, silent: bool) -> None:
+    """A race that changes no result is seen; writes in order are none; our kernels have none."""
+    program = build("emulation_race_test", "-DLORA_KERNELS_SANITIZE=thread")
+    # Where addresses are laid out at random beyond what the sanitizer expects, it cannot start.
+    run = subprocess.run(
+        ["setarch", "-R", program, what], capture_output=True, text=True, timeout=300
+    )
+    text = run.stdout + run.stderr
+    assert ("WARNING: ThreadSanitizer: data race" in text) != silent, text[-3000:]
+    if silent:
+        assert run.returncode == 0, text[-3000:]
+        assert "all checks passed" in text
+
+
+@pytest.mark.slow
+def test_kernels_of_sm_75() -> None:
+    """fp16 in products of eight steps of depth, all that sm_75 has."""
+    flags = os.environ.get("CXXFLAGS", "") + " -DLORA_KERNELS_EMULATED_ARCH=75"
+    library = build("libcuda_emulated.so", f"-DCMAKE_CXX_FLAGS={flags.strip()}")
+    run = run_shapes(library, "float16", sanitized=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of one place in csrc/cuda, and the words by which it must be found."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    words: tuple[str, ...]
+    sanitized: bool = False
+
+
+FAULTS = [
+    Fault(
+        "missing barrier",
+        "gemm.cuh",
+        "      __syncthreads();  // step k has landed",
+        "      // step k has landed",
+        ("nothing has written", "relative error"),
+    ),
+    Fault(
+        "wait too weak",
+        "gemm.cuh",
+        "wait_copies<kStages - 2>();",
+        "wait_copies<kStages - 1>();",
+        ("nothing has written", "relative error"),
+    ),
+    Fault(
+        "buffer filled while it is read",
+        "gemm.cuh",
+        "fetch(k + kStages - 1, steps, adapters);",
+        "fetch(k + kStages, steps, adapters);",
+        ("relative error", "nothing has written"),
+    ),
+    Fault(
+        "wrong fragment layout",
+        "tile.h",
+        "Tile::offset(row + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2)",
+        "Tile::offset(row + lane / 8 % 2 * 8 + lane % 8, half * 2 + lane / 16)",
+        ("relative error",),
+    ),
+    Fault(
+        "registers in another order",
+        "gemm.cuh",
+        "product<T>(c_[i][j + 1], a[i], b[2], b[3], p_.precise);",
+        "product<T>(c_[i][j + 1], a[i], b[3], b[2], p_.precise);",
+        ("relative error",),
+    ),
+    Fault(
+        "read of what nothing wrote",
+        "gemm.cuh",
+        "if (k == base_steps_ - 1) keep_t();",
+        "if (k == base_steps_) keep_t();",
+        ("nothing has written",),
+    ),
+    Fault(
+        "parts read before all are there",
+        "skinny.cuh",
+        "c[j][e];\n  __syncthreads();",
+        "c[j][e];",
+        ("relative error", "nan"),
+    ),
+    Fault(
+        "swizzle that one side lacks",
+        "tile.h",
+        "char* to = tile + Tile::offset(r, chunk);",
+        "char* to = tile + (r * Tile::kChunks + chunk) * 16;",
+        ("relative error",),
+    ),
+    Fault(
+        "swizzle that spreads nothing",
+        "tile.h",
+        "if constexpr (kChunks == 4) return row >> 1 & 3;",
+        "if constexpr (kChunks == 4) return 0;",
+        ("bank conflicts",),
+    ),
+    Fault(
+        "step of an adapter left out",
+        "gemm.cuh",
+        "m < row + kStep<T>;",
+        "m < row + 1;",
+        ("relative error",),
+    ),
+    Fault(
+        "more shared memory than asked for",
+        "gemm_shapes.h",
+        "kTSteps * A::kBytes +",
+        "0 +",
+        ("bytes of shared memory, launched with",),
+    ),
+    Fault(
+        "row beyond the result",
+        "gemm.cuh",
+        "if (row < p_.rows && column < p_.columns)",
+        "if (row <= p_.rows && column < p_.columns)",
+        ("heap-buffer-overflow", "lora_kernels::cuda::gemm<"),
+        sanitized=True,
+    ),
+    Fault(
+        "index beyond the factor",
+        "gemm_shapes.h",
+        "left = n + column < columns ? rank - r : 0;",
+        "left = rank - r;",
+        ("heap-buffer-overflow", "lora_kernels::cuda::gemm<"),
+        sanitized=True,
+    ),
+    Fault(
+        "shared memory of a neighbour",
+        "skinny.cuh",
+        "mine[(g + e / 2 * 8) * kWidth",
+        "mine[(g + 1 + e / 2 * 8) * kWidth",
+        ("use-after-poison", "lora_kernels::cuda::"),
+        sanitized=True,
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_planted_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
+    for folder in ("csrc", "tests/cpp"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    path = tmp_path / "csrc" / "cuda" / fault.file
+    source = path.read_text()
+    assert source.count(fault.before) == 1, f"{fault.file} no longer has {fault.before!r} once"
+    path.write_text(source.replace(fault.before, fault.after))
+    options = [ADDRESS] if fault.sanitized else []
+    library = build("libcuda_emulated.so", *options, sources=tmp_path, folder=tmp_path / "build")
+    run = run_shapes(library, "float16", sanitized=fault.sanitized)
+    text = run.stdout + run.stderr
+    assert run.returncode != 0, f"{fault.name} was not caught"
+    found = [word in text for word in fault.words]
+    assert all(found) if fault.sanitized else any(found), text[-3000:]

@@ -1,0 +1,139 @@
+"""lora_linear on a GPU: against the reference, in graphs, on streams, twice the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
+
+from test_emulated_lora_linear import bank, base, gradients
+from tolerances import assert_close
+
+from lora_kernels import ops, reference
+
+
+def _without() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("lora_kernels::lora_linear", "CUDA"):
+        return "the library was built without its CUDA kernels (LORA_KERNELS_CUDA=ON)"
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(_without()), reason=_without())
+
+SHAPES = [(1, 1, 1), (1, 1280, 1280), (3, 37, 53), (32, 513, 77), (33, 40, 16), (129, 257, 191)]
+SHAPES += [(375, 1024, 4096), (1500, 512, 2048), (4096, 1280, 1280)]
+
+
+def dtypes() -> list[torch.dtype]:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return [torch.float16]
+    return [torch.float16, torch.bfloat16, torch.float32]
+
+
+def there(operands: dict) -> dict:
+    return {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in operands.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", dtypes(), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("mode", ["none", "peft", "by_rank", "bank", "dropout", "fp32"])
+def test_forward(dtype: torch.dtype, mode: str) -> None:
+    for index, (rows, k, n) in enumerate(SHAPES):
+        x, weight, bias, residual = base(rows, k, n, dtype)
+        activation = ["none", "gelu", "silu"][index % 3]
+        operands = bank(mode, rows, k, n, dtype, 16)
+        operands |= {"residual": residual, "activation": activation}
+        got = ops.lora_linear(x.cuda(), weight.cuda(), bias.cuda(), **there(operands)).cpu()
+        exact = reference.lora_linear(x, weight, bias, **operands)
+        plain = exact
+        if mode != "fp32":
+            plain = reference.lora_linear(x, weight, bias, **operands, compute_dtype=dtype)
+        assert_close(got, exact, plain.to(dtype), what=f"{rows}x{k}x{n} {mode}")
+
+
+@pytest.mark.parametrize("dtype", dtypes(), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("mode", ["peft", "bank", "dropout"])
+def test_gradients(dtype: torch.dtype, mode: str) -> None:
+    for rows, k, n in [(3, 37, 53), (300, 72, 136), (1500, 512, 512)]:
+        x, weight, bias, dy = base(rows, k, n, dtype)
+        operands = bank(mode, rows, k, n, dtype, 16)
+        leaves = there({"x": x, "weight": weight, "bias": bias})
+        factors = there({"lora_a": operands["lora_a"], "lora_b": operands["lora_b"]})
+        everything = leaves | factors
+        for leaf in everything.values():
+            leaf.requires_grad_()
+        rest = {n: v for n, v in operands.items() if n not in factors}
+        y = ops.lora_linear(**everything, **there(rest))
+        y.backward(dy.cuda())
+        exact = gradients(x, weight, operands, dy, torch.float64)
+        plain = gradients(x, weight, operands, dy, dtype)
+        names = {"dx": "x", "dweight": "weight", "dbias": "bias"}
+        names |= {"dlora_a": "lora_a", "dlora_b": "lora_b"}
+        for name, leaf in names.items():
+            got = everything[leaf].grad.cpu()
+            assert_close(got, exact[name], plain[name], what=f"{name} at {rows}x{k}x{n}")
+
+
+def test_same_bits_every_time() -> None:
+    x, weight, bias, _ = base(1500, 512, 512, torch.float16)
+    operands = there(bank("bank", 1500, 512, 512, torch.float16))
+    arguments = [x.cuda(), weight.cuda(), bias.cuda()]
+    first = ops.lora_linear(*arguments, **operands)
+    for _ in range(50):
+        assert torch.equal(ops.lora_linear(*arguments, **operands), first)
+
+
+def test_a_captured_graph_follows_its_ids() -> None:
+    """Nothing synchronises or allocates outside of the pool, and ids are read when it replays."""
+    for rows in (8, 300):
+        x, weight, _, _ = base(rows, 256, 256, torch.float16)
+        operands = there(bank("bank", rows, 256, 256, torch.float16))
+        x, weight, ids = x.cuda(), weight.cuda(), operands["adapter_ids"]
+        with torch.no_grad():
+            ops.lora_linear(x, weight, **operands)  # attributes of kernels are set once
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = ops.lora_linear(x, weight, **operands)
+            for _ in range(3):
+                ids.copy_(torch.randint(-1, 4, (rows,), dtype=torch.int32))
+                graph.replay()
+                assert torch.equal(y, ops.lora_linear(x, weight, **operands))
+
+
+def test_on_another_stream() -> None:
+    x, weight, _, _ = base(64, 256, 256, torch.float16)
+    x, weight = x.cuda(), weight.cuda()
+    want = ops.lora_linear(x, weight)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = ops.lora_linear(x, weight)
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_operands_elsewhere_are_named() -> None:
+    x = torch.randn(4, 8, device="cuda", dtype=torch.float16)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"weight: expected .* CUDA device 0"):
+        ops.lora_linear(x, torch.randn(6, 8).half())
+
+
+def test_every_plan_runs_and_counts() -> None:
+    from lora_kernels import implementations
+
+    def runs() -> int:
+        rows = implementations.describe()[1]
+        return next(r.runs for r in rows if r.op == "lora_linear" and r.name == "cuda")
+
+    before = runs()
+    ops.lora_linear(*[t.cuda() for t in base(9, 64, 64, torch.float16)[:2]])
+    assert runs() == before + 1

@@ -1,0 +1,83 @@
+"""tools/cuda_check.py finds what it looks for; the compilers themselves are not called here."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+check = runpy.run_path(str(ROOT / "tools" / "cuda_check.py"), run_name="cuda_check")
+RECORDED = json.loads((ROOT / "csrc" / "cuda" / "resources.json").read_text())
+GEMM = "gemm<__half, LargeShape, kForward>"
+
+REPORT = """
+ptxas info    : Compiling entry function '_Z3oneP' for 'sm_80'
+ptxas info    : Function properties for _Z3oneP
+    16 bytes stack frame, 24 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 16 bytes cumulative stack size
+ptxas info    : Compiling entry function '_Z3twoP' for 'sm_80'
+ptxas info    : Function properties for _Z3twoP
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+"""
+
+
+def kernel(**changes: object) -> object:
+    return check["Kernel"](**(RECORDED["sm_80"][GEMM] | changes))
+
+
+def faults(found: object, budget: dict | None = RECORDED["sm_80"][GEMM], arch: int = 80) -> str:
+    return "; ".join(check["faults"](GEMM, "f16", arch, found, budget))
+
+
+def test_the_compiler_s_report_is_read() -> None:
+    kernels = check["parse"](REPORT)
+    assert kernels["_Z3oneP"] == check["Kernel"](128, 16, 24, 20)
+    assert kernels["_Z3twoP"] == check["Kernel"](32, 0, 0, 0)
+
+
+def test_a_kernel_as_recorded_has_no_faults() -> None:
+    assert faults(kernel()) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spill_stores": 4}, "spill_stores 4, recorded 0"),
+        ({"spill_loads": 8}, "spill_loads 8, recorded 0"),
+        ({"stack": 16}, "stack 16, recorded 0"),
+        ({"registers": 255}, "registers 255, recorded"),
+        ({"shared": 200000}, "200000 bytes of shared memory, at most 166912"),
+        ({"instructions": "FFMA:64 LDGSTS:4 LDSM:4"}, "no HMMA.16816.F32"),
+        ({"instructions": "HMMA.16816.F32:32 LDSM:4"}, "no LDGSTS"),
+        ({"instructions": "HMMA.16816.F32:32 LDGSTS:4"}, "no LDSM"),
+    ],
+)
+def test_every_fault_is_named(changes: dict, words: str) -> None:
+    assert words in faults(kernel(**changes))
+
+
+def test_a_kernel_without_a_record_is_a_fault() -> None:
+    assert "not in resources.json" in faults(kernel(), budget=None)
+
+
+def test_everything_is_recorded_without_spills() -> None:
+    assert set(RECORDED) == {f"sm_{arch}" for arch in check["ARCHITECTURES"]}
+    for arch, kernels in RECORDED.items():
+        types = ["__half"] if arch == "sm_75" else ["__half", "__nv_bfloat16", "float"]
+        for kind in types:
+            assert sum(f"<{kind}" in name for name in kernels) >= 18, f"{arch} {kind}"
+        for name, found in kernels.items():
+            assert found["spill_stores"] == found["spill_loads"] == found["stack"] == 0, name
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt is not installed")
+def test_names_are_short() -> None:
+    symbol = (
+        "_ZN12lora_kernels4cuda4gemmI6__halfNS0_10LargeShapeELNS0_7ProductE0EEEvNS0_10GemmParamsE"
+    )
+    assert check["short"](symbol) == GEMM
