@@ -40,6 +40,8 @@ Status validate(const Int8LoraLinearProblem& p) {
   const int64_t most = p.out_features < kMostTopK ? p.out_features : kMostTopK;
   if (p.top_k && !(p.top_k >= 1 && p.top_k <= most))
     check.fail("top_k: expected 1 to " + std::to_string(most) + got(p.top_k));
+  if (p.has_screen && !p.top_k)
+    check.fail("screen: expected top_k with it, as it finds the largest outputs only; leave it out, or take no y");
   if (p.has_norm && !(p.norm_eps >= 0 && std::isfinite(p.norm_eps)))
     check.fail("norm_eps: expected a finite number of at least 0, got " + std::to_string(p.norm_eps));
   check_lora_shape(&check, p.lora, p.rows);
@@ -63,6 +65,8 @@ Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const
   if (p.rows == 0 || p.out_features == 0) return {};
   Check check("int8_lora_linear");
   check_lora_bank(&check, p.lora, args.lora);
+  if (p.has_screen && !args.screen)
+    check.fail("screen: expected what int8_pack_screen makes of the weight, got null; leave has_screen false without");
   if (p.static_scale) {
     const float scale = *args.x_scale;
     if (!(scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale)))
@@ -80,7 +84,8 @@ std::string to_string(const Int8LoraLinearProblem& p) {
   text << "int8_lora_linear rows=" << p.rows << " in=" << p.in_features << " out=" << p.out_features << " "
        << name_of(p.dtype) << (p.has_norm ? " norm" : "") << (p.static_scale ? " static" : " dynamic")
        << (p.has_bias ? " bias" : "") << " activation=" << name_of(p.activation) << (p.has_residual ? " residual" : "")
-       << (p.top_k ? " top_k=" + std::to_string(p.top_k) : "") << (p.log_sum ? " log_sum" : "");
+       << (p.top_k ? " top_k=" + std::to_string(p.top_k) : "") << (p.log_sum ? " log_sum" : "")
+       << (p.has_screen ? " screen" : "");
   if (p.lora.present())
     text << " adapters=" << p.lora.adapters << " rank=" << p.lora.total_rank << " (largest " << p.lora.max_rank << ") "
          << name_of(p.lora.dtype);

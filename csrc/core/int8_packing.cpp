@@ -1,5 +1,6 @@
 #include "lora_kernels/int8_packing.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace lora_kernels {
@@ -35,6 +36,33 @@ void int8_unpack(const uint8_t* packed, int64_t out_features, int64_t in_feature
     for (int64_t k = 0; k < in_features; ++k)
       weight[n * in_features + k] = static_cast<int8_t>(block[int8_weight_offset(c, k)]);
     std::memcpy(scales + n, block + weight_bytes + c * sizeof(float), sizeof(float));
+  }
+}
+
+void int8_pack_screen(const uint8_t* packed, int64_t out_features, int64_t in_features, uint8_t* screen) {
+  const int64_t packed_bytes = int8_block_bytes(in_features), screen_bytes = int8_screen_block_bytes(in_features);
+  const int64_t weight_bytes = kInt8BlockChannels * int8_padded_depth(in_features);
+  const int64_t nibble_bytes = kInt8BlockChannels * int8_screen_steps(in_features) * 4;
+  const double depth = in_features > 0 ? static_cast<double>(in_features) : 1.0;
+  for (int64_t n0 = 0; n0 < out_features; n0 += kInt8BlockChannels, packed += packed_bytes, screen += screen_bytes) {
+    std::memset(screen, 0, static_cast<size_t>(screen_bytes));
+    float centers[kInt8BlockChannels] = {}, spreads[kInt8BlockChannels] = {};
+    for (int64_t c = 0; c < kInt8BlockChannels && n0 + c < out_features; ++c) {
+      int64_t sum = 0, squares = 0;
+      for (int64_t k = 0; k < in_features; ++k) {
+        const int w = static_cast<int8_t>(packed[int8_weight_offset(c, k)]) + 128;
+        const int64_t at = (k / kScreenStepDepth * kInt8BlockChannels + c) * 4 + k % 4;
+        screen[at] |= static_cast<uint8_t>(k % kScreenStepDepth < 4 ? w >> 4 : w & 0xf0);
+        sum += w & 15, squares += (w & 15) * (w & 15);
+      }
+      const double center = static_cast<double>(sum) / depth;
+      centers[c] = static_cast<float>(center);
+      const double variance = static_cast<double>(squares) / depth - center * center;
+      spreads[c] = static_cast<float>(std::sqrt(variance > 0 ? variance : 0.0));
+    }
+    std::memcpy(screen + nibble_bytes, packed + weight_bytes, kInt8BlockChannels * sizeof(float));
+    std::memcpy(screen + nibble_bytes + sizeof centers, centers, sizeof centers);
+    std::memcpy(screen + nibble_bytes + 2 * sizeof centers, spreads, sizeof spreads);
   }
 }
 

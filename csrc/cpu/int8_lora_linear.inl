@@ -386,6 +386,12 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
 
 // ---------- The implementation's functions
 
+// int8_screen.inl: the lists of top_k with most of the weight left unread.
+inline bool int8_screens(const Int8LoraLinearProblem& p);
+inline int64_t int8_screen_floats(const Int8LoraLinearProblem& p, const Int8Grid& grid);
+inline void int8_run_screened(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Int8Grid& grid,
+                              float* memory, float* lists, const Executor& executor);
+
 inline void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   const Int8LoraLinearProblem& p = plan->problem;
   // A fork and join costs a few microseconds, in which one core reads about 100 KB or does two million multiply-adds.
@@ -401,6 +407,7 @@ inline void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
                    (p.lora.groups == 0 || p.rows / p.lora.groups >= kPairRows);
   int64_t floats = Int8Scratch(nullptr, *plan, grid).used * plan->tasks;
   if (p.top_k) floats += p.rows * grid.block_parts * TopList::floats(p.top_k, p.log_sum);
+  if (int8_screens(p)) floats += int8_screen_floats(p, grid);
   plan->workspace = floats * static_cast<int64_t>(sizeof(float));
 }
 
@@ -412,8 +419,12 @@ inline void run_forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs
   const int64_t scratch = Int8Scratch(nullptr, plan, grid).used, list = TopList::floats(p.top_k, p.log_sum);
   float* memory = static_cast<float*>(args.workspace);
   float* lists = memory + scratch * plan.tasks;  // [block_parts][rows], for top_k
-  for_each_task(executor, plan.tasks,
-                [&](int64_t index) { int8_run_task(plan, args, bank, grid, index, memory + index * scratch, lists); });
+  if (int8_screens(p))
+    int8_run_screened(plan, args, grid, memory, lists, executor);
+  else
+    for_each_task(executor, plan.tasks, [&](int64_t index) {
+      int8_run_task(plan, args, bank, grid, index, memory + index * scratch, lists);
+    });
   if (!p.top_k) return;
   in_one_task(executor, [&] {
     for (int64_t m = 0; m < p.rows; ++m) {

@@ -17,6 +17,7 @@ namespace {
 #include "cpu/topk.inl"
 #include "cpu/int8_rows.inl"
 #include "cpu/int8_lora_linear.inl"
+#include "cpu/int8_screen.inl"
 // clang-format on
 
 }  // namespace

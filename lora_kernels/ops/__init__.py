@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import _library as _library
 from .composite import Composite
-from .int8_lora_linear import int8_lora_linear, int8_pack, int8_unpack
+from .int8_lora_linear import int8_lora_linear, int8_pack, int8_pack_screen, int8_unpack
 from .int8_lora_topk import int8_lora_topk
 from .kv_attention_step import kv_attention_step
 from .kv_pack import kv_pack
@@ -19,6 +19,7 @@ __all__ = [
     "int8_lora_linear",
     "int8_lora_topk",
     "int8_pack",
+    "int8_pack_screen",
     "int8_unpack",
     "kv_attention_step",
     "kv_pack",

@@ -104,6 +104,7 @@ class Composite:
         adapter_ids: torch.Tensor | None = None,
         x_scale: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+        screen: torch.Tensor | None = None,
     ) -> None:
         """Record :func:`lora_kernels.ops.int8_lora_topk`.
 
@@ -132,6 +133,7 @@ class Composite:
             values,
             columns,
             log_sum,
+            screen,
         )
 
     def kv_attention_step(

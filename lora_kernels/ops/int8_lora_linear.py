@@ -13,6 +13,7 @@ from ._dispatch import forward_only, straight
 _op = torch.ops.lora_kernels.int8_lora_linear.default
 _straight = straight(_op)
 _pack_op = torch.ops.lora_kernels.int8_pack.default
+_pack_screen_op = torch.ops.lora_kernels.int8_pack_screen.default
 _unpack_op = torch.ops.lora_kernels.int8_unpack.default
 
 # csrc/include/lora_kernels/int8_packing.h: blocks of 64 channels, steps of 4 k
@@ -135,6 +136,33 @@ def int8_pack(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return _pack_op(weight, scales)
 
 
+def int8_pack_screen(
+    packed_weight: torch.Tensor, out_features: int, in_features: int
+) -> torch.Tensor:
+    """Make the screen of a packed weight, for :func:`int8_lora_topk`.
+
+    Parameters
+    ----------
+    packed_weight
+        uint8, what :func:`int8_pack` returned.
+    out_features, in_features
+        N and K of the weight.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8, one dimension: the high four bits of the weights in blocks of 64 output channels,
+        each with its scales, and the mean and spread of what is missing. The size is
+        ``ceil(N / 64) * 64 * (ceil(K / 8) * 4 + 12)`` bytes, half of the packed weight's.
+
+    Raises
+    ------
+    RuntimeError
+        If the size does not fit N and K.
+    """
+    return _pack_screen_op(packed_weight, out_features, in_features)
+
+
 def int8_unpack(
     packed_weight: torch.Tensor, out_features: int, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,6 +201,15 @@ def _fake_pack(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     blocks = (out_features + _BLOCK_CHANNELS - 1) // _BLOCK_CHANNELS
     depth = (in_features + _STEP_DEPTH - 1) // _STEP_DEPTH * _STEP_DEPTH
     return weight.new_empty(blocks * _BLOCK_CHANNELS * (depth + 8), dtype=torch.uint8)
+
+
+@torch.library.register_fake("lora_kernels::int8_pack_screen")
+def _fake_pack_screen(
+    packed_weight: torch.Tensor, out_features: int, in_features: int
+) -> torch.Tensor:
+    blocks = (out_features + _BLOCK_CHANNELS - 1) // _BLOCK_CHANNELS
+    steps = (in_features + 2 * _STEP_DEPTH - 1) // (2 * _STEP_DEPTH)
+    return packed_weight.new_empty(blocks * _BLOCK_CHANNELS * (steps * 4 + 12))
 
 
 @torch.library.register_fake("lora_kernels::int8_unpack")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from . import _library as _library
@@ -29,6 +27,7 @@ def int8_lora_topk(
     x_scale: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     log_sum: bool = False,
+    screen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the ``k`` largest of ``y = int8_lora_linear(x, ...)`` per row, largest first.
 
@@ -46,6 +45,13 @@ def int8_lora_topk(
     log_sum
         Whether ``log(sum(exp(y)))`` is wanted: ``values - log_sum[..., None]`` are the logarithms
         of the softmax.
+    screen
+        uint8, what :func:`int8_pack_screen` made of ``packed_weight``: read in its place, it halves
+        the bytes that the choice for one to four rows takes, where neither LoRA nor ``log_sum`` is
+        asked for; otherwise it is left alone. Columns and values are the same, bit for bit. Beyond
+        64 columns of ``x`` that holds with all but certainty: a wrong choice takes an error of
+        eight standard deviations, for which low bits of the weight would have to be made to match
+        ``x``.
 
     Returns
     -------
@@ -78,16 +84,31 @@ def int8_lora_topk(
         norm_bias,
         norm_eps,
         log_sum,
+        screen,
     )
     return values, columns, log_sums if log_sum else None
 
 
 @torch.library.register_fake("lora_kernels::int8_lora_topk")
 def _fake(
-    x: torch.Tensor, packed_weight: torch.Tensor, out_features: int, k: int, *args: Any
+    x: torch.Tensor,
+    packed_weight: torch.Tensor,
+    out_features: int,
+    k: int,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    adapter_ids: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    norm_eps: float,
+    log_sum: bool,
+    screen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = x.shape[:-1]
-    log_sum = bool(args[-1])
     return (
         x.new_empty(*rows, k, dtype=torch.float32),
         x.new_empty(*rows, k, dtype=torch.int64),

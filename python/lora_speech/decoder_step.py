@@ -17,7 +17,14 @@ import torch
 
 from lora_speech.adapter_rows import AdapterRows
 from lora_speech.linear_parts import LinearParts, linear_parts
-from lora_speech.recorded_parts import Norm, has_gelu, norm_of, packed_once, record_linear
+from lora_speech.recorded_parts import (
+    Norm,
+    has_gelu,
+    norm_of,
+    packed_once,
+    record_linear,
+    screen_once,
+)
 
 Head = Literal["choice", "candidates", "logits"]
 
@@ -54,6 +61,8 @@ class DecoderParts:
         Weight, bias and epsilon of the last layer norm.
     vocabulary : Tensor
         The vocabulary's projection, packed INT8.
+    screen : Tensor or None
+        Its screen, which halves the bytes of a choice, where it is large enough.
     words : Tensor
         The same as it was, [vocabulary, width].
     """
@@ -63,6 +72,7 @@ class DecoderParts:
     layers: list[LayerParts]
     norm: Norm
     vocabulary: torch.Tensor
+    screen: torch.Tensor | None
     words: torch.Tensor
 
     @classmethod
@@ -97,12 +107,14 @@ class DecoderParts:
         words = linear_parts(whisper.proj_out)
         if words is None or words.packed or words.lora or words.bias is not None:
             return None
+        vocabulary = packed_once(whisper.proj_out)
         return cls(
             decoder.embed_tokens.weight,
             decoder.embed_positions.weight,
             layers,
             norm_of(decoder.layer_norm),
-            packed_once(whisper.proj_out),
+            vocabulary,
+            screen_once(whisper.proj_out, vocabulary),
             whisper.proj_out.weight,
         )
 
@@ -257,6 +269,7 @@ class RecordedStep:
         step.int8_lora_topk(
             *vocabulary, norm=parts.norm, values=self.values, columns=self.result,
             log_sum=self.log_sums[0] if head == "candidates" else None,
+            screen=parts.screen if head == "choice" else None,
         )  # fmt: skip
         if head == "candidates" and left_out is not None:
             largest = torch.empty(batch, 1), torch.empty(batch, 1, dtype=torch.int64)

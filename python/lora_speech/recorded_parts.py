@@ -13,6 +13,11 @@ from lora_speech.linear_parts import LinearParts
 Norm = tuple[torch.Tensor, torch.Tensor, float]
 """Weight, bias and epsilon of a layer norm."""
 
+SCREENED_BYTES = 4_000_000
+"""From this many INT8 weights of a vocabulary on a screen is made, half as large again. Smaller
+ones stay in the caches, where reading a screen takes as long as reading all."""
+
+_screens: WeakKeyDictionary[Any, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
 _packed: WeakKeyDictionary[Any, tuple[torch.Tensor, int, torch.Tensor]] = WeakKeyDictionary()
 
 
@@ -75,3 +80,31 @@ def packed_once(
     packed = int8_pack(*quantize_weight(rows(weight)))
     _packed[module] = (weight, version, packed)
     return packed
+
+
+def screen_once(module: Any, packed: torch.Tensor) -> torch.Tensor | None:
+    """Screen of what `packed_once` made of a vocabulary's projection, for `int8_lora_topk`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The screen is kept for as long as it and `packed` live.
+    packed : Tensor
+        INT8 of the module's weight [vocabulary, width].
+
+    Returns
+    -------
+    Tensor or None
+        uint8; None where the vocabulary is too small for a screen to pay.
+    """
+    from lora_kernels.ops import int8_pack_screen
+
+    words, width = module.weight.shape
+    if words * width < SCREENED_BYTES:
+        return None
+    known = _screens.get(module)
+    if known is not None and known[0] is packed:
+        return known[1]
+    screen = int8_pack_screen(packed, words, width)
+    _screens[module] = (packed, screen)
+    return screen

@@ -175,6 +175,27 @@ def test_a_batch_mixes_adapters_and_the_base(
     assert one.tokens[0] == mixed.tokens[0]
 
 
+def test_a_screened_vocabulary_gives_the_same_tokens(
+    tiny_whisper_folder: Path, features: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = []
+    for least in (0, math.inf):
+        monkeypatch.setattr("lora_speech.recorded_parts.SCREENED_BYTES", least)
+        speech = load_base(tiny_whisper_folder)
+        torch.manual_seed(0)
+        speech.model.resize_token_embeddings(20_000, mean_resizing=False)
+        with torch.no_grad():  # as wide as those that were there
+            speech.model.model.decoder.embed_tokens.weight[1000:].normal_(0.0, 0.04)
+        lk.quantize(speech.model)
+        decoder = WhisperDecoder(speech.model, AdapterRows.of(speech.model, None, 1))
+        assert decoder.parts is not None
+        assert (decoder.parts.screen is None) == (least == math.inf)
+        for rows in (features[:1], features[:4], features):
+            tokens.append(greedy_decode(speech.model, rows, language="en").tokens)
+    assert tokens[:3] == tokens[3:]
+    assert max(max(row) for row in tokens[0]) > 1000
+
+
 def test_same_tokens_as_peft(
     tiny_whisper_folder: Path, features: torch.Tensor, tmp_path: Path
 ) -> None:

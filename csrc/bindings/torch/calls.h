@@ -25,6 +25,8 @@ struct Int8LoraLinearCall {
   std::vector<Tensor> keep;  // copies that args point into
 };
 Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& tensors);
+// The screen of the packed weight, checked against it; for calls with set_top_k.
+void set_screen(Int8LoraLinearCall* call, const OptionalTensor& screen);
 // Values fp32 and columns int64 [..., k] of the largest outputs, and fp32 [...], in place of y.
 void set_top_k(Int8LoraLinearCall* call, int64_t k, const Tensor& values, const Tensor& columns,
                const OptionalTensor& log_sum);

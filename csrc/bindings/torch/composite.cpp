@@ -142,7 +142,8 @@ void record_int8_lora_topk(int64_t handle, const Tensor& x, const Tensor& packed
                            const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
                            const OptionalTensor& adapter_ids, const OptionalTensor& x_scale,
                            const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
-                           const Tensor& values, const Tensor& columns, const OptionalTensor& log_sum) {
+                           const Tensor& values, const Tensor& columns, const OptionalTensor& log_sum,
+                           const OptionalTensor& screen) {
   Int8LoraLinearCall call = call_in_place({"int8_lora_topk",
                                            x,
                                            packed_weight,
@@ -163,9 +164,10 @@ void record_int8_lora_topk(int64_t handle, const Tensor& x, const Tensor& packed
   expect_output("columns", columns, ScalarType::Long, call.problem.rows * k);
   if (log_sum) expect_output("log_sum", *log_sum, ScalarType::Float, call.problem.rows);
   set_top_k(&call, k, values, columns, log_sum);
+  set_screen(&call, screen);
   record(handle, call,
          {x, packed_weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, x_scale, norm_weight, norm_bias, values,
-          columns, log_sum});
+          columns, log_sum, screen});
 }
 
 void record_kv_attention_step(int64_t handle, const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,

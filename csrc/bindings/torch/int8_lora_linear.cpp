@@ -63,7 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> int8_lora_topk(const Tensor& x, const Tensor&
                                                   const OptionalTensor& lora_b, const OptionalTensor& scales,
                                                   const OptionalTensor& offsets, const OptionalTensor& adapter_ids,
                                                   const OptionalTensor& x_scale, const OptionalTensor& norm_weight,
-                                                  const OptionalTensor& norm_bias, double norm_eps, bool log_sum) {
+                                                  const OptionalTensor& norm_bias, double norm_eps, bool log_sum,
+                                                  const OptionalTensor& screen) {
   Int8LoraLinearCall call = int8_lora_linear_call({"int8_lora_topk",
                                                    x,
                                                    packed_weight,
@@ -87,6 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> int8_lora_topk(const Tensor& x, const Tensor&
   if (log_sum) sizes.pop_back();
   const Tensor log_sums = new_tensor(x, log_sum ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
   set_top_k(&call, k, values, columns, log_sum ? OptionalTensor(log_sums) : std::nullopt);
+  set_screen(&call, screen);
   plan_and_run(&call);
   return std::make_tuple(values, columns, log_sums);
 }
@@ -115,6 +117,16 @@ Tensor pack(const Tensor& weight, const Tensor& scales) {
   Tensor packed = new_tensor(weight, {int8_packed_bytes(out_features, in_features)}, ScalarType::Byte);
   int8_pack(q, s, out_features, in_features, static_cast<uint8_t*>(packed.data_ptr()));
   return packed;
+}
+
+Tensor pack_screen(const Tensor& packed_weight, int64_t out_features, int64_t in_features) {
+  const char* op = "int8_pack_screen";
+  if (in_features < 0) refuse(op, "in_features", "expected at least 0, got " + std::to_string(in_features));
+  const Tensor packed = packed_weight_of(op, packed_weight, out_features, in_features);
+  Tensor screen = new_tensor(packed, {int8_screen_bytes(out_features, in_features)}, ScalarType::Byte);
+  int8_pack_screen(static_cast<const uint8_t*>(packed.data_ptr()), out_features, in_features,
+                   static_cast<uint8_t*>(screen.data_ptr()));
+  return screen;
 }
 
 std::tuple<Tensor, Tensor> unpack(const Tensor& packed_weight, int64_t out_features, int64_t in_features) {
@@ -184,11 +196,28 @@ void set_top_k(Int8LoraLinearCall* call, int64_t k, const Tensor& values, const 
   if (log_sum) call->args.log_sum = static_cast<float*>(log_sum->data_ptr());
 }
 
+void set_screen(Int8LoraLinearCall* call, const OptionalTensor& screen) {
+  if (!screen) return;
+  const char* op = "int8_lora_topk";
+  const int64_t out_features = call->problem.out_features, in_features = call->problem.in_features;
+  const int64_t bytes = int8_screen_bytes(out_features, in_features);
+  expect_cpu(op, "screen", *screen);
+  if (!(screen->scalar_type() == ScalarType::Byte && screen->dim() == 1 && screen->size(0) == bytes &&
+        screen->is_contiguous()))
+    refuse(op, "screen",
+           "expected contiguous uint8 [" + std::to_string(bytes) + "], what int8_pack_screen makes of packed_weight [" +
+               std::to_string(out_features) + ", " + std::to_string(in_features) + "], got " + shape_of(*screen) +
+               (screen->scalar_type() == ScalarType::Byte ? "" : " of another dtype"));
+  call->problem.has_screen = true;
+  call->args.screen = static_cast<const uint8_t*>(screen->data_ptr());
+}
+
 }  // namespace lora_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("int8_lora_linear", TORCH_BOX(&lora_kernels::int8_lora_linear));
   m.impl("int8_lora_topk", TORCH_BOX(&lora_kernels::int8_lora_topk));
   m.impl("int8_pack", TORCH_BOX(&lora_kernels::pack));
+  m.impl("int8_pack_screen", TORCH_BOX(&lora_kernels::pack_screen));
   m.impl("int8_unpack", TORCH_BOX(&lora_kernels::unpack));
 }

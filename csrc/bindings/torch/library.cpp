@@ -47,8 +47,9 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
   m.def(
       "int8_lora_topk(Tensor x, Tensor packed_weight, int out_features, int k, Tensor? bias, Tensor? lora_a, "
       "Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? x_scale, Tensor? norm_weight, "
-      "Tensor? norm_bias, float norm_eps, bool log_sum) -> (Tensor, Tensor, Tensor)");
+      "Tensor? norm_bias, float norm_eps, bool log_sum, Tensor? screen=None) -> (Tensor, Tensor, Tensor)");
   m.def("int8_pack(Tensor weight, Tensor scales) -> Tensor");
+  m.def("int8_pack_screen(Tensor packed_weight, int out_features, int in_features) -> Tensor");
   m.def("int8_unpack(Tensor packed_weight, int out_features, int in_features) -> (Tensor, Tensor)");
   m.def(
       "kv_attention_step(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -67,7 +68,7 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "composite_int8_lora_topk(int composite, Tensor x, Tensor packed_weight, int out_features, int k, Tensor? bias, "
       "Tensor? lora_a, Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? x_scale, "
       "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor(a!) values, Tensor(b!) columns, "
-      "Tensor(c!)? log_sum) -> ()");
+      "Tensor(c!)? log_sum, Tensor? screen=None) -> ()");
   m.def(
       "composite_kv_pack(int composite, Tensor k, Tensor v, int heads, Tensor(a!) packed_k, Tensor(b!) packed_v, "
       "Tensor(c!) k_scales, Tensor(d!) v_scales) -> ()");

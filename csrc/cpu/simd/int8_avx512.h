@@ -11,6 +11,18 @@ inline void int8_dot_into(I& c, I x, const Weights& w) { asm("vpdpbusd %2, %1, %
 
 inline void int8_dot_positive_into(I& c, I x, const Weights& w) { int8_dot_into(c, x, w); }
 
+struct Nibbles {
+  __m512i low, high;
+};
+inline Nibbles load_nibbles(const uint8_t* p) {
+  const __m512i w = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
+  return {_mm512_and_si512(w, low), _mm512_and_si512(_mm512_srli_epi16(w, 4), low)};
+}
+inline void nibble_dot_into(I& c, I x, I y, const Nibbles& w) {  // the nibbles are the unsigned ones here
+  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(w.low), "v"(x));
+  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(w.high), "v"(y));
+}
+
 inline I max_int(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 inline int32_t reduce_max_int(I v) { return _mm512_reduce_max_epi32((__m512i)v); }
 

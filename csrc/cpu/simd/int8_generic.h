@@ -26,6 +26,24 @@ inline void int8_dot_into(I& c, I x, const Weights& w) {
 // The same for values of x in [0, 127], as which they are also stored where others have 128 added.
 inline void int8_dot_positive_into(I& c, I x, const Weights& w) { int8_dot_into(c, x, w); }
 
+// Of each lane eight values in [0, 15], the first four in the low halves of its bytes, and the sum of their products
+// with eight in [-127, 127], four in x and four in y, which are never stored with 128 added.
+struct Nibbles {
+  Shorts bytes;
+};
+inline Nibbles load_nibbles(const uint8_t* p) {
+  Nibbles w;
+  memcpy(&w.bytes, p, sizeof w.bytes);
+  return w;
+}
+inline void nibble_dot_into(I& c, I x, I y, const Nibbles& w) {
+  const Shorts a = (Shorts)x, b = (Shorts)y, u = w.bytes;
+  const Shorts pairs = ((a << 8) >> 8) * (u & 15) + (a >> 8) * ((u >> 8) & 15) + ((b << 8) >> 8) * ((u >> 4) & 15) +
+                       (b >> 8) * ((u >> 12) & 15);  // at most 4 * 15 * 127 = 7620
+  const I lanes = (I)pairs;
+  c += ((lanes << 16) >> 16) + (lanes >> 16);
+}
+
 inline I max_int(I a, I b) {
   const I mask = a > b;
   return (a & mask) | (b & ~mask);

@@ -34,6 +34,9 @@ struct Int8LoraLinearProblem {
   float norm_eps = 1e-5f;
   int64_t top_k = 0;     // over 0: columns and values of the largest y, and not y; the first column among equals
   bool log_sum = false;  // with top_k: also log(sum over n of exp(y[m, n]))
+  // With top_k: Args.screen is given. A few rows without LoRA and log_sum read it in place of most of the weight; all
+  // others leave it alone. The results are the same (cpu/int8_screen.inl says with what probability).
+  bool has_screen = false;
   Activation activation = Activation::kNone;
   LoraShape lora;
 };
@@ -42,6 +45,7 @@ struct Int8LoraLinearArgs {
   const void* x = nullptr;  // [M, K], rows of stride x_stride elements
   int64_t x_stride = 0;
   const uint8_t* packed_weight = nullptr;  // int8_packed_bytes(N, K), aligned to 64 bytes
+  const uint8_t* screen = nullptr;         // int8_screen_bytes(N, K) of this weight, aligned to 64 bytes, or null
   const void* bias = nullptr;              // [N]
   LoraBank lora;
   const float* x_scale = nullptr;     // [1], for static quantization

@@ -39,4 +39,26 @@ void int8_pack(const int8_t* weight, const float* scales, int64_t out_features, 
 // The exact inverse.
 void int8_unpack(const uint8_t* packed, int64_t out_features, int64_t in_features, int8_t* weight, float* scales);
 
+// The screen of a vocabulary: half of the bytes of its packed weight, enough to tell which few columns can be among the
+// largest (cpu/int8_screen.inl). The weight is w = 16 (u - 8) + l; the screen has the high nibbles u, 0 to 15, of the
+// same blocks of 64 channels:
+//   nibbles  uint8 [K8 / 8][64][4]  K8 = K rounded up to 8; byte j of step s: u of k = 8 s + j below, 8 s + 4 + j above
+//   scales   fp32 [64]              those of the weight
+//   centers  fp32 [64]              the mean of the channel's l
+//   spreads  fp32 [64]              the standard deviation of the channel's l about it
+constexpr int64_t kScreenStepDepth = 2 * kInt8StepDepth;
+
+constexpr int64_t int8_screen_steps(int64_t in_features) {
+  return round_up(in_features, kScreenStepDepth) / kScreenStepDepth;
+}
+constexpr int64_t int8_screen_block_bytes(int64_t in_features) {
+  return kInt8BlockChannels * (int8_screen_steps(in_features) * 4 + 3 * 4);
+}
+constexpr int64_t int8_screen_bytes(int64_t out_features, int64_t in_features) {
+  return round_up(out_features, kInt8BlockChannels) / kInt8BlockChannels * int8_screen_block_bytes(in_features);
+}
+
+// Packed weight -> its screen. Once per model, as well.
+void int8_pack_screen(const uint8_t* packed, int64_t out_features, int64_t in_features, uint8_t* screen);
+
 }  // namespace lora_kernels
