@@ -173,7 +173,14 @@ def check(step: Step) -> None:
     assert weights.dtype == torch.float32
     assert weights.shape == want_weights.shape
     blocked = step.k_cache.dim() == 6
-    assert_close(out, want, extra=FOURTEEN_BITS if blocked else 0.0)
+    if blocked:
+        # Rounded weights err in proportion to the values, which one channel may average to nothing.
+        values = (
+            step.v_scales.nan_to_num(posinf=0).max().item() * 127 if step.v_scales.numel() else 0
+        )
+        assert_close(out, want, extra=FOURTEEN_BITS, least=max(1e-6, values / 10))
+    else:
+        assert_close(out, want)
     atol = 1e-4 if blocked else 2e-6
     torch.testing.assert_close(weights.double(), want_weights, rtol=0, atol=atol)
     for ours, theirs in zip(step.caches(), expected.caches(), strict=True):
