@@ -17,12 +17,12 @@ ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 FOURTEEN_BITS = 5e-4
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor, least: float = 1e-6) -> float:
-    """Largest absolute difference over the largest magnitude of ``want`` (at least ``least``)."""
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest absolute difference over the largest magnitude of ``want`` (at least 1e-6)."""
     if want.numel() == 0:
         return 0.0
     difference = (got.double() - want.double()).abs().max()
-    return (difference / want.double().abs().max().clamp_min(least)).item()
+    return (difference / want.double().abs().max().clamp_min(1e-6)).item()
 
 
 def assert_close(
@@ -32,7 +32,7 @@ def assert_close(
     *,
     what: str = "result",
     extra: float = 0.0,
-    least: float = 1e-6,
+    averaged: float = 0.0,
 ) -> None:
     """Assert the rule of this module.
 
@@ -48,16 +48,19 @@ def assert_close(
         Name of ``got`` in the message.
     extra
         What is allowed besides, such as ``FOURTEEN_BITS``.
-    least
-        The magnitude that errors are relative to, at least: what is averaged may cancel.
+    averaged
+        Magnitude that ``extra`` is relative to where it is larger than the result's: values whose
+        average is the result may cancel in it.
     """
     assert got.shape == exact.shape, (
         f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     )
-    error = relative_error(got, exact, least)
+    error = relative_error(got, exact)
+    if extra and averaged and exact.numel():
+        extra *= max(1.0, averaged / exact.double().abs().max().clamp_min(1e-6).item())
     budget = (
         ROUNDING[got.dtype]
         + extra
-        + 2 * (relative_error(plain, exact, least) if plain is not None else 0.0)
+        + 2 * (relative_error(plain, exact) if plain is not None else 0.0)
     )
     assert error <= budget, f"{what}: relative error {error:.2e}, budget {budget:.2e}"

@@ -48,17 +48,26 @@ void int8_pack_screen(const uint8_t* packed, int64_t out_features, int64_t in_fe
     std::memset(screen, 0, static_cast<size_t>(screen_bytes));
     float centers[kInt8BlockChannels] = {}, spreads[kInt8BlockChannels] = {};
     for (int64_t c = 0; c < kInt8BlockChannels && n0 + c < out_features; ++c) {
-      int64_t sum = 0, squares = 0;
+      int64_t sum = 0, squares = 0, total = 0, total_squares = 0, products = 0;
       for (int64_t k = 0; k < in_features; ++k) {
         const int w = static_cast<int8_t>(packed[int8_weight_offset(c, k)]) + 128;
         const int64_t at = (k / kScreenStepDepth * kInt8BlockChannels + c) * 4 + k % 4;
         screen[at] |= static_cast<uint8_t>(k % kScreenStepDepth < 4 ? w >> 4 : w & 0xf0);
         sum += w & 15, squares += (w & 15) * (w & 15);
+        total += w, total_squares += w * w, products += w * (w & 15);
       }
       const double center = static_cast<double>(sum) / depth;
       centers[c] = static_cast<float>(center);
-      const double variance = static_cast<double>(squares) / depth - center * center;
-      spreads[c] = static_cast<float>(std::sqrt(variance > 0 ? variance : 0.0));
+      const double mean = static_cast<double>(total) / depth;
+      const auto positive = [](double v) { return v > 0 ? v : 0.0; };
+      const double spread = std::sqrt(positive(static_cast<double>(squares) / depth - center * center));
+      const double weight_spread = std::sqrt(positive(static_cast<double>(total_squares) / depth - mean * mean));
+      const double shared = std::fabs(static_cast<double>(products) / depth - center * mean);
+      // Weights that span few multiples of 16, an outlier's neighbours say, go with their low halves, and so does an x
+      // that resembles them: such a channel gets the bound that no error exceeds (int8_screen.inl).
+      const bool related = weight_spread < kScreenSpan || shared > kScreenRelated * spread * weight_spread;
+      const double proven = std::sqrt(depth) / kScreenDeviations;
+      spreads[c] = static_cast<float>(related && proven > 1 ? spread * proven : spread);
     }
     std::memcpy(screen + nibble_bytes, packed + weight_bytes, kInt8BlockChannels * sizeof(float));
     std::memcpy(screen + nibble_bytes + sizeof centers, centers, sizeof centers);

@@ -31,7 +31,7 @@ class ReadAhead {
   }
 
  private:
-  static constexpr int kMost = 10;
+  static constexpr int kMost = 17;  // the factors of eight adapters, and the weights
   struct Part {
     const char* from;
     int64_t bytes, rows, stride;
@@ -70,7 +70,7 @@ LORA_KERNELS_APART void dot_block(const float* x, int64_t x_stride, const T* w, 
       if constexpr (std::is_same_v<Ahead, NextRows>) prefetch(w + (j + NR) * w_stride + k);
     }
     // As many bytes as were just read.
-    if constexpr (!std::is_same_v<Ahead, NextRows>) ahead.lines(NR * kLanes * static_cast<int>(sizeof(T)) / 64);
+    if constexpr (!std::is_same_v<Ahead, NextRows>) ahead.lines((NR * kLanes * static_cast<int>(sizeof(T)) + 63) / 64);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const F a = load(x + i * x_stride + k);

@@ -4,12 +4,16 @@
 // Few rows are bound by those bytes: every block is read once, in order, and prefetched ahead of its use. Many rows are
 // bound by the integer units: rows are quantized a chunk at a time, which stays in the second cache while every block
 // of weights passes over it. Either way a task owns a range of rows and a range of blocks and does all of its work, so
-// that a call forks once: quantizing a few rows once per task costs less than a second fork.
+// that a call forks once: quantizing a few rows once per task costs less than a second fork. (With a screen it forks
+// twice, int8_screen.inl.)
 //   LoRA-up is r more steps over k on the sums, once they are fp32; bias, activation and residual follow before y is
-//   written.
+//   written. Few rows read A while they are normalized and quantized, and B beside the weights. Many rows with bf16
+//   adapters multiply pairs where the CPU does so faster (plan.bf16_dot): x and t are rounded to bf16.
 // Measured (one core with AVX-512 VNNI and a peak of 970 Gop/s, weights in cache): 256 rows of 512 x 512 800 Gop/s with
-// quantization and bias, 83 % of the peak; a live adapter of rank 16 adds 30 %, GELU 13 %, the residual 6 %. Tried and
-// lost: integer products inlined into the tile (g++ keeps the sums in memory: a third of the speed), prefetching y.
+// quantization and bias, 83 % of the peak; GELU adds 13 %, the residual 6 %. One Zen 5 core, a live adapter of rank 16:
+// at 1,500 rows 19 % (512 x 512, LayerNorm included), 13 % (512 to 2,048) and 10 % (2,048 to 512), without pairs 20, 17
+// and 16; at one row, out of cache, 25 to 30 %, of which the bytes are 8 to 12. Tried and lost: integer products
+// inlined into the tile (g++ keeps the sums in memory: a third of the speed), prefetching y.
 
 constexpr int64_t kBlockBytesPerStep = kInt8BlockChannels * kInt8StepDepth;
 constexpr int kPanelsPerBlock = static_cast<int>(kInt8BlockChannels / kPanel);
@@ -20,8 +24,8 @@ constexpr int64_t kFewestChunkRows = 48, kMostChunkRows = 96;
 // From here on rows are split over the tasks before columns are: quantizing all rows in every task would cost more than
 // reading all weights in every task.
 constexpr int64_t kSplitRows = 48;
-// From here on bf16 adapters are multiplied as pairs. Not below: a hypothesis among others then gets the bits that it
-// gets alone.
+// From here on (of a group that shares an adapter) bf16 adapters are multiplied as pairs, x and t rounded to bf16. Not
+// below: decoding steps keep fp32.
 constexpr int64_t kPairRows = 48;
 // Weights in flight between memory and the registers: latency times the bandwidth of one core.
 constexpr int64_t kStreamBytes = 4096;

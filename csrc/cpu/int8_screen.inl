@@ -17,21 +17,20 @@
 // difference of two errors here. Against t = the largest a[n] - e[n], as one pass over the screen alone gives it, the
 // difference would count, and cost 5 to 30 times the candidates. For K <= 64 e is more than
 // d |q| sqrt(K), which no error exceeds (Cauchy and Schwarz): the result is proven. For larger K the low nibbles are
-// taken to be unrelated to q, independent and uniform: then the error is beyond kScreenDeviations standard deviations
-// with a probability of at most exp(-8 * 8 / 2) = 1.3e-14 (Chernoff; uniform values are strictly sub-Gaussian), and
-// that of any of 51865 columns with at most 7e-10. Six deviations would give 8e-4 by the same bound, for half as many
-// candidates. Low nibbles of small weights are not uniform; d is their own, which the bound then holds for nearly. A
-// weight made for it, with low nibbles of the signs of x, gets past it: use no screen where that matters.
+// taken to be unrelated to q, independent and uniform, but in channels where int8_pack_screen finds that they go with
+// the weight, whose spread is such that e is the proven bound again: then the error is beyond kScreenDeviations
+// standard deviations with a probability of at most exp(-8 * 8 / 2) = 1.3e-14 (Chernoff; uniform values are strictly
+// sub-Gaussian), and that of any of 51865 columns with at most 7e-10. Six deviations would give 8e-4 by the same bound,
+// for half as many candidates. A weight made for it, with low nibbles of the signs of x and no correlation with its
+// high ones, gets past it: use no screen where that matters.
 //
 // N K / 2 + 12 N bytes in place of N K + 8 N, 2 M N K operations, 4 M N bytes of scratch; bound by memory.
 // Measured (one Zen 5 core with AVX-512 VNNI, random weights, all caches filled with other data before): one row of
 // 51865 x 512 0.49 ms, without a screen 0.78, 28 GB/s, where the whole weight is read at 35; x 384 0.41 and
 // 0.60. Four rows 0.60 and 0.84. A decoder step of Whisper base 1.43 ms and 1.71, two threads 1.18 and 1.67. A random
 // vocabulary leaves 4 to 130 candidates, of which each costs K / 4 cache lines, and a hidden state that resembles a
-// word leaves 1. Out of the second cache both take the same time. Not
-// built: thresholds from a[n] - e[n], which would leave 5 to 30 times the candidates (counted, not timed).
+// word leaves 1. Out of the second cache both take the same time.
 constexpr int64_t kScreenRows = 4;
-constexpr double kScreenDeviations = 8;
 // Of the magnitudes that were added: more than the roundings on the way to y and to a.
 constexpr float kScreenRounding = 0x1p-20f;
 

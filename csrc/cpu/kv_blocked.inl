@@ -1,8 +1,9 @@
 // kv_attention_step over blocked INT8 keys and values (kv_packing.h), on a CPU.
 //   scores = (q * k_scales) K, out = v_scales * (softmax V): q * k_scales and the softmax weights become integers of 14
-//   bits, 128 * high + low, and both products are sums of integers, equal in every implementation; softmax in fp32.
-//   Per query 4 integer products per element of K and V (two halves each); bytes: 2 D per position and head, however
-//   many queries share them: bound by memory up to three or four queries, then by the products and the softmax.
+//   bits, 128 * high + low (q of kKvManyQueries tokens or more of 8, high alone), and both products are sums of
+//   integers, equal in every implementation; softmax in fp32. Per query 4 integer products per element of K and V (two
+//   halves each); bytes: 2 D per position and head, however many queries share them: bound by memory up to three or
+//   four queries, then by the products and the softmax.
 // A weight below 1/32,512 of the largest one counts as zero; out is divided by the sum of the rounded weights.
 //
 // Measured on a shared machine (one core with AVX-512 VNNI, 1,500 positions, 6, 8 or 12 heads of 64, caches cold, calls

@@ -131,8 +131,8 @@ def _forward(
             hidden_states,
             key_value_states,
             past,
-            attention_mask,
-            output_attentions,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
             **kwargs,
         )
     rows, tokens, _ = hidden_states.shape

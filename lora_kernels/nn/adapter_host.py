@@ -93,8 +93,12 @@ class AdapterHost(nn.Module):
         result = super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         bank = self._bank
         if bank is not None:
-            # fn casts floating tensors, and scales must stay fp32: only A and B go through it.
-            lora_a, lora_b = fn(bank.lora_a), fn(bank.lora_b)
+            # fn casts floating tensors, and scales must stay fp32: only A and B go through it, and
+            # keep their dtype where this kind of module has one for them.
+            lora_a, lora_b = (
+                fn(factor) if self.adapter_dtype is None else factor.to(fn(factor[:0]).device)
+                for factor in (bank.lora_a, bank.lora_b)
+            )
             self._bank = AdapterBank(
                 lora_a,
                 lora_b,

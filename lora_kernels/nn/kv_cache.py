@@ -329,7 +329,7 @@ class KVCache:
         """Quantize a fixed cache per channel, into the blocks of :func:`lora_kernels.ops.kv_pack`.
 
         A step then reads a quarter of what fp32 takes. For keys and values beside INT8 weights: q
-        and the softmax weights are rounded to 14 bits.
+        and the softmax weights are rounded to 14 bits, q of 64 tokens or more to 8.
 
         Raises
         ------

@@ -50,8 +50,8 @@ def int8_lora_topk(
         the bytes that the choice for one to four rows takes, where neither LoRA nor ``log_sum`` is
         asked for; otherwise it is left alone. Columns and values are the same, bit for bit. Beyond
         64 columns of ``x`` that holds with all but certainty: a wrong choice takes an error of
-        eight standard deviations, for which low bits of the weight would have to be made to match
-        ``x``.
+        eight standard deviations, for which low bits of the weight, unrelated to its high ones,
+        would have to be made to match ``x``.
 
     Returns
     -------

@@ -173,9 +173,9 @@ def evaluate(
     from lora_speech.manifest import load_utterances
     from lora_speech.models.loading import load_for_serving
     from lora_speech.progress import counter, progress_bars
-    from lora_speech.transcription import settle_search
+    from lora_speech.transcription import checked_length_penalty
 
-    settle_search(beam_size, length_penalty)  # before the model takes its time to load
+    checked_length_penalty(beam_size, length_penalty)  # before the model takes its time to load
     folders = named_folders(adapter)
     listed = load_utterances(data)
     model = load_for_serving(base, folders, int8=int8)
@@ -245,9 +245,9 @@ def transcribe(
     from lora_speech.audio import check_audio_file
     from lora_speech.formats import render
     from lora_speech.models.loading import load_for_serving
-    from lora_speech.transcription import settle_search, transcribe_many
+    from lora_speech.transcription import checked_length_penalty, transcribe_many
 
-    settle_search(beam_size, length_penalty)
+    checked_length_penalty(beam_size, length_penalty)
     folders = named_folders(adapter)
     chosen = choose_adapters(list(folders), use or [], len(files))
     for file in files:  # before the model takes its time to load

@@ -13,7 +13,7 @@ from lora_speech.files import write_json, write_jsonl
 from lora_speech.manifest import Utterance, load_utterances
 from lora_speech.models.loading import SpeechModel
 from lora_speech.text import normalizer
-from lora_speech.transcription import settle_search, transcribe_many
+from lora_speech.transcription import checked_length_penalty, transcribe_many
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def evaluate(
     """
     utterances = load_utterances(data)
     normalizer(normalization)  # what is wrong fails before any work
-    penalty = settle_search(beam_size, length_penalty)
+    penalty = checked_length_penalty(beam_size, length_penalty)
     started = time.perf_counter()
     scored: list[ScoredUtterance] = []
     audio_seconds = 0.0

@@ -12,7 +12,8 @@ import torch
 JOINT_WIDTH = 256
 """Up to this many outputs per projection, q, k and v become one product. It saves two calls of
 about 5 us each and reads a block-diagonal B that is three times larger: at rank 16 and width 128
-that is 50 KB more out of cache, about 2 us; at width 512, 200 KB, as long as the calls saved."""
+that is 50 KB more out of cache, about 2 us; at width 512, 200 KB, as long as the calls saved.
+The joint bank is fp32 and by rank row."""
 
 _joint_weights: WeakKeyDictionary[Any, tuple[list[tuple[torch.Tensor, int]], torch.Tensor]] = (
     WeakKeyDictionary()

@@ -132,7 +132,8 @@ class _Engine:
         """Load the library, again if need be, and return its sampling rate."""
         if self._library is not None:
             self._library.espeak_Terminate()
-            _ctypes.dlclose(self._library._handle)
+            handle, self._library = self._library._handle, None
+            _ctypes.dlclose(handle)
         self._library = library = ctypes.CDLL(self._path)
         rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, self._data.encode(), 0)
         # By default it is the time, and breathy voices would differ from one call to the next.

@@ -139,7 +139,7 @@ def transcribe_many(
         One per recording, in order.
     """
     _check(model, recordings, adapters, batch_size)
-    penalty = settle_search(beam_size, length_penalty)
+    penalty = checked_length_penalty(beam_size, length_penalty)
     decode: Any = greedy_decode
     if penalty is not None:
         decode = partial(beam_decode, beams=beam_size, length_penalty=penalty)
@@ -187,7 +187,7 @@ def transcribe_many(
     return results
 
 
-def settle_search(beam_size: int, length_penalty: float | None) -> float | None:
+def checked_length_penalty(beam_size: int, length_penalty: float | None) -> float | None:
     """The length penalty that a search is run with; None: it is greedy.
 
     Raises

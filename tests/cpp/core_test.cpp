@@ -1,8 +1,10 @@
 // The core without Python or torch: plans are pure and printable, refusals list every reason, and every implementation
 // stays inside its buffers (this program is built with AddressSanitizer and UndefinedBehaviorSanitizer).
+#include <algorithm>
 #include <vector>
 
 #include "check.h"
+#include "cpu/int8_lora_linear.h"
 #include "lora_kernels/implementations.h"
 #include "lora_kernels/int8_lora_linear.h"
 #include "lora_kernels/kv_attention_step.h"
@@ -143,7 +145,8 @@ void run_lora_linear(const DeviceInfo& device, DType dtype, int64_t rows, int64_
   check(worst / largest < (wide ? 3e-6 : 1e-2), to_string(chosen) + ": error " + std::to_string(worst / largest));
 }
 
-void run_int8(const DeviceInfo& device, int64_t rows, int64_t in, int64_t out) {
+// With a rank: rank row r of A picks column r of x, so that t is exact in bf16 too.
+void run_int8(const DeviceInfo& device, int64_t rows, int64_t in, int64_t out, int64_t rank = 0) {
   Buffer<int8_t> w(out * in);
   Buffer<float> x(rows * in), scales(out), y(rows * out), bias(out);
   for (int64_t i = 0; i < out * in; ++i) w[i] = static_cast<int8_t>(static_cast<int>(generator()() % 255) - 127);
@@ -158,8 +161,20 @@ void run_int8(const DeviceInfo& device, int64_t rows, int64_t in, int64_t out) {
   p.in_features = in;
   p.out_features = out;
   p.has_bias = true;
+  const int64_t blocks = round_up(out, kLoraBlockColumns) / kLoraBlockColumns;
+  Buffer<uint16_t> a(rank * in), b(blocks * rank * kLoraBlockColumns);
+  const uint16_t bf16_integers[] = {0xc000, 0xbf80, 0, 0x3f80, 0x4000};  // -2 ... 2
+  const auto picked = [&](int64_t r, int64_t n) { return (3 * r + n) % 5 - 2; };
+  for (int64_t i = 0; i < rank * in; ++i) a[i] = i % in == i / in ? 0x3f80 : 0;
+  for (int64_t n = 0; n < blocks * kLoraBlockColumns; ++n)
+    for (int64_t r = 0; r < rank; ++r)
+      b[(n / kLoraBlockColumns * rank + r) * kLoraBlockColumns + n % kLoraBlockColumns] =
+          bf16_integers[picked(r, n) + 2];
+  if (rank > 0) p.lora = {1, rank, rank, 0, DType::kBFloat16};
   Int8LoraLinearPlan chosen;
   check(plan(p, device, &chosen).ok(), "a plan");
+  if (rank > 0 && device.fast_bf16_dot && std::string(chosen.implementation->name) == "avx512")
+    check(chosen.bf16_dot == (rows >= 48 && in % 2 == 0), to_string(chosen) + ": pairs of bf16");
   Buffer<char> workspace = Buffer<char>::aligned(workspace_bytes(chosen));
   Int8LoraLinearArgs args;
   args.x = x.get();
@@ -167,6 +182,12 @@ void run_int8(const DeviceInfo& device, int64_t rows, int64_t in, int64_t out) {
   args.packed_weight = packed.get();
   args.bias = bias.get();
   args.y = y.get();
+  args.lora.a = a.get();
+  args.lora.a_stride = in;
+  args.lora.b = b.get();
+  args.lora.b_stride_rank = kLoraBlockColumns;
+  args.lora.b_stride_out = 1;
+  args.lora.b_stride_block = rank * kLoraBlockColumns;
   args.workspace = workspace.get();
   const Status status = run(chosen, args, serial_executor());
   check(status.ok(), status.text);
@@ -175,6 +196,7 @@ void run_int8(const DeviceInfo& device, int64_t rows, int64_t in, int64_t out) {
     for (int64_t n = 0; n < out; ++n) {
       int64_t sum = n;
       for (int64_t k = 0; k < in; ++k) sum += static_cast<int64_t>(x[m * in + k]) * w[n * in + k];
+      for (int64_t r = 0; r < rank; ++r) sum += static_cast<int64_t>(x[m * in + r]) * picked(r, n);
       wrong += static_cast<float>(sum) != y[m * out + n];
     }
   check(wrong == 0, to_string(chosen) + ": " + std::to_string(wrong) + " integer sums differ");
@@ -324,6 +346,7 @@ int main() {
         run_lora_linear(host, DType::kFloat32, s[0], s[1], s[2]);
         run_lora_linear(host, DType::kBFloat16, s[0], s[1], s[2]);
         run_int8(host, s[0], s[1], s[2]);
+        run_int8(host, s[0], s[1], s[2], std::min<int64_t>(s[1], 7));
         run_attention(host, s[0], 3, s[1], 1 + s[2] % 37);
         run_blocked_attention(host, s[1], 3, 1 + s[2] % 37);
       }
@@ -333,6 +356,7 @@ int main() {
       fast.fast_bf16_dot = true;
       run_lora_linear(fast, DType::kBFloat16, 50, 130, 129);
       run_lora_linear(fast, DType::kBFloat16, 13, 96, 67);
+      for (int64_t rank : {1, 5, 16, 40}) run_int8(fast, 97, 96, 131, rank);
     }
     std::printf("%s: done\n", name);
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,6 +184,42 @@ def test_forward(implementation: str, dtype: torch.dtype, lora: str) -> None:
             bias = torch.randn(n).to(dtype if activation == "gelu" else torch.float32)
             operands["residual"] = torch.randn(rows, n).to(dtype)
         check(x, n, operands, f"{rows}x{k}x{n} {activation}", bias)
+
+
+def has_fast_bf16_dots() -> bool:
+    """AMD's cores with AVX512-BF16: what ``DeviceInfo.fast_bf16_dot`` says."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    return "AuthenticAMD" in cpu and "avx512_bf16" in cpu
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [96, 61])
+def test_bf16_adapters_at_many_rows(implementation: str, k: int, dtype: torch.dtype) -> None:
+    """x, A and t may be rounded to bf16 on their way into products of pairs, and nothing else."""
+    rows, n = 97, 131
+    packed, _, _ = quantized(n, k)
+    x = torch.randn(2 * rows, k).to(dtype)
+    bank = ragged_bank(2, k, n, torch.bfloat16) | {"adapter_ids": torch.tensor([2, 3]).int()}
+    base = ops.int8_lora_linear(x, packed, n).float()
+    factors = {name: bank[name].double() for name in ("lora_a", "lora_b")}
+    exact = reference.lora_branch(x.double(), **(bank | factors))
+    lora_b = bank.pop("lora_b")
+    results = []
+    for b in (lora_b, in_blocks(lora_b), lora_b.t().contiguous().t()):
+        results.append(ops.int8_lora_linear(x, packed, n, lora_b=b, **bank))
+        # The branch is what comes beside the base, to the rounding of the sum.
+        assert_close(
+            results[-1].float() - base, exact, extra=8e-3 if dtype == torch.float32 else 5e-2
+        )
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+    # Few rows keep fp32: where pairs are as fast as promised, many rows must show another rounding.
+    one = bank | {"adapter_ids": torch.tensor([2]).int()}
+    few = ops.int8_lora_linear(x[:47], packed, n, lora_b=lora_b, **one)
+    pairs = implementation == "avx512" and k % 2 == 0 and has_fast_bf16_dots()
+    if dtype == torch.float32:
+        assert torch.equal(few, results[0][:47]) != pairs
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])

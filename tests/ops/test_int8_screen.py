@@ -111,6 +111,23 @@ def test_channels_of_small_weights_keep_their_own_spread() -> None:
         assert_same(both(torch.randn(4, depth), packed, n, 3))
 
 
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("centred", [True, False])
+def test_low_nibbles_that_go_with_the_weight(seed: int, centred: bool) -> None:
+    """Beside an outlier the low nibbles are the weights, and x resembles them: not noise to it."""
+    n, depth = 1000, 512
+    torch.manual_seed(seed)
+    weight = torch.randn(n, depth) * 0.3
+    weight[0] = torch.randn(depth).abs()
+    weight[0, -1] = 25
+    x = weight[0] - (weight[0, :-1].mean() if centred else 0)
+    x[-1] = 0
+    weight[1] = 0.8 * x + 0.3 * torch.randn(depth)
+    packed = ops.int8_pack(*reference.quantize_weight(weight))
+    assert_same(both(x[None], packed, n, 1))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_any_implementation(data: st.DataObject) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_cli import failure, run
 
+from lora_kernels.ops import int8_pack, int8_pack_screen
 from lora_speech.bench import peers
 from lora_speech.bench.measure import Contestant, compare
 from lora_speech.bench.settings import MIXED_RANKS, BenchSettings
@@ -179,10 +180,13 @@ def test_the_fastest_variant_stands_for_its_name(monkeypatch: pytest.MonkeyPatch
 
 def test_bytes_per_token_of_whisper_base() -> None:
     parts = bytes_per_token(build_model("base").config, prompt=4, new_tokens=128)
-    # 6 layers of 14 squares of 512, and the vocabulary; 1,568 keys and values of 16 bits.
-    assert parts["weights"] == 6 * 14 * 512**2 + 51865 * 512
-    assert parts["adapter"] == 6 * 4 * 16 * (6 * 1024 + 2 * 2560)
-    assert parts["keys_and_values"] == 6 * 2 * 2 * 512 * 1568
+    # 6 layers of 14 squares of 512; keys and values of 1,500 frames in INT8, of 68 tokens in fp32.
+    assert parts["weights"] == 6 * 14 * 512**2
+    assert parts["adapter"] == 6 * 2 * 16 * (6 * 1024 + 2 * 2560)
+    assert parts["keys_and_values"] == 6 * 2 * 512 * (1500 + 4 * 68)
+    packed = int8_pack(torch.zeros(51865, 512, dtype=torch.int8), torch.ones(51865))
+    screen = int8_pack_screen(packed, 51865, 512)
+    assert parts["vocabulary"] == pytest.approx(screen.numel(), rel=1e-2)
 
 
 @pytest.mark.parametrize(

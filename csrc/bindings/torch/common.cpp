@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <sstream>
@@ -33,7 +34,7 @@ thread_local int32_t expected_device = -1;
 
 }  // namespace
 
-void expect_cpu(const char* op, const char* argument, const Tensor& t) {
+void expect_same_device(const char* op, const char* argument, const Tensor& t) {
   if (expected_device >= 0) {
     if (!(t.is_cuda() && t.get_device_index() == expected_device))
       refuse(op, argument,
@@ -46,7 +47,7 @@ void expect_cpu(const char* op, const char* argument, const Tensor& t) {
 }
 
 DType dtype_of(const char* op, const char* argument, const Tensor& t) {
-  expect_cpu(op, argument, t);
+  expect_same_device(op, argument, t);
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
@@ -69,7 +70,7 @@ Activation activation_of(const char* op, const std::string& name) {
 
 void expect_tensor(const char* op, const char* argument, const Tensor& t, ScalarType type,
                    const std::vector<int64_t>& sizes) {
-  expect_cpu(op, argument, t);
+  expect_same_device(op, argument, t);
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || t.size(i) == sizes[i];
   if (!same) {
@@ -196,7 +197,7 @@ BiasAndResidual bias_and_residual(const char* op, const OptionalTensor& bias, co
     out.bias = out.keep.back().data_ptr();
   }
   if (residual) {
-    expect_cpu(op, "residual", *residual);
+    expect_same_device(op, "residual", *residual);
     bool same = residual->dim() == x.dim() && residual->size(x.dim() - 1) == out_features;
     for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
     if (!(same && residual->scalar_type() == x.scalar_type()))
@@ -241,8 +242,8 @@ DeviceInfo current_device() {
 
 namespace {
 
-bool& tf32_switch() {
-  static bool allowed = false;
+std::atomic<bool>& tf32_switch() {
+  static std::atomic<bool> allowed{false};
   return allowed;
 }
 

@@ -35,7 +35,7 @@ void raise_if_failed(const Status& status);
 
 // Refuses tensors that are not in the CPU's memory, or not on the device of the CallDevice that is alive; every operand
 // passes here or through dtype_of or expect_tensor.
-void expect_cpu(const char* op, const char* argument, const Tensor& t);
+void expect_same_device(const char* op, const char* argument, const Tensor& t);
 
 DType dtype_of(const char* op, const char* argument, const Tensor& t);
 Activation activation_of(const char* op, const std::string& name);

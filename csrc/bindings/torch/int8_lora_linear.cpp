@@ -12,7 +12,7 @@ namespace {
 // Packed weights as the kernels read them: checked against [N, K], contiguous.
 Tensor packed_weight_of(const char* op, const Tensor& packed, int64_t out_features, int64_t in_features) {
   if (out_features < 0) refuse(op, "out_features", "expected at least 0, got " + std::to_string(out_features));
-  expect_cpu(op, "packed_weight", packed);
+  expect_same_device(op, "packed_weight", packed);
   const int64_t bytes = int8_packed_bytes(out_features, in_features);
   if (!(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes))
     refuse(op, "packed_weight",
@@ -201,7 +201,7 @@ void set_screen(Int8LoraLinearCall* call, const OptionalTensor& screen) {
   const char* op = "int8_lora_topk";
   const int64_t out_features = call->problem.out_features, in_features = call->problem.in_features;
   const int64_t bytes = int8_screen_bytes(out_features, in_features);
-  expect_cpu(op, "screen", *screen);
+  expect_same_device(op, "screen", *screen);
   if (!(screen->scalar_type() == ScalarType::Byte && screen->dim() == 1 && screen->size(0) == bytes &&
         screen->is_contiguous()))
     refuse(op, "screen",

@@ -147,10 +147,10 @@ KvAttentionStepCall kv_attention_step_call(const KvAttentionStepTensors& t) {
   p.head_size = q.size(3);
   p.dtype = dtype_of(kOp, "q", q);
   p.cache_dtype = dtype_of(kOp, "k_cache", k_cache);
-  expect_cpu(kOp, "v_cache", v_cache);
-  if (k) expect_cpu(kOp, "k", *k);
-  if (v) expect_cpu(kOp, "v", *v);
-  if (slots) expect_cpu(kOp, "slots", *slots);
+  expect_same_device(kOp, "v_cache", v_cache);
+  if (k) expect_same_device(kOp, "k", *k);
+  if (v) expect_same_device(kOp, "v", *v);
+  if (slots) expect_same_device(kOp, "slots", *slots);
   if (k_cache.dim() == 6)
     expect_blocked(q, k_cache, v_cache, &p);
   else

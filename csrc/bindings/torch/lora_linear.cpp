@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   CallDevice device(op, x);
   Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
   const int64_t M = o.problem.rows, N = o.problem.out_features, K = o.problem.in_features;
-  expect_cpu(op, "dy", dy);
+  expect_same_device(op, "dy", dy);
   const Tensor g = dy.is_contiguous() ? dy : torch::stable::contiguous(dy);
   if (!(g.numel() == M * N && g.scalar_type() == x.scalar_type()))
     refuse(op, "dy", "expected the shape and dtype of the result, got " + shape_of(dy));

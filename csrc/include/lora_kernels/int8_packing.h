@@ -45,8 +45,10 @@ void int8_unpack(const uint8_t* packed, int64_t out_features, int64_t in_feature
 //   nibbles  uint8 [K8 / 8][64][4]  K8 = K rounded up to 8; byte j of step s: u of k = 8 s + j below, 8 s + 4 + j above
 //   scales   fp32 [64]              those of the weight
 //   centers  fp32 [64]              the mean of the channel's l
-//   spreads  fp32 [64]              the standard deviation of the channel's l about it
+//   spreads  fp32 [64]              the standard deviation of the channel's l about it, or more: see int8_pack_screen
 constexpr int64_t kScreenStepDepth = 2 * kInt8StepDepth;
+// What is left unread is taken to be off by at most so many standard deviations.
+constexpr double kScreenDeviations = 8;
 
 constexpr int64_t int8_screen_steps(int64_t in_features) {
   return round_up(in_features, kScreenStepDepth) / kScreenStepDepth;
@@ -58,7 +60,11 @@ constexpr int64_t int8_screen_bytes(int64_t out_features, int64_t in_features) {
   return round_up(out_features, kInt8BlockChannels) / kInt8BlockChannels * int8_screen_block_bytes(in_features);
 }
 
-// Packed weight -> its screen. Once per model, as well.
+// Packed weight -> its screen. Once per model, as well. Low nibbles are noise to an x that resembles the weight only if
+// they do not go with the weight. They do where weights span few multiples of 16 (beside an outlier, say): channels
+// whose weights have a standard deviation below kScreenSpan, or a correlation with their low nibbles above
+// kScreenRelated, get sqrt(K) / kScreenDeviations times their spread: no error is larger (Cauchy and Schwarz).
+constexpr double kScreenSpan = 16, kScreenRelated = 0.2;
 void int8_pack_screen(const uint8_t* packed, int64_t out_features, int64_t in_features, uint8_t* screen);
 
 }  // namespace lora_kernels

@@ -13,6 +13,7 @@ from lora_speech.bench.record import Record
 from lora_speech.bench.settings import MIXED_RANKS, RANK, BenchSettings
 from lora_speech.bench.systems import ONE_ADAPTER, RANK_16, Job, Ours, System
 from lora_speech.bench.workload import Workload
+from lora_speech.recorded_parts import SCREENED_BYTES
 
 JOBS = {
     "decode": (
@@ -66,18 +67,23 @@ def compare_systems(
 
 
 def bytes_per_token(config: Any, prompt: int, new_tokens: int) -> dict[str, int]:
-    """What one decoding step at batch 1 must read at least, by the model's shapes.
+    """What our greedy step at batch 1 must read, by the model's shapes.
 
-    INT8 for every weight, the vocabulary's included; fp32 for the adapter's A and B; 16 bits for
-    keys and values of cross-attention and, at the mean length, of self-attention. Cross-attention
-    applies its own key and value projections once per window, so they are not among the weights.
+    INT8 weights, of a vocabulary with a screen the screen; the adapter's A and B in bf16; keys and
+    values of cross-attention in INT8 and, at the mean length, of self-attention in fp32.
+    Cross-attention applies its own key and value projections once per window, so they are not
+    among the weights.
     """
     width, inner, layers = config.d_model, config.decoder_ffn_dim, config.decoder_layers
-    positions = config.max_source_positions + prompt + new_tokens // 2
+    vocabulary = config.vocab_size * width
+    if vocabulary >= SCREENED_BYTES:
+        vocabulary = vocabulary // 2 + 12 * config.vocab_size
+    length = prompt + new_tokens // 2
     return {
-        "weights": layers * (6 * width**2 + 2 * width * inner) + config.vocab_size * width,
-        "adapter": layers * 4 * RANK * (6 * 2 * width + 2 * (width + inner)),
-        "keys_and_values": layers * 2 * 2 * width * positions,
+        "weights": layers * (6 * width**2 + 2 * width * inner),
+        "vocabulary": vocabulary,
+        "adapter": layers * 2 * RANK * (6 * 2 * width + 2 * (width + inner)),
+        "keys_and_values": layers * 2 * width * (config.max_source_positions + 4 * length),
     }
 
 
