@@ -24,17 +24,10 @@ inline void int8_dot_positive_into(I& c, I x, const Weights& w) {  // 2 * 127 * 
   c = (I)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-struct Nibbles {
-  __m256i low, high;
-};
-inline Nibbles load_nibbles(const uint8_t* p) {
-  const __m256i w = _mm256_loadu_si256((const __m256i*)p), low = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(w, low), _mm256_and_si256(_mm256_srli_epi16(w, 4), low)};
-}
+#include "cpu/simd/int8_avx2_moves.inl"
+
 inline void nibble_dot_into(I& c, I x, I y, const Nibbles& w) {  // 4 * 15 * 127 fits an int16
   const __m256i pairs =
       _mm256_add_epi16(_mm256_maddubs_epi16(w.low, (__m256i)x), _mm256_maddubs_epi16(w.high, (__m256i)y));
   c = (I)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-
-#include "cpu/simd/int8_avx2_moves.inl"

@@ -31,3 +31,11 @@ inline void store_pairs(uint8_t* to, int64_t stride, I a, I b) {
   _mm_storel_epi64((__m128i*)to, _mm256_castsi256_si128(bytes));
   _mm_storel_epi64((__m128i*)(to + stride), _mm256_extracti128_si256(bytes, 1));
 }
+
+struct Nibbles {
+  __m256i low, high;
+};
+inline Nibbles load_nibbles(const uint8_t* p) {
+  const __m256i w = _mm256_loadu_si256((const __m256i*)p), low = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(w, low), _mm256_and_si256(_mm256_srli_epi16(w, 4), low)};
+}

@@ -14,16 +14,9 @@ inline void int8_dot_into(I& c, I x, const Weights& w) {
 }
 inline void int8_dot_positive_into(I& c, I x, const Weights& w) { int8_dot_into(c, x, w); }
 
-struct Nibbles {
-  __m256i low, high;
-};
-inline Nibbles load_nibbles(const uint8_t* p) {
-  const __m256i w = _mm256_loadu_si256((const __m256i*)p), low = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(w, low), _mm256_and_si256(_mm256_srli_epi16(w, 4), low)};
-}
+#include "cpu/simd/int8_avx2_moves.inl"
+
 inline void nibble_dot_into(I& c, I x, I y, const Nibbles& w) {  // the nibbles are the unsigned ones here
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(w.low), "x"(x));
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(w.high), "x"(y));
 }
-
-#include "cpu/simd/int8_avx2_moves.inl"
