@@ -330,7 +330,9 @@ def bench(
     ] = BenchSettings.seconds,
     only: Annotated[
         str | None,
-        typer.Option(help="Some of decode, encoder, linear, train.", metavar="SECTION,..."),
+        typer.Option(
+            help="Some of decode, batch, beam, encoder, linear, train.", metavar="SECTION,..."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="4 tokens and 3 turns: does it run, not how fast.")

@@ -59,7 +59,7 @@ def test_command_writes_figures_and_plots(
     path = tmp_path / "out" / "bench.json"
     code = run(
         "bench", "--suite", "cpu", "--models", tiny_whisper_folder, "--threads", "1", "--quick",
-        "--only", "decode,encoder,linear", "--json", path,
+        "--only", "decode,batch,beam,encoder,linear", "--json", path,
     )  # fmt: skip
     assert code == 0
     data = json.loads(path.read_text())
@@ -143,7 +143,7 @@ def test_broken_and_missing_peers_are_left_out_with_the_reason(
     tiny_whisper_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "PEERS", {"torch": Broken, "numpy": Unusable, "absent_": System})
-    data = run_bench(miniature(tiny_whisper_folder, "decode", "encoder"))
+    data = run_bench(miniature(tiny_whisper_folder, "decode", "batch", "beam", "encoder"))
     key = tiny_whisper_folder.name
     for section in (*DECODING, "encoder"):
         assert data[section][key]["1"].keys() == {"ours", "transformers_peft"}
@@ -199,7 +199,10 @@ def test_bytes_per_token_of_whisper_base() -> None:
         (("--threads", "one"), "--threads: expected numbers from 1 to"),
         (("--seconds", "-1"), "--seconds: expected 0 or more"),
         (("--seconds", "nan"), "--seconds: expected 0 or more"),
-        (("--only", "decode,fun"), "--only: expected some of decode, encoder, linear, train"),
+        (
+            ("--only", "decode,fun"),
+            "--only: expected some of decode, batch, beam, encoder, linear, train",
+        ),
         (("--json", "plots.html"), "--json: expected a file for the figures"),
         (("--json", "/proc/none/bench.json"), "expected a file that can be written"),
     ],

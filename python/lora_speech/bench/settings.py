@@ -12,7 +12,7 @@ from lora_speech.models.base import SHIPPED
 RELEASED = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12)}
 """Width, layers and heads of Whisper's sizes (Radford et al., 2022, table 1)."""
 
-SECTIONS = ("decode", "encoder", "linear", "train")
+SECTIONS = ("decode", "batch", "beam", "encoder", "linear", "train")
 RANK = 16
 MIXED_RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
 """Of the adapters of a batch in which every row has another."""

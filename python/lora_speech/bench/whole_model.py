@@ -16,12 +16,12 @@ from lora_speech.bench.workload import Workload
 from lora_speech.recorded_parts import SCREENED_BYTES
 
 JOBS = {
-    "decode": (
-        Job("decode"),
+    "decode": (Job("decode"),),
+    "batch": (
         Job("decode_batch8", batch=8),
         Job("decode_batch8_adapters", batch=len(MIXED_RANKS), mixed=True),
-        Job("decode_beam5", beams=5),
     ),
+    "beam": (Job("decode_beam5", beams=5),),
     "encoder": (Job("encoder", decode=False),),
 }
 """What each section of the settings stands for."""
