@@ -354,8 +354,7 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
       ReadAhead ahead;
       if (task.bank) {
         add_down(bank, m, stop, p.in_features, &ahead);
-        const int64_t column = first_block * kInt8BlockChannels, left = p.out_features - column;
-        add_up(bank, m, stop, column, left < kInt8BlockChannels ? left : kInt8BlockChannels, &ahead);
+        add_up(bank, m, stop, first_block * kInt8BlockChannels, p.out_features, &ahead);
       }
       ahead.add(args.packed_weight + first_block * block_bytes, kFirstBytes);
       int8_prepare(p, args, task, m, stop, &packed_adapter, ahead);
@@ -379,67 +378,8 @@ inline void int8_run_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearAr
             store(bias + c, load_at(values + task.column, c, p.out_features - task.column));
         });
       ReadAhead up;  // of the next block
-      if (task.bank && few) {
-        const int64_t next = task.column + kInt8BlockChannels, left = p.out_features - next;
-        add_up(bank, m, stop, next, left < kInt8BlockChannels ? left : kInt8BlockChannels, &up);
-      }
+      if (task.bank && few) add_up(bank, m, stop, task.column + kInt8BlockChannels, p.out_features, &up);
       int8_block(task, stop - m, block_bytes, up.total() ? &up : nullptr);
     }
   }
-}
-
-// ---------- The implementation's functions
-
-// int8_screen.inl: the lists of top_k with most of the weight left unread.
-inline bool int8_screens(const Int8LoraLinearProblem& p);
-inline int64_t int8_screen_floats(const Int8LoraLinearProblem& p, const Int8Grid& grid);
-inline void int8_run_screened(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Int8Grid& grid,
-                              float* memory, float* lists, const Executor& executor);
-
-inline void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
-  const Int8LoraLinearProblem& p = plan->problem;
-  // A fork and join costs a few microseconds, in which one core reads about 100 KB or does two million multiply-adds.
-  const double bytes = static_cast<double>(p.out_features) * static_cast<double>(p.in_features);
-  const double by_bytes = bytes / 100e3, by_work = bytes * static_cast<double>(p.rows) / 2e6;
-  const double worth = by_bytes > by_work ? by_bytes : by_work;
-  int64_t tasks = device.threads;
-  if (worth < static_cast<double>(tasks)) tasks = static_cast<int64_t>(worth) + 1;
-  const Int8Grid grid = int8_grid(p, tasks);
-  plan->tasks = static_cast<int>(grid.row_parts * grid.block_parts);
-  plan->bf16_dot = kHasBf16Dot && (device.isa & kIsaAvx512Bf16) && device.fast_bf16_dot && p.lora.present() &&
-                   p.lora.dtype == DType::kBFloat16 && p.in_features % 2 == 0 && p.rows >= kPairRows &&
-                   (p.lora.groups == 0 || p.rows / p.lora.groups >= kPairRows);
-  int64_t floats = Int8Scratch(nullptr, *plan, grid).used * plan->tasks;
-  if (p.top_k) floats += p.rows * grid.block_parts * TopList::floats(p.top_k, p.log_sum);
-  if (int8_screens(p)) floats += int8_screen_floats(p, grid);
-  plan->workspace = floats * static_cast<int64_t>(sizeof(float));
-}
-
-inline void run_forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor) {
-  const Int8LoraLinearProblem& p = plan.problem;
-  Bank bank = Bank::forward(p.lora, args.lora, p.rows);
-  bank.pairs = plan.bf16_dot;
-  const Int8Grid grid = int8_grid(p, plan.tasks);
-  const int64_t scratch = Int8Scratch(nullptr, plan, grid).used, list = TopList::floats(p.top_k, p.log_sum);
-  float* memory = static_cast<float*>(args.workspace);
-  float* lists = memory + scratch * plan.tasks;  // [block_parts][rows], for top_k
-  if (int8_screens(p))
-    int8_run_screened(plan, args, grid, memory, lists, executor);
-  else
-    for_each_task(executor, plan.tasks, [&](int64_t index) {
-      int8_run_task(plan, args, bank, grid, index, memory + index * scratch, lists);
-    });
-  if (!p.top_k) return;
-  in_one_task(executor, [&] {
-    for (int64_t m = 0; m < p.rows; ++m) {
-      TopList top(lists + m * list, p.top_k, p.log_sum);
-      for (int64_t part = 1; part < grid.block_parts; ++part)
-        top.merge(TopList(lists + (part * p.rows + m) * list, p.top_k, p.log_sum));
-      for (int64_t i = 0; i < p.top_k; ++i) {
-        args.top_columns[m * p.top_k + i] = top.columns[i];
-        if (args.top_values) args.top_values[m * p.top_k + i] = top.values[i];
-      }
-      if (p.log_sum) args.log_sum[m] = top.log_of_sum();
-    }
-  });
 }

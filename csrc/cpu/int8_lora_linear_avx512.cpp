@@ -18,6 +18,7 @@ namespace {
 #include "cpu/int8_rows.inl"
 #include "cpu/int8_lora_linear.inl"
 #include "cpu/int8_screen.inl"
+#include "cpu/int8_lora_linear_run.inl"
 // clang-format on
 
 }  // namespace

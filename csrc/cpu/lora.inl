@@ -192,9 +192,10 @@ inline void add_down(const Bank& bank, int64_t begin, int64_t end, int64_t depth
   }
 }
 
-// ... and up_panel() of these columns of the up factors, which lie as [rank][columns] or, as PEFT has it,
-// [columns][rank].
-inline void add_up(const Bank& bank, int64_t begin, int64_t end, int64_t n, int64_t columns, ReadAhead* ahead) {
+// ... and up_panel() of the block of columns from n on, of out_features, of the up factors, which lie as
+// [rank][columns] or, as PEFT has it, [columns][rank].
+inline void add_up(const Bank& bank, int64_t begin, int64_t end, int64_t n, int64_t out_features, ReadAhead* ahead) {
+  const int64_t left = out_features - n, columns = left < kLoraBlockColumns ? left : kLoraBlockColumns;
   if (columns <= 0) return;
   const Factor& up = bank.up;
   const auto size = static_cast<int64_t>(size_of(bank.shape.dtype));
