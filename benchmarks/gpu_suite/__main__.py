@@ -7,20 +7,28 @@ passed; 1: something failed; 2: there is no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import machine
+
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = 480.0
-TESTS = ["tests/gpu/test_primitives.py", "tests/gpu/test_lora_linear_gpu.py"]
+RESERVE_S = 10.0  # of the budget, for ending and writing
+MEASURE_S = 150.0  # of the budget, which tests and sanitizers leave to the benchmarks
+NO_TIME = 124
+ENDED = "no time was left; the measurement was ended"
 # Checked under compute-sanitizer: one call of every kernel, small.
 SANITIZED = "benchmarks.gpu_suite.every_kernel"
 
@@ -28,31 +36,23 @@ SANITIZED = "benchmarks.gpu_suite.every_kernel"
 class Suite:
     """The steps in order; each adds to ``results`` and says what failed."""
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, *, dry_run: bool = False) -> None:
         self.deadline = deadline
+        self.dry_run = dry_run
         self.results: dict[str, Any] = {"steps": {}}
         self.environment = dict(os.environ)
 
     def left(self, reserve: float = 0.0) -> float:
-        return max(1.0, self.deadline - time.perf_counter() - reserve)
+        return self.deadline - time.perf_counter() - reserve
 
-    def step(self, name: str, command: list[str], most: float) -> bool:
+    def step(self, name: str, command: list[str], most: float, *, show: bool = False) -> bool:
         """Run a command; keep its end, its time, and whether it succeeded."""
         begin = time.perf_counter()
-        try:
-            run = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                timeout=min(most, self.left(20)),
-            )
-            code, output = run.returncode, run.stdout + run.stderr
-        except subprocess.TimeoutExpired:
-            code, output = 124, "no time was left"
-        except OSError as error:
-            code, output = 127, str(error)
+        limit = min(most, self.left(RESERVE_S))
+        if limit <= 0:
+            code, output = NO_TIME, "skipped: no time was left"
+        else:
+            code, output = run_within(command, limit, self.environment, show)
         seconds = time.perf_counter() - begin
         self.results["steps"][name] = {
             "passed": code == 0,
@@ -60,8 +60,9 @@ class Suite:
             "seconds": seconds,
             "output": output[-4000:] if code else output[-400:],
         }
-        print(f"{name:28} {'passed' if code == 0 else f'FAILED ({code})':14} {seconds:6.1f} s")
-        if code:
+        state = {0: "passed", NO_TIME: "NO TIME"}.get(code, f"FAILED ({code})")
+        print(f"{name:28} {state:14} {seconds:6.1f} s", flush=True)
+        if code and not show:
             print(output[-3000:])
         return code == 0
 
@@ -82,9 +83,11 @@ class Suite:
         return built
 
     def tests(self) -> None:
-        for path in TESTS:
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
-            self.step(path, command, 150)
+        """The primitives first: whatever stands on them fails with them."""
+        folder = ROOT / "tests" / "gpu"
+        for path in [folder / "test_primitives.py", *sorted(folder.glob("test_*_gpu.py"))]:
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+            self.step(str(path.relative_to(ROOT)), command, min(150, self.left(MEASURE_S)))
 
     def sanitize(self) -> None:
         """Our kernels alone, if this release's filter is as expected; torch's are many."""
@@ -94,65 +97,111 @@ class Suite:
             command = [tool, "--tool", check, "--error-exitcode", "1", "--print-limit", "20"]
             program = [sys.executable, "-m", SANITIZED]
             only_ours = ["--kernel-name", "kns=lora_kernels"]
-            if not self.step(name, [*command, *only_ours, *program], 90):
+            if not self.step(name, [*command, *only_ours, *program], min(90, self.left(MEASURE_S))):
                 output = self.results["steps"][name]["output"]
                 if "SUMMARY" not in output and self.results["steps"][name]["code"] != 124:
-                    self.step(name, [*command, *program], 120)
+                    self.step(name, [*command, *program], min(120, self.left(MEASURE_S)))
 
-    def measure(self, reserve: float) -> None:
-        from lora_kernels import ops
-
-        from . import machine, operators
-
-        dtypes = [torch.float16]
-        if torch.cuda.get_device_capability() >= (8, 0):
-            dtypes += [torch.bfloat16, torch.float32]
-        ceilings = machine.measure_ceilings(dtypes)
-        self.results["ceilings"] = machine.as_dict(ceilings)
-        self.results["benchmarks"] = rows = []
-        deadline = self.deadline - reserve
-        for result in operators.run(ops, ceilings, dtypes[min(1, len(dtypes) - 1)], deadline):
-            rows.append(result)
-            print(line_of(result))
-        self.results["machine_after"] = machine.nvidia_smi()
+    def measure(self) -> None:
+        """In a process of its own, which can be ended whatever it does; its lines are kept."""
+        with tempfile.TemporaryDirectory() as folder:
+            lines = Path(folder) / "results.jsonl"
+            seconds = self.left(2 * RESERVE_S)
+            command = [sys.executable, "-m", "benchmarks.gpu_suite.measure", "--out", str(lines)]
+            command += ["--seconds", f"{seconds:.1f}", *(["--dry-run"] if self.dry_run else [])]
+            self.step("benchmarks", command, BUDGET_S, show=True)
+            self.results |= read_results(lines)
+        for result in self.results["benchmarks"]:
+            if result.get("skipped") == ENDED:
+                print(f"{result['name']:24} skipped: {ENDED}")
 
 
-def line_of(result: dict[str, Any]) -> str:
-    """One line of the table: our time, the roofline, the ratio to every peer, the aim."""
-    if "skipped" in result:
-        return f"{result['name']:24} skipped: {result['skipped']}"
-    ours, ratios = result["times"]["ours"], result["ratio"]
-    text = f"{result['name']:24} {ours['p20_us']:8.1f} {ours['p50_us']:8.1f} {ours['p80_us']:8.1f}"
-    text += f" us  roofline {100 * result['roofline_fraction']:4.0f} %  ours / "
-    text += "  ".join(f"{name} {value:.2f}" for name, value in ratios.items())
-    aim = result.get("aim")
-    if aim:
-        state = "reached" if aim["reached"] else "MISSED"
-        text += f"  [{state}: at most {aim['at_most']:.2f} of {aim['against']}]"
-    return text
+def run_within(
+    command: list[str], seconds: float, environment: dict[str, str], show: bool
+) -> tuple[int, str]:
+    """Exit code and output; past its time the command ends with all that it started."""
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=None if show else output,
+                stderr=None if show else subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return 127, str(error)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = NO_TIME
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its children too: compilers, workers
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        text = output.read()
+    return code, text + ("\nended: no time was left" if code == NO_TIME else "")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What a measurement has written, whole or not: cases without a result are named as skipped."""
+    found: dict[str, Any] = {"benchmarks": []}
+    names: list[str] = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last one, cut off
+            break
+        if "cases" in line:
+            names = line["cases"]
+            found["dry_run"] = line["dry_run"]
+        elif "ceilings" in line:
+            found |= line
+        else:
+            found["benchmarks"].append(line)
+    done = {result["name"] for result in found["benchmarks"]}
+    found["benchmarks"] += [{"name": n, "skipped": ENDED} for n in names if n not in done]
+    return found
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--skip-sanitizer", action="store_true")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="no GPU: every case once, small, on the CPU; shows that the suite runs, measures nothing",
+    )
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    suite = Suite(time.perf_counter() + BUDGET_S, dry_run=arguments.dry_run)
+    if arguments.dry_run:
+        suite.results["versions"] = machine.versions()
+        suite.measure()
+    elif torch.cuda.is_available():
+        suite.results["machine"] = machine.facts()
+        print(json.dumps(suite.results["machine"], indent=1))
+        if suite.build():
+            suite.tests()
+            if not arguments.skip_sanitizer:
+                suite.sanitize()
+            suite.measure()
+        suite.results["machine_after"] = machine.nvidia_smi()
+    else:
         why = "this torch is a CPU build" if torch.version.cuda is None else "no device was found"
         print(f"gpu_suite: there is no GPU here ({why}); nothing was built, tested or measured")
         return 2
-    from . import machine
-
-    suite = Suite(time.perf_counter() + BUDGET_S)
-    suite.results["machine"] = machine.facts()
-    print(json.dumps(suite.results["machine"], indent=1))
-    if suite.build():
-        suite.tests()
-        if not arguments.skip_sanitizer:
-            suite.sanitize()
-        suite.measure(reserve=15)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(suite.results, indent=1) + "\n")
+    write_json(arguments.json, suite.results)
     failed = [name for name, step in suite.results["steps"].items() if not step["passed"]]
     print(
         f"{arguments.json} written; " + (f"FAILED: {', '.join(failed)}" if failed else "all right")

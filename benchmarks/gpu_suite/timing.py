@@ -1,4 +1,4 @@
-"""Times of device work: events, medians, contestants in turns."""
+"""Times of device work: events, medians, contestants in turns; and meters, which a case is given."""
 
 from __future__ import annotations
 
@@ -79,3 +79,59 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         function()
     return graph.replay
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that a call allocates above what there was before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class CudaMeter:
+    """Measures on this process's GPU."""
+
+    device = "cuda"
+    compiles = True
+    now = staticmethod(time.perf_counter)
+    in_turns = staticmethod(in_turns)
+    peak_bytes = staticmethod(peak_bytes)
+    graph = staticmethod(captured)
+
+    def clocks(self) -> dict[str, str]:
+        from .machine import nvidia_smi
+
+        return nvidia_smi()
+
+
+class DryMeter:
+    """Calls every contestant once, on the CPU: shows that a case runs, and measures nothing."""
+
+    device = "cpu"
+    compiles = False
+    now = staticmethod(time.perf_counter)
+
+    def in_turns(
+        self, contestants: dict[str, Callable[[], object]], seconds: float
+    ) -> dict[str, list[float]]:
+        samples = {}
+        for name, function in contestants.items():
+            begin = time.perf_counter()
+            function()
+            samples[name] = [(time.perf_counter() - begin) * 1e6]
+        return samples
+
+    def peak_bytes(self, function: Callable[[], object]) -> int:
+        """Of what the call returns; a CPU keeps no account of more."""
+        result = function()
+        tensors = result if isinstance(result, tuple) else (result,)
+        return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+    def graph(self, function: Callable[[], object]) -> Callable[[], object]:
+        return function
+
+    def clocks(self) -> dict[str, str]:
+        return {}
