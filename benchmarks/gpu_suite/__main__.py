@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="no GPU: every case once, small, on the CPU; shows that the suite runs, measures nothing",
+        help="no GPU: every case once, small, on the CPU; measures nothing",
     )
     arguments = parser.parse_args()
     suite = Suite(time.perf_counter() + BUDGET_S, dry_run=arguments.dry_run)

@@ -104,4 +104,3 @@ def facts() -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
     }
-

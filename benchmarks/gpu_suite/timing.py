@@ -1,4 +1,4 @@
-"""Times of device work: events, medians, contestants in turns; and meters, which a case is given."""
+"""Times of device work: events, medians, contestants in turns; the meters of a measurement."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu_suite.__main__ import ENDED, Suite, read_results
-from benchmarks.gpu_suite.case import Aim, Case
+from benchmarks.gpu_suite.case import Aim, Case, Contestant, Function
 from benchmarks.gpu_suite.cases import lora_linear
 from benchmarks.gpu_suite.machine import Ceilings
 from benchmarks.gpu_suite.measure import Measurement, all_cases, line_of, small
@@ -51,9 +51,10 @@ def test_steps_that_fail_or_take_too_long_are_kept() -> None:
 
 def test_no_step_outlives_the_suite_nor_does_what_it_started() -> None:
     suite = Suite(time.perf_counter() + 11)
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    child = [sys.executable, "-c", "import time; time.sleep(60)"]
+    command = [sys.executable, "-c", f"import subprocess; subprocess.run({child})"]
     begin = time.perf_counter()
-    assert not suite.step("slow", [sys.executable, "-c", child], 300)
+    assert not suite.step("slow", command, 300)
     assert time.perf_counter() - begin < 6
     assert not suite.step("late", [sys.executable, "-c", "open('/no/such/file')"], 300)
     assert "skipped: no time" in suite.results["steps"]["late"]["output"]
@@ -129,20 +130,18 @@ class ScriptedMeter(DryMeter):
 
 
 def scripted(case: Case, meter: ScriptedMeter) -> Case:
-    """The case's contestants, of which the compiled ones take the meter's time."""
+    """The case, small; its compiled contestants take the meter's time to prepare."""
 
-    def contestants(case: Case, device: str):
-        def compile_slowly(original):
-            def prepare():
-                meter.clock += meter.compile_s
-                return lambda: None
+    def compile_slowly() -> Function:
+        meter.clock += meter.compile_s
+        return lambda: None
 
-            return dataclasses.replace(original, prepare=prepare if original.compiled else original.prepare)
+    def contestants(changed: Case, device: str) -> dict[str, Contestant]:
+        return {
+            name: Contestant(compile_slowly, compiled=True) if contestant.compiled else contestant
+            for name, contestant in case.contestants(changed, device).items()
+        }
 
-        made = original_contestants(case, device)
-        return {name: compile_slowly(contestant) for name, contestant in made.items()}
-
-    original_contestants = case.contestants
     return dataclasses.replace(small(case), contestants=contestants)
 
 
@@ -205,6 +204,7 @@ def test_results_of_an_ended_measurement_are_kept(tmp_path: Path) -> None:
     assert read_results(tmp_path / "absent")["benchmarks"] == []
 
 
+@pytest.mark.slow
 def test_a_dry_run_calls_every_contestant_of_every_case(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run", "--json", str(out)]
