@@ -48,6 +48,12 @@ Status refuse_blocks(const char* op, const char* where) {
                          ", got blocks; pass it by rank row");
 }
 
+// A CPU takes it by value; to leave it unread would drop other inputs than were meant.
+void check_seed(Check* check, const int64_t* on_device) {
+  if (on_device)
+    check->fail("dropout_seed_on_device: expected null on a CPU, got an address; give dropout_seed, the number itself");
+}
+
 }  // namespace
 
 void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
@@ -71,6 +77,7 @@ Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executo
   }
   Check check("lora_linear");
   check_lora_bank(&check, p.lora, args.lora);
+  check_seed(&check, args.dropout_seed_on_device);
   if (!check.status().ok()) return check.status();
   if (executor.leads) kTable.count_run(plan.implementation);
   plan.implementation->run(plan, args, executor);
@@ -93,6 +100,7 @@ Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& arg
   }
   Check check("lora_linear_backward");
   check_lora_bank(&check, p.lora, args.lora);
+  check_seed(&check, args.dropout_seed_on_device);
   if (!check.status().ok()) return check.status();
   if (executor.leads) kTable.count_run(plan.implementation);
   plan.implementation->run_backward(plan, args, executor);

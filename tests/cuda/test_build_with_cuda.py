@@ -66,6 +66,73 @@ def test_the_library_loads_without_a_gpu(built: Path) -> None:
     assert "loaded" in run.stdout
 
 
+# Every way in which a bank and a seed are given to the raw module, on the CPU.
+RAW_ARGUMENTS = """
+import numpy as np, _raw as r
+M, K, N, R = 3, 8, 70, 2
+draw = np.random.default_rng(0).standard_normal
+x, w, a, b = (draw(s).astype(np.float32) for s in ((M, K), (N, K), (R, K), (R, N)))
+blocks = np.zeros((2, R, 64), np.float32)  # b in blocks of 64 columns
+blocks[0], blocks[1, :, : N - 64] = b[:, :64], b[:, 64:]
+lora = r.LoraShape(adapters=1, total_rank=R, max_rank=R, dtype=r.DType.float32)
+problem = r.LoraLinearProblem(rows=M, in_features=K, out_features=N, lora=lora, dropout_p=0.0)
+plan = r.plan(problem, r.host_device())
+memory = np.empty(plan.workspace_bytes + 64, np.uint8)
+fixed = dict(
+    x=x.ctypes.data, x_stride=K, weight=w.ctypes.data, weight_stride=K, lora_a=a.ctypes.data,
+    a_stride=K, b_stride_out=1, workspace=memory.ctypes.data + -memory.ctypes.data % 64,
+)
+want = x @ w.T + (x @ a.T) @ b
+for bank in (
+    dict(lora_b=b.ctypes.data, b_stride_rank=N),
+    dict(lora_b=blocks.ctypes.data, b_stride_rank=64, b_stride_block=R * 64),
+):
+    y = np.full((M, N), np.nan, np.float32)
+    r.run(plan, **fixed, **bank, y=y.ctypes.data)
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+backward = r.plan(
+    r.LoraLinearBackwardProblem(forward=problem, needs_dx=True), r.host_device()
+)
+dx, seed = np.empty((M, K), np.float32), np.zeros(1, np.int64)
+for chosen, more in (
+    (plan, dict(y=y.ctypes.data)), (backward, dict(dy=y.ctypes.data, dx=dx.ctypes.data))
+):
+    try:
+        r.run(
+            chosen, **fixed, **more, lora_b=b.ctypes.data, b_stride_rank=N,
+            dropout_seed_on_device=seed.ctypes.data,
+        )
+    except RuntimeError as error:
+        assert "dropout_seed_on_device: expected null on a CPU" in str(error), error
+    else:
+        raise AssertionError("a seed on a device was left unread")
+try:
+    r.run(
+        backward, **fixed, dy=y.ctypes.data, dx=dx.ctypes.data, lora_b=blocks.ctypes.data,
+        b_stride_rank=64, b_stride_block=R * 64,
+    )
+except RuntimeError as error:
+    assert "where gradients are needed" in str(error), error
+else:
+    raise AssertionError("gradients took a bank of blocks")
+print("arguments")
+"""
+
+
+@pytest.mark.slow
+def test_the_raw_module_passes_on_every_argument(built: Path) -> None:
+    if not list(built.glob("_raw*.so")):
+        pytest.skip("Python.h is not installed")
+    run = subprocess.run(
+        [sys.executable, "-c", RAW_ARGUMENTS],
+        env=os.environ | {"PYTHONPATH": str(built), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "arguments" in run.stdout
+
+
 @pytest.mark.slow
 def test_the_raw_module_runs_on_numpy_and_refuses_a_missing_gpu(built: Path) -> None:
     if not list(built.glob("_raw*.so")):

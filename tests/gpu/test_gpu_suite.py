@@ -49,13 +49,17 @@ def test_steps_that_fail_or_take_too_long_are_kept() -> None:
     assert codes == {"good": 0, "bad": 3, "slow": 124, "absent": 127}
 
 
-def test_no_step_outlives_the_suite_nor_does_what_it_started() -> None:
+def test_no_step_outlives_the_suite_nor_does_what_it_started(tmp_path: Path) -> None:
     suite = Suite(time.perf_counter() + 11)
-    child = [sys.executable, "-c", "import time; time.sleep(60)"]
+    mark = tmp_path / "mark"
+    late = f"import pathlib, time; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
+    child = [sys.executable, "-c", late]
     command = [sys.executable, "-c", f"import subprocess; subprocess.run({child})"]
     begin = time.perf_counter()
     assert not suite.step("slow", command, 300)
-    assert time.perf_counter() - begin < 6
+    assert time.perf_counter() - begin < 4
+    time.sleep(4)
+    assert not mark.exists()
     assert not suite.step("late", [sys.executable, "-c", "open('/no/such/file')"], 300)
     assert "skipped: no time" in suite.results["steps"]["late"]["output"]
 

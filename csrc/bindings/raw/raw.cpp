@@ -31,13 +31,14 @@ Executor executor_of(uintptr_t stream) {
 }
 
 LoraBank bank_of(uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride_rank, int64_t b_stride_out,
-                 uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids) {
+                 int64_t b_stride_block, uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids) {
   LoraBank bank;
   bank.a = pointer<void>(a);
   bank.a_stride = a_stride;
   bank.b = pointer<void>(b);
   bank.b_stride_rank = b_stride_rank;
   bank.b_stride_out = b_stride_out;
+  bank.b_stride_block = b_stride_block;
   bank.scales = pointer<float>(scales);
   bank.offsets = pointer<int32_t>(offsets);
   bank.adapter_ids = pointer<int32_t>(adapter_ids);
@@ -138,42 +139,48 @@ PYBIND11_MODULE(_raw, m) {
       "run",
       [](const LoraLinearPlan& chosen, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride,
          uintptr_t y, uintptr_t bias, uintptr_t residual, uintptr_t lora_a, int64_t a_stride, uintptr_t lora_b,
-         int64_t b_stride_rank, int64_t b_stride_out, uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids,
-         uint64_t dropout_seed, uintptr_t workspace, uintptr_t stream) {
+         int64_t b_stride_rank, int64_t b_stride_out, int64_t b_stride_block, uintptr_t scales, uintptr_t offsets,
+         uintptr_t adapter_ids, uint64_t dropout_seed, uintptr_t dropout_seed_on_device, uintptr_t workspace,
+         uintptr_t stream) {
         LoraLinearArgs args;
         args.x = pointer<void>(x);
         args.x_stride = x_stride;
         args.weight = pointer<void>(weight);
         args.weight_stride = weight_stride;
         args.bias = pointer<void>(bias);
-        args.lora = bank_of(lora_a, a_stride, lora_b, b_stride_rank, b_stride_out, scales, offsets, adapter_ids);
+        args.lora = bank_of(lora_a, a_stride, lora_b, b_stride_rank, b_stride_out, b_stride_block, scales, offsets,
+                            adapter_ids);
         args.residual = pointer<void>(residual);
         args.y = pointer<void>(y);
         args.dropout_seed = dropout_seed;
+        args.dropout_seed_on_device = pointer<int64_t>(dropout_seed_on_device);
         args.workspace = pointer<void>(workspace);
         const py::gil_scoped_release released;
         raise_if_failed(run(chosen, args, executor_of(stream)));
       },
       py::arg("plan"), py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"),
       py::arg("y"), py::arg("bias") = 0, py::arg("residual") = 0, py::arg("lora_a") = 0, py::arg("a_stride") = 0,
-      py::arg("lora_b") = 0, py::arg("b_stride_rank") = 0, py::arg("b_stride_out") = 0, py::arg("scales") = 0,
-      py::arg("offsets") = 0, py::arg("adapter_ids") = 0, py::arg("dropout_seed") = 0, py::arg("workspace") = 0,
-      py::arg("stream") = 0, "lora_linear on addresses; strides count elements.");
+      py::arg("lora_b") = 0, py::arg("b_stride_rank") = 0, py::arg("b_stride_out") = 0, py::arg("b_stride_block") = 0,
+      py::arg("scales") = 0, py::arg("offsets") = 0, py::arg("adapter_ids") = 0, py::arg("dropout_seed") = 0,
+      py::arg("dropout_seed_on_device") = 0, py::arg("workspace") = 0, py::arg("stream") = 0,
+      "lora_linear on addresses; strides count elements.");
   m.def(
       "run",
       [](const LoraLinearBackwardPlan& chosen, uintptr_t dy, uintptr_t x, int64_t x_stride, uintptr_t weight,
          int64_t weight_stride, uintptr_t lora_a, int64_t a_stride, uintptr_t lora_b, int64_t b_stride_rank,
-         int64_t b_stride_out, uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids, uint64_t dropout_seed,
-         uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t dlora_a, uintptr_t dlora_b, uintptr_t workspace,
-         uintptr_t stream) {
+         int64_t b_stride_out, int64_t b_stride_block, uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids,
+         uint64_t dropout_seed, uintptr_t dropout_seed_on_device, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+         uintptr_t dlora_a, uintptr_t dlora_b, uintptr_t workspace, uintptr_t stream) {
         LoraLinearBackwardArgs args;
         args.dy = pointer<void>(dy);
         args.x = pointer<void>(x);
         args.x_stride = x_stride;
         args.weight = pointer<void>(weight);
         args.weight_stride = weight_stride;
-        args.lora = bank_of(lora_a, a_stride, lora_b, b_stride_rank, b_stride_out, scales, offsets, adapter_ids);
+        args.lora = bank_of(lora_a, a_stride, lora_b, b_stride_rank, b_stride_out, b_stride_block, scales, offsets,
+                            adapter_ids);
         args.dropout_seed = dropout_seed;
+        args.dropout_seed_on_device = pointer<int64_t>(dropout_seed_on_device);
         args.dx = pointer<void>(dx);
         args.dweight = pointer<float>(dweight);
         args.dbias = pointer<float>(dbias);
@@ -185,8 +192,9 @@ PYBIND11_MODULE(_raw, m) {
       },
       py::arg("plan"), py::kw_only(), py::arg("dy"), py::arg("x"), py::arg("x_stride"), py::arg("weight"),
       py::arg("weight_stride"), py::arg("lora_a") = 0, py::arg("a_stride") = 0, py::arg("lora_b") = 0,
-      py::arg("b_stride_rank") = 0, py::arg("b_stride_out") = 0, py::arg("scales") = 0, py::arg("offsets") = 0,
-      py::arg("adapter_ids") = 0, py::arg("dropout_seed") = 0, py::arg("dx") = 0, py::arg("dweight") = 0,
-      py::arg("dbias") = 0, py::arg("dlora_a") = 0, py::arg("dlora_b") = 0, py::arg("workspace") = 0,
-      py::arg("stream") = 0, "The gradients of lora_linear on addresses.");
+      py::arg("b_stride_rank") = 0, py::arg("b_stride_out") = 0, py::arg("b_stride_block") = 0, py::arg("scales") = 0,
+      py::arg("offsets") = 0, py::arg("adapter_ids") = 0, py::arg("dropout_seed") = 0,
+      py::arg("dropout_seed_on_device") = 0, py::arg("dx") = 0, py::arg("dweight") = 0, py::arg("dbias") = 0,
+      py::arg("dlora_a") = 0, py::arg("dlora_b") = 0, py::arg("workspace") = 0, py::arg("stream") = 0,
+      "The gradients of lora_linear on addresses.");
 }
