@@ -43,7 +43,7 @@ struct LoraLinearArgs {
   const void* residual = nullptr;  // [M, N] contiguous
   void* y = nullptr;               // [M, N] contiguous
   uint64_t dropout_seed = 0;
-  const int64_t* dropout_seed_on_device = nullptr;  // CUDA: read by the kernels in place of dropout_seed, unless null; CPU: null
+  const int64_t* dropout_seed_on_device = nullptr;  // CUDA: read by the kernels in place of dropout_seed, unless null
   void* workspace = nullptr;                        // workspace_bytes(plan), aligned to 64 bytes (256 on a CUDA device)
 };
 
