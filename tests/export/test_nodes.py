@@ -1,0 +1,228 @@
+"""Every node exported from a small module, run in ONNX Runtime, against the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from lora_kernels import export, ops, reference
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+pytest.importorskip("onnxscript", reason="needs the extra `export`")
+
+
+class Call(torch.nn.Module):
+    """A module that is one call: operands by name, those in ``fixed`` as buffers."""
+
+    def __init__(self, function, names: list[str], fixed: dict, **options) -> None:
+        super().__init__()
+        self.function, self.names, self.options = function, names, options
+        self.fixed = list(fixed)
+        for name, value in fixed.items():
+            self.register_buffer(f"{name}_", value)
+        self.eval()
+
+    def forward(self, *inputs: torch.Tensor):
+        operands = dict(zip(self.names, inputs, strict=True))
+        operands |= {name: getattr(self, f"{name}_") for name in self.fixed}
+        return self.function(**operands, **self.options)
+
+
+def exported(module: torch.nn.Module, inputs: tuple, folder, **options):
+    program = torch.onnx.export(
+        module,
+        inputs,
+        dynamo=True,
+        verbose=False,
+        opset_version=18,
+        custom_translation_table=export.translations(),
+        **options,
+    )
+    export.finish(program.model)
+    program.save(str(folder / "model.onnx"))
+    return program
+
+
+def run(folder, inputs: tuple, name: str = "model.onnx") -> list[torch.Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        str(folder / name), options, providers=["CPUExecutionProvider"]
+    )
+    names = [i.name for i in session.get_inputs()]
+    feeds = dict(zip(names, (i.numpy() for i in inputs), strict=True))
+    return [torch.from_numpy(y) for y in session.run(None, feeds)]
+
+
+def bank(ranks: list[int], k: int, n: int, groups: int, dtype=torch.float32) -> dict:
+    total = sum(ranks)
+    return {
+        "lora_a": (torch.randn(total, k) / k**0.5).to(dtype),
+        "lora_b": torch.randn(total, n).to(dtype),
+        "scales": torch.rand(len(ranks)) + 0.5,
+        "offsets": torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32),
+        "adapter_ids": torch.randint(-1, len(ranks), (groups,), dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_lora_linear(tmp_path, activation: str, dtype: torch.dtype) -> None:
+    """Adapters and routing are inputs of the graph; the batch and the bank are dynamic."""
+    k, n = 37, 53
+
+    def operands(batch: int, ranks: list[int], rows: int = 7) -> dict:
+        return (
+            {"x": torch.randn(batch, rows, k).to(dtype)}
+            | bank(ranks, k, n, batch, dtype)
+            | {"residual": torch.randn(batch, rows, n).to(dtype)}
+        )
+
+    fixed = {"weight": (torch.randn(n, k) / k**0.5).to(dtype), "bias": torch.randn(n).to(dtype)}
+    first = operands(3, [4, 2, 17])
+    module = Call(ops.lora_linear, list(first), fixed, activation=activation)
+    batch, rows, total = (torch.export.Dim(d) for d in ("batch", "rows", "total"))
+    adapters = torch.export.Dim("adapters")
+    shapes = {
+        "inputs": (
+            {0: batch, 1: rows},
+            {0: total},
+            {0: total},
+            {0: adapters},
+            {0: adapters + 1},
+            {0: batch},
+            {0: batch, 1: rows},
+        )
+    }
+    exported(module, tuple(first.values()), tmp_path, dynamic_shapes=shapes)
+    for case in (first, operands(2, [1, 0, 0, 5], 1), operands(5, [3])):
+        got = run(tmp_path, tuple(case.values()))[0]
+        exact = reference.lora_linear(**case, **fixed, activation=activation)
+        plain = reference.lora_linear(**case, **fixed, activation=activation, compute_dtype=dtype)
+        assert_close(got, exact, plain, what=f"{list(case['x'].shape)}")
+
+
+def quantized(k: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, scales = reference.quantize_weight(torch.randn(n, k) / k**0.5)
+    return q, scales, ops.int8_pack(q, scales)
+
+
+def int8_call(packed: torch.Tensor, n: int):
+    def call(x: torch.Tensor, packed_weight: torch.Tensor, **operands) -> torch.Tensor:
+        return ops.int8_lora_linear(x, packed_weight, n, **operands)
+
+    return call
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+def test_int8_lora_linear(tmp_path, activation: str, static: bool) -> None:
+    """Rows of zeros, of tiny values and with a NaN included."""
+    k, n = 70, 131
+    q, weight_scales, packed = quantized(k, n)
+    x = torch.randn(2, 9, k)
+    x[0, 1] = 0
+    x[0, 2] = 1e-38
+    x[1, 3, 5] = float("nan")
+    x[1, 4, 6] = float("inf")
+    case = {"x": x} | bank([4, 0, 9], k, n, 2) | {"residual": torch.randn(2, 9, n)}
+    fixed = {"packed_weight": packed, "bias": torch.randn(n)}
+    if static:
+        fixed["x_scale"] = torch.tensor([0.03])
+    module = Call(int8_call(packed, n), list(case), fixed, activation=activation)
+    exported(module, tuple(case.values()), tmp_path)
+    got = run(tmp_path, tuple(case.values()))[0]
+    del fixed["packed_weight"]
+    exact = reference.int8_lora_linear(
+        q_weight=q, weight_scales=weight_scales, **case, **fixed, activation=activation
+    )
+    broken = exact.isnan().any(-1)
+    assert got.isnan().all(-1).equal(broken) and int(broken.sum()) == 2
+    assert_close(got[~broken], exact[~broken])
+
+
+def test_int8_sums_are_exact(tmp_path) -> None:
+    """The largest sums that there are: signed products summed in 16 bits would saturate."""
+    k, n = 512, 65
+    q = torch.full((n, k), 127, dtype=torch.int8)
+    q[1::2] = -127
+    scales = torch.ones(n)
+    packed = ops.int8_pack(q, scales)
+    x = torch.ones(3, k) * torch.tensor([[127.0], [-127.0], [127.0]])
+    x[2, ::2] = -127.0
+    exported(Call(int8_call(packed, n), ["x"], {"packed_weight": packed}), (x,), tmp_path)
+    got = run(tmp_path, (x,))[0]
+    assert got.equal((x.double() @ q.double().T).float())
+
+
+@pytest.mark.parametrize("heads_dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("slots", ["none", "row", "position"])
+def test_kv_attention_step(tmp_path, heads_dtype: torch.dtype, slots: str) -> None:
+    rows, tokens, heads, size, capacity, cache_rows = 3, 2, 5, 12, 11, 4
+    cache_dtype = heads_dtype
+    dtype = torch.float32 if heads_dtype == torch.int8 else heads_dtype
+    new = [torch.randn(rows, tokens, heads, size).to(dtype) for _ in range(3)]
+    case = dict(zip(("q", "k", "v"), new, strict=True))
+    for name in ("k", "v"):
+        content = torch.randn(cache_rows, heads, capacity, size)
+        if cache_dtype == torch.int8:
+            case[f"{name}_cache"], scale = reference.quantize_rows(content)
+            case[f"{name}_scales"] = scale.unsqueeze(-1)
+        else:
+            content[:, :, -1] = float("nan")  # nobody attends to it
+            case[f"{name}_cache"] = content.to(cache_dtype)
+    case["lengths"] = torch.tensor([0, 7, 3], dtype=torch.int32)
+    if slots == "row":
+        case["slots"] = torch.tensor([2, 0, 3], dtype=torch.int32)
+    elif slots == "position":
+        table = torch.randint(0, cache_rows, (rows, capacity), dtype=torch.int32)
+        table[torch.arange(rows)[:, None], case["lengths"].long()[:, None] + torch.arange(2)] = (
+            torch.tensor([[3], [1], [2]], dtype=torch.int32)
+        )
+        case["slots"] = table
+    module = Call(export.kv_attention_step, list(case), {}, scale=0.3)
+    exported(module, tuple(case.values()), tmp_path)
+    before = {name: value.clone() for name, value in case.items()}
+    got = run(tmp_path, tuple(case.values()))
+    exact, _ = reference.kv_attention_step(**case, scale=0.3)
+    plain, _ = reference.kv_attention_step(**before, scale=0.3, compute_dtype=dtype)
+    assert_close(got[0], exact, plain)
+    names = [name for name in case if name.endswith(("_cache", "_scales"))]
+    names.sort(key=lambda name: name.endswith("_scales"))
+    for name, value in zip(names, got[1:], strict=True):
+        assert torch.equal(value.nan_to_num(7.0), case[name].nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("cache", ["float32", "per_channel", "per_position"])
+@pytest.mark.parametrize("slots", [None, [1, 0, 1]])
+def test_kv_attention_over_a_fixed_cache(tmp_path, cache: str, slots: list[int] | None) -> None:
+    """Cross-attention: beams of an utterance share a cache row, one utterance has no frames."""
+    rows, heads, size, capacity = 3, 5, 12, 11
+    cache_rows = rows if slots is None else 2
+    case = {"q": torch.randn(rows, 2, heads, size)}
+    for name in ("k", "v"):
+        content = torch.randn(cache_rows, heads, capacity, size)
+        if cache == "float32":
+            case[f"{name}_cache"] = content
+        elif cache == "per_position":
+            case[f"{name}_cache"], scale = reference.quantize_rows(content)
+            case[f"{name}_scales"] = scale.unsqueeze(-1)
+        else:
+            q, scale = reference.quantize_rows(content.transpose(2, 3))
+            case[f"{name}_cache"] = q.transpose(2, 3).contiguous()
+            case[f"{name}_scales"] = scale.unsqueeze(2)
+    case["lengths"] = torch.tensor([11, 0, 4], dtype=torch.int32)
+    if slots is not None:
+        case["slots"] = torch.tensor(slots, dtype=torch.int32)
+
+    def attend(**operands):
+        return export.kv_attention_step(k=None, v=None, scale=0.3, **operands)
+
+    exported(Call(attend, list(case), {}), tuple(case.values()), tmp_path)
+    (got,) = run(tmp_path, tuple(case.values()))
+    exact, _ = reference.kv_attention_step(k=None, v=None, scale=0.3, **case)
+    assert_close(got, exact)
+    assert (got[1] == 0).all()
