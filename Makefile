@@ -64,4 +64,4 @@ base-model: setup
 	$(BIN)/python -m lora_speech.pretraining --output python/lora_speech/assets/base_model
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lora_kernels/_torch.so demo_output
+	rm -rf $(VENV) build dist *.egg-info lora_kernels/*.so demo_output

@@ -99,6 +99,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / "_torch.so", target)
+        for plugins in build.glob("liblora_kernels_tensorrt*.so"):
+            shutil.copy2(plugins, target.parent)
 
 
 class PlatformWheel(bdist_wheel):

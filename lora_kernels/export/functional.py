@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import ops
@@ -28,7 +30,7 @@ def _run(
     caches = [k_cache, v_cache, *(s for s in (k_scales, v_scales) if s is not None)]
     if k is not None:
         caches = [cache.clone() for cache in caches]
-    scales = dict(zip(("k_scales", "v_scales"), caches[2:], strict=False))
+    scales: dict[str, Any] = dict(zip(("k_scales", "v_scales"), caches[2:], strict=False))
     out, _ = ops.kv_attention_step(
         q, k, v, caches[0], caches[1], lengths, slots=slots, scale=scale, **scales
     )
