@@ -141,9 +141,9 @@ void creators_are_those_of_the_nodes() {
   int32_t count = 0;
   getCreators(count);
   check(count == 10, "ten creators");
-  for (const char* name : {"LoraLinear", "LoraLinearGelu", "LoraLinearSilu", "Int8LoraLinear", "Int8LoraLinearGelu",
-                           "Int8LoraLinearSilu", "KvAttentionStep", "KvAttentionStepInt8", "KvAttentionFixed",
-                           "KvAttentionFixedInt8"}) {
+  for (const char* name :
+       {"LoraLinear", "LoraLinearGelu", "LoraLinearSilu", "Int8LoraLinear", "Int8LoraLinearGelu", "Int8LoraLinearSilu",
+        "KvAttentionStep", "KvAttentionStepInt8", "KvAttentionFixed", "KvAttentionFixedInt8"}) {
     IPluginCreatorV3One* one = creator(name);
     check(one != nullptr, std::string(name) + " has a creator");
     check(one && std::string(one->getPluginNamespace()) == "lora_kernels", "namespace");
@@ -222,8 +222,8 @@ void format_grid(const std::string& name, Attributes attributes, const std::vect
       auto grid = profile(tensors, tensors);
       grid[position].desc.type = type;
       const bool accepted = build(plugin)->supportsFormatCombination(position, grid.data(), inputs, total - inputs);
-      check(accepted == allowed(position, type), name + ": type " + std::to_string(static_cast<int>(type)) +
-                                                     " at position " + std::to_string(position));
+      check(accepted == allowed(position, type),
+            name + ": type " + std::to_string(static_cast<int>(type)) + " at position " + std::to_string(position));
       grid[position].desc.type = right[position];
       grid[position].desc.format = TensorFormat::kCHW32;
       check(!build(plugin)->supportsFormatCombination(position, grid.data(), inputs, total - inputs),
@@ -420,7 +420,7 @@ void shapes_that_do_not_fit_are_refused() {
   check(run("LoraLinear", linear_attributes(false), &call) == "not configured", "an adapter of another shape");
   call = lora_linear_call(&l);
   call.descriptions[7] = tensor(DataType::kINT32, {5});
-  check(run("LoraLinear", linear_attributes(false), &call) == "not configured", "ids that do not divide the rows");
+  check(contains(run("LoraLinear", linear_attributes(false), &call), "adapter_ids"), "ids that do not divide the rows");
 
   // An engine that was built for less than what comes: the workspace is too small, and nothing is written.
   call = lora_linear_call(&l);
@@ -625,7 +625,8 @@ void kv_attention_fixed_runs() {
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t d = 0; d < size; ++d) {
         float sum = 0;
-        for (int64_t p = 0; p < lengths[i]; ++p) sum += 2.0f * cache[((slots[i] * heads + h) * capacity + p) * size + d];
+        for (int64_t p = 0; p < lengths[i]; ++p)
+          sum += 2.0f * cache[((slots[i] * heads + h) * capacity + p) * size + d];
         check(std::fabs(out[(i * heads + h) * size + d] - sum / lengths[i]) < 1e-4f, "KvAttentionFixedInt8: the mean");
       }
 }
@@ -644,7 +645,9 @@ void what_has_no_kernels_is_refused() {
   std::vector<float> memory(64, 0.0f);
   const std::vector<int32_t> zeros = {0};
   Call call;
-  for (int i = 0; i < 3; ++i) call.operand(DataType::kFLOAT, i ? std::vector<int64_t>{1, 1, 8, 8} : std::vector<int64_t>{1, 1, 1, 8}, memory.data());
+  for (int i = 0; i < 3; ++i)
+    call.operand(DataType::kFLOAT, i ? std::vector<int64_t>{1, 1, 8, 8} : std::vector<int64_t>{1, 1, 1, 8},
+                 memory.data());
   call.descriptions[1] = call.descriptions[2] = tensor(DataType::kFLOAT, {1, 1, 8, 8});
   call.operand(DataType::kINT32, {1}, zeros.data());
   call.operand(DataType::kINT32, {1, 1}, zeros.data());

@@ -56,8 +56,8 @@ Status read_one(const PluginField& field, Fields* fields) {
   const Place place = place_of(field.name, fields);
   if (field.type != place.type() || field.length != 1 || !field.data)
     return Status::invalid(std::string(field.name) + ": expected one " +
-                           (place.number ? "float32" : (place.bytes ? "int64" : "int32")) +
-                           ", got a field of type " + std::to_string(static_cast<int>(field.type)) + " and length " +
+                           (place.number ? "float32" : (place.bytes ? "int64" : "int32")) + ", got a field of type " +
+                           std::to_string(static_cast<int>(field.type)) + " and length " +
                            std::to_string(field.length));
   std::memcpy(place.address(), field.data, place.size());
   if (place.integer && *place.integer != 0 && *place.integer != 1)

@@ -1,6 +1,6 @@
-// int8_lora_linear as a TensorRT plugin: the nodes Int8LoraLinear, Int8LoraLinearGelu and Int8LoraLinearSilu. The packed
-// weight comes as int32 words, a type that every TensorRT passes on as it is; weight_scales, which it holds as well,
-// is there for the node's body in standard operators, and tells N here.
+// int8_lora_linear as a TensorRT plugin: the nodes Int8LoraLinear, Int8LoraLinearGelu and Int8LoraLinearSilu. The
+// packed weight comes as int32 words, a type that every TensorRT passes on as it is; weight_scales, which it holds as
+// well, is there for the node's body in standard operators, and tells N here.
 #include "lora_kernels/int8_lora_linear.h"
 
 #include "linear.h"

@@ -25,8 +25,7 @@ inline Status bank_shape(const char* op, Tensors inputs, int first, int64_t in_f
   lora->groups = volume(inputs[first + kAdapterIds].dims);
   lora->dtype = dtype_of(inputs[first + kLoraA].type);
   Status status = expect_dims(op, "lora_a", a, {lora->total_rank, in_features});
-  if (status.ok())
-    status = expect_dims(op, "lora_b", inputs[first + kLoraB].dims, {lora->total_rank, out_features});
+  if (status.ok()) status = expect_dims(op, "lora_b", inputs[first + kLoraB].dims, {lora->total_rank, out_features});
   if (status.ok()) status = expect_dims(op, "scales", inputs[first + kScales].dims, {lora->adapters});
   if (status.ok()) status = expect_dims(op, "offsets", inputs[first + kOffsets].dims, {lora->adapters + 1});
   if (status.ok()) status = expect_dims(op, "adapter_ids", inputs[first + kAdapterIds].dims, {lora->groups});

@@ -146,9 +146,7 @@ bool Plugin::supportsFormatCombination(int32_t position, const DynamicPluginTens
   return status.ok() && accepted;
 }
 
-int32_t Plugin::getNbOutputs() const noexcept {
-  return static_cast<int32_t>(implementation_->signature().like.size());
-}
+int32_t Plugin::getNbOutputs() const noexcept { return static_cast<int32_t>(implementation_->signature().like.size()); }
 
 size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
                                 int32_t outputs) const noexcept {
