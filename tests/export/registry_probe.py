@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 
 import numpy as np
 
 site, library = sys.argv[1:]
 if site:
     sys.path.insert(0, site)
-import tensorrt_lean_bindings as trt
+trt = import_module("tensorrt_lean_bindings")
 
 registry = trt.get_plugin_registry()
 before = {creator.name for creator in registry.all_creators}
