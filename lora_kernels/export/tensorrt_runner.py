@@ -215,8 +215,8 @@ class EngineRunner:
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise LoraKernelsError(
-                f"engine_path: TensorRT {trt.__version__} cannot read {path}; engines belong to the "
-                "version and the GPU that built them, and to their plugins (plugin_library): build "
+                f"engine_path: TensorRT {trt.__version__} cannot read {path}; engines belong to "
+                "the version and GPU that built them, and to their plugins (plugin_library): build "
                 "it again here"
             )
         self._runtime, self._engine = runtime, engine

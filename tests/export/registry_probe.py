@@ -20,7 +20,6 @@ if site:
 trt = import_module("tensorrt_lean_bindings")
 
 registry = trt.get_plugin_registry()
-before = {creator.name for creator in registry.all_creators}
 registry.load_library(library)
 
 

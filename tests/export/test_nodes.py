@@ -2,70 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from single_calls import Call, bank, exported, run
 from tolerances import assert_close
 
 from lora_kernels import export, ops, reference
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 pytest.importorskip("onnxscript", reason="needs the extra `export`")
-
-
-class Call(torch.nn.Module):
-    """A module that is one call: operands by name, those in ``fixed`` as buffers."""
-
-    def __init__(self, function, names: list[str], fixed: dict, **options) -> None:
-        super().__init__()
-        self.function, self.names, self.options = function, names, options
-        self.fixed = list(fixed)
-        for name, value in fixed.items():
-            self.register_buffer(f"{name}_", value)
-        self.eval()
-
-    def forward(self, *inputs: torch.Tensor):
-        operands = dict(zip(self.names, inputs, strict=True))
-        operands |= {name: getattr(self, f"{name}_") for name in self.fixed}
-        return self.function(**operands, **self.options)
-
-
-def exported(module: torch.nn.Module, inputs: tuple, folder, **options):
-    program = torch.onnx.export(
-        module,
-        inputs,
-        dynamo=True,
-        verbose=False,
-        opset_version=18,
-        custom_translation_table=export.translations(),
-        **options,
-    )
-    export.finish(program.model)
-    program.save(str(folder / "model.onnx"))
-    return program
-
-
-def run(folder, inputs: tuple, name: str = "model.onnx") -> list[torch.Tensor]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        str(folder / name), options, providers=["CPUExecutionProvider"]
-    )
-    names = [i.name for i in session.get_inputs()]
-    feeds = dict(zip(names, (i.numpy() for i in inputs), strict=True))
-    return [torch.from_numpy(y) for y in session.run(None, feeds)]
-
-
-def bank(ranks: list[int], k: int, n: int, groups: int, dtype=torch.float32) -> dict:
-    total = sum(ranks)
-    return {
-        "lora_a": (torch.randn(total, k) / k**0.5).to(dtype),
-        "lora_b": torch.randn(total, n).to(dtype),
-        "scales": torch.rand(len(ranks)) + 0.5,
-        "offsets": torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32),
-        "adapter_ids": torch.randint(-1, len(ranks), (groups,), dtype=torch.int32),
-    }
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
@@ -97,9 +42,9 @@ def test_lora_linear(tmp_path, activation: str, dtype: torch.dtype) -> None:
             {0: batch, 1: rows},
         )
     }
-    exported(module, tuple(first.values()), tmp_path, dynamic_shapes=shapes)
+    model = exported(module, tuple(first.values()), tmp_path, dynamic_shapes=shapes)
     for case in (first, operands(2, [1, 0, 0, 5], 1), operands(5, [3])):
-        got = run(tmp_path, tuple(case.values()))[0]
+        got = run(model, tuple(case.values()))[0]
         exact = reference.lora_linear(**case, **fixed, activation=activation)
         plain = reference.lora_linear(**case, **fixed, activation=activation, compute_dtype=dtype)
         assert_close(got, exact, plain, what=f"{list(case['x'].shape)}")
@@ -133,8 +78,8 @@ def test_int8_lora_linear(tmp_path, activation: str, static: bool) -> None:
     if static:
         fixed["x_scale"] = torch.tensor([0.03])
     module = Call(int8_call(packed, n), list(case), fixed, activation=activation)
-    exported(module, tuple(case.values()), tmp_path)
-    got = run(tmp_path, tuple(case.values()))[0]
+    model = exported(module, tuple(case.values()), tmp_path)
+    got = run(model, tuple(case.values()))[0]
     del fixed["packed_weight"]
     exact = reference.int8_lora_linear(
         q_weight=q, weight_scales=weight_scales, **case, **fixed, activation=activation
@@ -153,8 +98,8 @@ def test_int8_sums_are_exact(tmp_path) -> None:
     packed = ops.int8_pack(q, scales)
     x = torch.ones(3, k) * torch.tensor([[127.0], [-127.0], [127.0]])
     x[2, ::2] = -127.0
-    exported(Call(int8_call(packed, n), ["x"], {"packed_weight": packed}), (x,), tmp_path)
-    got = run(tmp_path, (x,))[0]
+    model = exported(Call(int8_call(packed, n), ["x"], {"packed_weight": packed}), (x,), tmp_path)
+    got = run(model, (x,))[0]
     assert got.equal((x.double() @ q.double().T).float())
 
 
@@ -184,9 +129,9 @@ def test_kv_attention_step(tmp_path, heads_dtype: torch.dtype, slots: str) -> No
         )
         case["slots"] = table
     module = Call(export.kv_attention_step, list(case), {}, scale=0.3)
-    exported(module, tuple(case.values()), tmp_path)
+    model = exported(module, tuple(case.values()), tmp_path)
     before = {name: value.clone() for name, value in case.items()}
-    got = run(tmp_path, tuple(case.values()))
+    got = run(model, tuple(case.values()))
     exact, _ = reference.kv_attention_step(**case, scale=0.3)
     plain, _ = reference.kv_attention_step(**before, scale=0.3, compute_dtype=dtype)
     assert_close(got[0], exact, plain)
@@ -221,8 +166,8 @@ def test_kv_attention_over_a_fixed_cache(tmp_path, cache: str, slots: list[int] 
     def attend(**operands):
         return export.kv_attention_step(k=None, v=None, scale=0.3, **operands)
 
-    exported(Call(attend, list(case), {}), tuple(case.values()), tmp_path)
-    (got,) = run(tmp_path, tuple(case.values()))
+    model = exported(Call(attend, list(case), {}), tuple(case.values()), tmp_path)
+    (got,) = run(model, tuple(case.values()))
     exact, _ = reference.kv_attention_step(k=None, v=None, scale=0.3, **case)
     assert_close(got, exact)
     assert (got[1] == 0).all()
