@@ -33,6 +33,11 @@ def _zeros(*shape: int, dtype: type = np.float32) -> Any:
     return _constant(np.zeros(shape, dtype))
 
 
+def _or_zero(operand: Any, dtype: int) -> Any:
+    """An operand, or its placeholder in the given type."""
+    return _standard().Cast(_zeros(1), to=dtype) if operand is None else operand
+
+
 def _size(value: Any, dimension: int, operand: str) -> int:
     """A size that must be known when the model is written."""
     size = None if value.shape is None else value.shape[dimension]
@@ -95,20 +100,14 @@ def _linear(
     return operator("LoraLinear" + ACTIVATIONS[activation])(
         x,
         weight,
-        _like(x, bias),
+        _or_zero(bias, int(x.dtype)),
         *bank,
-        _like(x, residual),
+        _or_zero(residual, int(x.dtype)),
         has_bias=int(bias is not None),
         has_lora=int(lora_a is not None),
         has_residual=int(residual is not None),
         **_PLUGIN,
     )
-
-
-def _like(x: Any, operand: Any) -> Any:
-    """An operand, or its placeholder in the type of x."""
-    op = _standard()
-    return op.Cast(_zeros(1), to=int(x.dtype)) if operand is None else operand
 
 
 def _int8_linear(
@@ -129,42 +128,30 @@ def _int8_linear(
     norm_eps: float = 1e-5,
 ) -> Any:
     op = _standard()
+    inputs, dtype = _size(x, -1, "x"), int(x.dtype)
+    kind = dtype
     if norm_weight is not None:
         # quantization and LoRA see the normalized rows in fp32; only the result is rounded
-        own = int(x.dtype)
-        factors = (op.Cast(norm, to=_FLOAT) for norm in (norm_weight, norm_bias))
-        x = op.LayerNormalization(op.Cast(x, to=_FLOAT), *factors, epsilon=norm_eps)
-        residual = None if residual is None else op.Cast(residual, to=_FLOAT)
-        y = _int8_linear(
-            x,
-            packed_weight,
-            out_features,
-            None if bias is None else op.Cast(bias, to=_FLOAT),
-            lora_a,
-            lora_b,
-            scales,
-            offsets,
-            adapter_ids,
-            residual,
-            activation,
-            x_scale,
-        )
-        return op.Cast(y, to=own)
-    bank = _bank(lora_a, lora_b, scales, offsets, adapter_ids, _size(x, -1, "x"), out_features)
-    return operator("Int8LoraLinear" + ACTIVATIONS[activation])(
+        kind = _FLOAT
+        factors = (op.Cast(factor, to=kind) for factor in (norm_weight, norm_bias))
+        x = op.LayerNormalization(op.Cast(x, to=kind), *factors, epsilon=norm_eps)[0]
+        residual = None if residual is None else op.Cast(residual, to=kind)
+        bias = None if bias is None else op.Cast(bias, to=kind)
+    y = operator("Int8LoraLinear" + ACTIVATIONS[activation])(
         x,
         packed_weight,  # bytes, and no scales yet: finish() makes words of them
         _zeros(out_features),
-        _like(x, bias),
-        *bank,
-        _like(x, residual),
-        _zeros(1) if x_scale is None else x_scale,
+        _or_zero(bias, kind),
+        *_bank(lora_a, lora_b, scales, offsets, adapter_ids, inputs, out_features),
+        _or_zero(residual, kind),
+        _or_zero(x_scale, _FLOAT),
         has_bias=int(bias is not None),
         has_lora=int(lora_a is not None),
         has_residual=int(residual is not None),
         has_x_scale=int(x_scale is not None),
         **_PLUGIN,
     )
+    return y if kind == dtype else op.Cast(y, to=dtype)
 
 
 def _kv(

@@ -8,13 +8,18 @@ from single_calls import Call, bank, exported, run
 from tolerances import assert_close
 
 from lora_kernels import export, ops, reference
+from lora_kernels.adapters.bank import in_blocks
 
 pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 pytest.importorskip("onnxscript", reason="needs the extra `export`")
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+SLOW = pytest.mark.slow
+ACTIVATIONS = ["none", *(pytest.param(name, marks=SLOW) for name in ("gelu", "silu"))]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=SLOW)])
 def test_lora_linear(tmp_path, activation: str, dtype: torch.dtype) -> None:
     """Adapters and routing are inputs of the graph; the batch and the bank are dynamic."""
     k, n = 37, 53
@@ -62,8 +67,8 @@ def int8_call(packed: torch.Tensor, n: int):
     return call
 
 
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("static", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_int8_lora_linear(tmp_path, activation: str, static: bool) -> None:
     """Rows of zeros, of tiny values and with a NaN included."""
     k, n = 70, 131
@@ -103,12 +108,61 @@ def test_int8_sums_are_exact(tmp_path) -> None:
     assert got.equal((x.double() @ q.double().T).float())
 
 
-@pytest.mark.parametrize("heads_dtype", [torch.float32, torch.float16, torch.int8])
-@pytest.mark.parametrize("slots", ["none", "row", "position"])
-def test_kv_attention_step(tmp_path, heads_dtype: torch.dtype, slots: str) -> None:
+def test_a_bank_as_modules_keep_it(tmp_path) -> None:
+    """bf16 and in blocks, with LayerNorm before the layer; and one adapter as PEFT has it."""
+    k, n = 40, 70
+    q, weight_scales, packed = quantized(k, n)
+    norm = (torch.randn(k), torch.randn(k), 1e-5)
+    fixed = bank([3, 5], k, n, 2, torch.bfloat16)
+    case = {"x": torch.randn(2, 3, k), "adapter_ids": torch.tensor([1, 0], dtype=torch.int32)}
+    del fixed["adapter_ids"]
+    held = fixed | {"packed_weight": packed, "lora_b": in_blocks(fixed["lora_b"])}
+    module = Call(int8_call(packed, n), list(case), held, norm=norm)
+    got = run(exported(module, tuple(case.values()), tmp_path), tuple(case.values()))[0]
+    exact = reference.int8_lora_linear(
+        q_weight=q, weight_scales=weight_scales, norm=norm, **case, **fixed
+    )
+    # A LayerNorm rounded otherwise moves a value that stood between two integers.
+    assert_close(got, exact, extra=1e-2)
+
+    factors = {"lora_a": torch.randn(4, k), "lora_b": torch.randn(n, 4).t()}
+    weight = torch.randn(n, k)
+    module = Call(ops.lora_linear, ["x"], factors | {"weight": weight})
+    got = run(exported(module, (case["x"],), tmp_path), (case["x"],))[0]
+    assert_close(got, reference.lora_linear(case["x"], weight, **factors))
+
+
+def test_what_cannot_be_exported_is_named(tmp_path) -> None:
+    x, weight = torch.randn(3, 8), torch.randn(6, 8)
+    factors = {"lora_a": torch.randn(2, 8), "lora_b": torch.randn(2, 6)}
+    seed = torch.tensor([1])
+    module = Call(
+        ops.lora_linear, ["x"], factors | {"weight": weight, "dropout_seed": seed}, dropout_p=0.5
+    )
+    with pytest.raises(Exception, match=r"model\.eval\(\)"):
+        exported(module, (x,), tmp_path)
+    q, k = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 16)
+    packed = dict(
+        zip(("k_cache", "v_cache", "k_scales", "v_scales"), ops.kv_pack(k, k, 2), strict=True)
+    )
+    case = {"q": q} | packed | {"lengths": torch.tensor([5], dtype=torch.int32)}
+
+    def attend(**operands):
+        return export.kv_attention_step(k=None, v=None, **operands)
+
+    with pytest.raises(Exception, match="kv_pack has not packed"):
+        exported(Call(attend, list(case), {}), tuple(case.values()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cache_dtype", [torch.float32, torch.int8, pytest.param(torch.float16, marks=SLOW)]
+)
+@pytest.mark.parametrize(
+    "slots", ["position", *(pytest.param(s, marks=SLOW) for s in ("none", "row"))]
+)
+def test_kv_attention_step(tmp_path, cache_dtype: torch.dtype, slots: str) -> None:
     rows, tokens, heads, size, capacity, cache_rows = 3, 2, 5, 12, 11, 4
-    cache_dtype = heads_dtype
-    dtype = torch.float32 if heads_dtype == torch.int8 else heads_dtype
+    dtype = torch.float32 if cache_dtype == torch.int8 else cache_dtype
     new = [torch.randn(rows, tokens, heads, size).to(dtype) for _ in range(3)]
     case = dict(zip(("q", "k", "v"), new, strict=True))
     for name in ("k", "v"):
@@ -141,8 +195,10 @@ def test_kv_attention_step(tmp_path, heads_dtype: torch.dtype, slots: str) -> No
         assert torch.equal(value.nan_to_num(7.0), case[name].nan_to_num(7.0)), name
 
 
-@pytest.mark.parametrize("cache", ["float32", "per_channel", "per_position"])
-@pytest.mark.parametrize("slots", [None, [1, 0, 1]])
+@pytest.mark.parametrize(
+    "cache", ["per_channel", *(pytest.param(c, marks=SLOW) for c in ("float32", "per_position"))]
+)
+@pytest.mark.parametrize("slots", [[1, 0, 1], pytest.param(None, marks=SLOW)])
 def test_kv_attention_over_a_fixed_cache(tmp_path, cache: str, slots: list[int] | None) -> None:
     """Cross-attention: beams of an utterance share a cache row, one utterance has no frames."""
     rows, heads, size, capacity = 3, 5, 12, 11
