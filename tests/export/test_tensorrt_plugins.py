@@ -109,3 +109,19 @@ def test_the_library_links_nothing_of_tensorrt_and_exports_two_symbols(library: 
         ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert {s.split()[-1] for s in symbols if " T " in s} == {"getCreators", "setLoggerFinder"}
+
+
+@needs_headers
+@pytest.mark.slow
+def test_an_enqueue_reaches_the_cuda_kernels() -> None:
+    """The plugins over the emulation: lora_linear's kernels, and refusals of what has none."""
+    sys.path.insert(0, str(ROOT / "tests/cuda"))
+    from emulated import build, missing
+
+    if missing():
+        pytest.skip(missing())
+    options = ("-DLORA_KERNELS_SANITIZE=address,undefined", f"-DTENSORRT_INCLUDE_DIR={HEADERS[0]}")
+    program = build("tensorrt_emulated_test", *options)
+    run = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "all checks passed" in run.stdout
