@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .errors import SwapError
-from .integrations import peft_layers, transformers_whisper
+from .integrations import peft_layers, recomputed_layers, transformers_whisper
 from .integrations.peft_layers import has_foreign_forward
 from .live import drop_registry, registry_of
 from .nn.int8_lora_linear import Int8LoraLinear
@@ -94,6 +94,17 @@ def _swap_attention(name: str, module: nn.Module, report: SwapReport) -> None:
     report.replaced.append(Change(name, kind, "cached step by kv_attention_step"))
 
 
+def _swap_recomputed(modules: Iterable[nn.Module], report: SwapReport) -> None:
+    """Let training keep what LayerNorms and activations read, and not what they give as well."""
+    kinds = [module for module in modules if recomputed_layers.is_recomputable(module)]
+    count = sum(recomputed_layers.swap_layer(module) for module in kinds)
+    if count:
+        report.notes.append(
+            f"the outputs of {count} LayerNorms and activations are made again in the backward "
+            "pass instead of kept"
+        )
+
+
 def swap(
     model: nn.Module,
     *,
@@ -105,7 +116,8 @@ def swap(
     Plain ``nn.Linear`` and pointwise ``nn.Conv1d`` become :class:`LoraLinear` and
     :class:`LoraPointwiseConv1d` (the same objects with the same parameters, so ``state_dict``,
     ``save_pretrained`` and optimizers see no change); PEFT's LoRA layers keep their parameters
-    and get a fused forward; Whisper's decoder attention steps over a preallocated cache.
+    and get a fused forward, beside which LayerNorms and activations spare the memory that their
+    outputs take in training; Whisper's decoder attention steps over a preallocated cache.
     Swapping twice is harmless.
 
     Parameters
@@ -156,6 +168,8 @@ def swap(
                 _swap_peft(name, module, report)
         elif name in selected:
             _swap_linear(name, module, report)
+    if any(peft_layers.is_swapped(named[name]) for name in peft):
+        _swap_recomputed(named.values(), report)
     if attention:
         for name in attentions:
             _swap_attention(name, named[name], report)
@@ -185,4 +199,6 @@ def unswap(model: nn.Module) -> SwapReport:
             report.replaced.append(Change(name, "cached step by kv_attention_step", before))
         elif isinstance(module, Int8LoraLinear):
             report.kept.append(Kept(name, before, "quantized; load the floating-point model again"))
+        else:
+            recomputed_layers.unswap_layer(module)
     return report

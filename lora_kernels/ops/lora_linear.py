@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _library as _library
 from ._dispatch import has_cuda, is_plain, straight, straight_on_cuda
+from .recompute import origin
 
 _op = torch.ops.lora_kernels.lora_linear.default
 _on_cpu, _on_cuda = straight(_op), straight_on_cuda(_op)
@@ -144,7 +145,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     activation, dropout_p, seed = inputs[9:]
     # The bias matters to the gradient only through an activation.
     kept_bias = bias if activation != "none" else None
-    ctx.save_for_backward(x, weight, kept_bias, lora_a, lora_b, scales, offsets, ids, seed)
+    # An x that its maker can make again is not kept beside what it was made from.
+    source = origin(x)
+    ctx.make_x = source and source.make
+    kept_x = source.source if source else x
+    ctx.save_for_backward(kept_x, weight, kept_bias, lora_a, lora_b, scales, offsets, ids, seed)
     ctx.activation = activation
     ctx.dropout_p = dropout_p
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -152,6 +157,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, lora_a, lora_b, scales, offsets, ids, seed = ctx.saved_tensors
+    if ctx.make_x is not None:
+        with torch.no_grad():
+            x = ctx.make_x(x)
     dz = dy
     if ctx.activation != "none":
         # Recomputing what went into the activation costs one forward pass and saves keeping it.
