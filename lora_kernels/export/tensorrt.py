@@ -202,14 +202,12 @@ def build_engine(
         library = find_plugin_library(trt)
     started = time.perf_counter()
     with _workplace(engine_path) as folder:
-        prepared = folder / (engine_path.stem + ".onnx")
+        # Under a name of its own: the weights beside it must not be those of the exported model.
+        prepared = folder / (engine_path.stem + ".tensorrt.onnx")
         nodes = prepare(onnx_path, prepared, plugins=library is not None)
         in_place = library is not None and any(n.startswith("KvAttentionStep") for n in nodes)
-        # What trtexec would read is kept only where it is not the exported file itself.
-        kept = engine_path.with_suffix(".onnx") if library and nodes else onnx_path
-        if kept != onnx_path and kept.resolve() == onnx_path.resolve():
-            kept = engine_path.with_suffix(".tensorrt.onnx")
-            prepared = prepared.rename(folder / kept.name)
+        # What trtexec would read is kept only where the exported file would not do.
+        kept = engine_path.with_name(prepared.name) if library and nodes else onnx_path
         serialized, cache = _build(
             trt,
             prepared,
@@ -228,10 +226,9 @@ def build_engine(
             (folder / "cache").write_bytes(memoryview(cache))
             (folder / "cache").replace(timing_cache)
         if kept != onnx_path:
-            data = folder / (engine_path.stem + ".onnx.data")
-            if data.exists():
-                data.replace(kept.parent / data.name)
-            prepared.replace(kept)
+            for part in (prepared, prepared.with_name(prepared.name + ".data")):
+                if part.exists():  # a model without weights has no second file
+                    part.replace(kept.with_name(part.name))
         built.replace(engine_path)
     name = "TensorRT for RTX" if rtx else "TensorRT"
     return EngineReport(
@@ -309,6 +306,8 @@ def _build(
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise LoraKernelsError(
-            "the build failed or was cancelled: " + ("; ".join(logger.errors[-3:]) or "no reason")
+            "the build failed or was cancelled: "
+            + ("; ".join(logger.errors[-3:]) or "no reason")
+            + "; what a plugin refused stands on standard error"
         )
     return serialized, None if cached is None else cached.serialize()

@@ -205,3 +205,71 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(Path, "write_bytes", full)
     refused(LoraKernelsError, "no space is left")
+
+
+class Recorded:
+    """A TensorRT that notes what it is asked for; every attribute is another such thing."""
+
+    def __init__(self, calls: list, name: str, known: dict) -> None:
+        self.calls, self.name, self.known = calls, name, known
+
+    def __getattr__(self, name: str):
+        return self.known.get(name, Recorded(self.calls, f"{self.name}.{name}", self.known))
+
+    def __call__(self, *arguments):
+        self.calls.append((self.name.split(".")[-1], arguments))
+        return self
+
+
+@pytest.fixture
+def tensorrt(monkeypatch) -> list:
+    """Calls to a recorded TensorRT 10.16, which builds the bytes ``engine``."""
+    calls: list = []
+    known = {
+        "__version__": "10.16.1.11",
+        "ILogger": type("ILogger", (), {"Severity": SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)}),
+        "NetworkDefinitionCreationFlag": SimpleNamespace(STRONGLY_TYPED=1),
+        "PreviewFeature": SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliased"),
+        "num_inputs": 0,
+        "serialize": lambda: b"timings",
+        "build_serialized_network": lambda network, config: b"engine",
+    }
+    monkeypatch.setitem(sys.modules, "tensorrt", Recorded(calls, "tensorrt", known))
+    return calls
+
+
+def test_tensorrt_is_asked_for_plugins_and_caches_in_place(tmp_path: Path, tensorrt: list) -> None:
+    """What a builder does with it needs a GPU; here, that it is asked, and what is left behind."""
+    model = attention(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    (tmp_path / "libp.so").touch()
+    (tmp_path / "t.cache").write_bytes(b"earlier")
+    report = engines.build_engine(
+        model,
+        tmp_path / "model.engine",  # of the model's own name
+        profiles={},
+        plugin_library=tmp_path / "libp.so",
+        timing_cache=tmp_path / "t.cache",
+    )
+    asked = dict(tensorrt)
+    assert asked["load_library"] == (str(tmp_path / "libp.so"),)
+    assert asked["create_network"] == (2,)
+    assert asked["set_preview_feature"] == ("aliased", True)
+    assert asked["create_timing_cache"] == (b"earlier",)
+    assert Path(*asked["parse_from_file"]).name == "model.tensorrt.onnx"
+    assert (tmp_path / "t.cache").read_bytes() == b"timings"
+    assert (tmp_path / "model.engine").read_bytes() == b"engine"
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before} == before
+    assert report.plugins == {"KvAttentionStep": 1} and not report.standard
+    assert report.model == tmp_path / "model.tensorrt.onnx" and report.model.is_file()
+    assert f"--dynamicPlugins={tmp_path}/libp.so" in report.trtexec
+    assert f"--onnx={report.model}" in report.trtexec
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".building")]
+
+
+def test_a_missing_plugin_library_is_named(tmp_path: Path, tensorrt: list) -> None:
+    (tmp_path / "m.onnx").touch()
+    with pytest.raises(LoraKernelsError, match="plugin_library: expected a file"):
+        engines.build_engine(
+            tmp_path / "m.onnx", tmp_path / "e", profiles={}, plugin_library="none.so"
+        )
