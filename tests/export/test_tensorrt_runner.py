@@ -6,7 +6,9 @@ It cannot show that TensorRT does as it is told: that needs a GPU.
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -181,3 +183,21 @@ def test_what_cannot_be_run_is_named(engine: Engine, tmp_path, monkeypatch) -> N
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(LoraKernelsError, match="cuda-bindings"):
         tensorrt_runner.cuda_memory()
+
+
+def test_the_example_runs_an_engine_without_torch(tmp_path) -> None:
+    """In a process of its own, up to where TensorRT itself is needed."""
+    example = Path(__file__).resolve().parents[2] / "examples" / "run_engine.py"
+    code = (
+        "import runpy, sys\n"
+        f"space = runpy.run_path({str(example)!r})\n"
+        "module = space['import_runner']()\n"
+        "assert module.EngineRunner and 'torch' not in sys.modules, 'torch was imported'\n"
+        "sys.modules['tensorrt'] = None\n"
+        "sys.argv[1:] = ['none.engine', 'in.npz', 'out.npz']\n"
+        f"runpy.run_path({str(example)!r}, run_name='__main__')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "error: tensorrt: expected it to be installed" in run.stderr, run.stderr
+    assert not list(tmp_path.iterdir())
