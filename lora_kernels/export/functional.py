@@ -37,22 +37,11 @@ def _run(
     return [out] if k is None else [out, *caches]
 
 
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
-    lengths: torch.Tensor,
-    slots: torch.Tensor | None,
-    scale: float,
-) -> list[torch.Tensor]:
+def _fake(q: torch.Tensor, k: torch.Tensor | None, v: Any, *operands: Any) -> list[torch.Tensor]:
     out = q.new_empty(q.shape)
     if k is None:
         return [out]
-    caches = [k_cache, v_cache, *(s for s in (k_scales, v_scales) if s is not None)]
+    caches = (operand for operand in operands[:4] if operand is not None)
     return [out, *(torch.empty_like(cache) for cache in caches)]
 
 

@@ -71,25 +71,13 @@ class Int8LoraLinearOperator : public Operator {
     const char* op = "Int8LoraLinear";
     const nvinfer1::Dims& x = inputs[kX].dims;
     if (x.nbDims < 1) return Status::invalid(std::string(op) + ": x: expected [..., K], got a scalar");
-    p->rows = rows_of(x);
     p->in_features = x.d[x.nbDims - 1];
     p->out_features = volume(inputs[kWeightScales].dims);
-    p->dtype = dtype_of(inputs[kX].type);
     p->activation = activation_;
-    p->has_bias = fields_.has_bias != 0;
-    p->has_residual = fields_.has_residual != 0;
     p->static_scale = fields_.has_x_scale != 0;
     Status status = expect_dims(op, "packed_weight", inputs[kPackedWeight].dims,
                                 {int8_packed_bytes(p->out_features, p->in_features) / 4});
-    if (status.ok() && p->has_bias) {
-      p->bias_dtype = dtype_of(inputs[kBias].type);
-      status = expect_dims(op, "bias", inputs[kBias].dims, {p->out_features});
-    }
-    if (status.ok() && p->has_residual) {
-      std::vector<int64_t> sizes(x.d, x.d + x.nbDims);
-      sizes.back() = p->out_features;
-      status = expect_dims(op, "residual", inputs[kResidual].dims, sizes);
-    }
+    if (status.ok()) status = describe(op, fields_, inputs, kX, kBias, kResidual, p);
     if (status.ok() && p->static_scale) status = expect_dims(op, "x_scale", inputs[kXScale].dims, {1});
     if (status.ok() && fields_.has_lora)
       status = bank_shape(op, inputs, kBank, p->in_features, p->out_features, &p->lora);

@@ -45,6 +45,27 @@ inline LoraBank bank_of(const void* const* inputs, int first, int64_t in_feature
   return bank;
 }
 
+// What both problems have besides W and the bank: rows, and what happens to y.
+template <class Problem>
+Status describe(const char* op, const Fields& fields, Tensors inputs, int x, int bias, int residual, Problem* p) {
+  const nvinfer1::Dims& dims = inputs[x].dims;
+  p->rows = rows_of(dims);
+  p->dtype = dtype_of(inputs[x].type);
+  p->has_bias = fields.has_bias != 0;
+  p->has_residual = fields.has_residual != 0;
+  Status status;
+  if (p->has_bias) {
+    p->bias_dtype = dtype_of(inputs[bias].type);
+    status = expect_dims(op, "bias", inputs[bias].dims, {p->out_features});
+  }
+  if (status.ok() && p->has_residual) {
+    std::vector<int64_t> sizes(dims.d, dims.d + dims.nbDims);
+    sizes.back() = p->out_features;
+    status = expect_dims(op, "residual", inputs[residual].dims, sizes);
+  }
+  return status;
+}
+
 // Types of a bank: A and B alike and floating, scales fp32, the rest int32.
 inline bool bank_accepts(int position, int first, const Types& types) {
   switch (position - first) {

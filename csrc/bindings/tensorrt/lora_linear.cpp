@@ -69,23 +69,10 @@ class LoraLinearOperator : public Operator {
     if (x.nbDims < 1 || weight.nbDims != 2 || weight.d[1] != x.d[x.nbDims - 1])
       return Status::invalid(std::string(op) + ": weight: expected [N, K] to go with x [..., K] " + text_of(x) +
                              ", got " + text_of(weight));
-    p->rows = rows_of(x);
     p->in_features = weight.d[1];
     p->out_features = weight.d[0];
-    p->dtype = dtype_of(inputs[kX].type);
     p->activation = activation_;
-    p->has_bias = fields_.has_bias != 0;
-    p->has_residual = fields_.has_residual != 0;
-    Status status;
-    if (p->has_bias) {
-      p->bias_dtype = dtype_of(inputs[kBias].type);
-      status = expect_dims(op, "bias", inputs[kBias].dims, {p->out_features});
-    }
-    if (status.ok() && p->has_residual) {
-      std::vector<int64_t> sizes(x.d, x.d + x.nbDims);
-      sizes.back() = p->out_features;
-      status = expect_dims(op, "residual", inputs[kResidual].dims, sizes);
-    }
+    Status status = describe(op, fields_, inputs, kX, kBias, kResidual, p);
     if (status.ok() && fields_.has_lora)
       status = bank_shape(op, inputs, kBank, p->in_features, p->out_features, &p->lora);
     return status;
