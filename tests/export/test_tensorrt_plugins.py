@@ -15,8 +15,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from single_calls import Call, bank, exported
 
+from lora_kernels import ops
 from lora_kernels.export import NODES
+from lora_kernels.export.tensorrt_model import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folders of headers, of several versions if there are; the first is built.
@@ -93,9 +97,43 @@ def test_a_registry_loads_and_creates(library: Path, site: str) -> None:
         assert plugin["outputs"] == len(node.outputs)
         # what the exporter writes is what the creator reads
         written = {a for a in node.attributes if not a.startswith("plugin_")}
-        assert written == set(plugin["fields"]) - {"workspace", "in_place"}
+        assert written == set(plugin["fields"]) - {"in_place"}
     assert answer["refused"]
     assert "has_bias: expected 0 or 1, got 7" in run.stderr
+
+
+@needs_headers
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None,
+    reason="needs TensorRT's parser, which comes with RTX: pip install '.[tensorrt]'",
+)
+@pytest.mark.parametrize("flag", [1, 7])
+def test_a_parser_reads_nodes_into_plugins(library: Path, tmp_path: Path, flag: int) -> None:
+    """TensorRT's own parser. RTX takes no plugins and aborts once it has made ours."""
+    import onnx_ir as ir
+
+    k, n = 12, 20
+    fixed = bank([2, 3], k, n, 1) | {"weight": torch.randn(n, k)}
+    module = Call(ops.lora_linear, ["x"], fixed, activation="gelu")
+    model = exported(module, (torch.randn(4, k),), tmp_path)
+    prepare(model, tmp_path / "prepared.onnx", plugins=True)
+    prepared = ir.load(tmp_path / "prepared.onnx")
+    for node in prepared.graph:
+        if node.domain == "lora_kernels":
+            node.attributes["has_lora"] = ir.AttrInt64("has_lora", flag)
+    ir.save(prepared, tmp_path / "flagged.onnx")
+    probe = Path(__file__).with_name("parser_probe.py")
+    run = subprocess.run(
+        [sys.executable, probe, library, tmp_path / "flagged.onnx"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    refusal = "has_lora: expected 0 or 1, got 7" in run.stderr
+    created = "Successfully created plugin: LoraLinearGelu" in run.stdout
+    assert (created, refusal) == (flag == 1, flag == 7), run.stdout[-3000:] + run.stderr[-2000:]
+    assert "not found in plugin node" not in run.stdout
 
 
 @needs_headers

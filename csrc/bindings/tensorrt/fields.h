@@ -5,7 +5,7 @@
 
 namespace lora_kernels::tensorrt {
 
-// Points into `fields`.
+// Points into `fields`; the last one is the workspace.
 std::vector<nvinfer1::PluginField> fields_to_serialize(const Signature& signature, const Fields& fields);
 
 // An unknown name, a missing one, or a wrong type is an error that names it; plugin_version and plugin_namespace are

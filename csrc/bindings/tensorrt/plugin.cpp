@@ -204,6 +204,7 @@ const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
 Creator::Creator(const char* name, Make make) : name_(name), make_(make) {
   static const Fields kNone;
   names_ = fields_to_serialize(make_()->signature(), kNone);
+  names_.pop_back();  // the workspace, which is an engine's and no node's
   for (nvinfer1::PluginField& field : names_) field.data = nullptr;
   collection_.nbFields = static_cast<int32_t>(names_.size());
   collection_.fields = names_.data();
