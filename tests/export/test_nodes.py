@@ -108,6 +108,7 @@ def test_int8_sums_are_exact(tmp_path) -> None:
     assert got.equal((x.double() @ q.double().T).float())
 
 
+@pytest.mark.slow
 def test_a_bank_as_modules_keep_it(tmp_path) -> None:
     """bf16 and in blocks, with LayerNorm before the layer; and one adapter as PEFT has it."""
     k, n = 40, 70
@@ -132,6 +133,7 @@ def test_a_bank_as_modules_keep_it(tmp_path) -> None:
     assert_close(got, reference.lora_linear(case["x"], weight, **factors))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_named(tmp_path) -> None:
     x, weight = torch.randn(3, 8), torch.randn(6, 8)
     factors = {"lora_a": torch.randn(2, 8), "lora_b": torch.randn(2, 6)}
@@ -155,7 +157,8 @@ def test_what_cannot_be_exported_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "cache_dtype", [torch.float32, torch.int8, pytest.param(torch.float16, marks=SLOW)]
+    "cache_dtype",
+    [torch.float32, *(pytest.param(t, marks=SLOW) for t in (torch.int8, torch.float16))],
 )
 @pytest.mark.parametrize(
     "slots", ["position", *(pytest.param(s, marks=SLOW) for s in ("none", "row"))]

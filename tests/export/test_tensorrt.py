@@ -87,6 +87,7 @@ def node_types(path: Path) -> list[tuple[str, str]]:
     return [(node.domain, node.op_type) for node in ir.load(path).graph]
 
 
+@pytest.mark.slow
 def test_with_plugins_nodes_stay_and_caches_are_appended_to_in_place(tmp_path: Path) -> None:
     nodes = models.prepare(attention(tmp_path), tmp_path / "out.onnx", plugins=True)
     assert nodes == {"KvAttentionStep": 1}
@@ -105,6 +106,7 @@ def test_without_plugins_bodies_take_their_place(tmp_path: Path) -> None:
     torch.testing.assert_close(y, module(**inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_int8_layers_need_plugins(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="plugin_library"):
         models.prepare(int8(tmp_path), tmp_path / "out.onnx", plugins=False)
