@@ -1,7 +1,7 @@
 // The TensorRT plugins without TensorRT: what its builder and its runtime would ask, asked here. Operands are in the
 // host's memory: built with the emulation, the device is an emulated H100 and launches end in the CUDA kernels' own
 // source; without it, a CPU and its implementations, which all three operators have.
-#include "lora_kernels/int8_packing.h"
+#include "lora_kernels/int8_lora_linear.h"
 #include "lora_kernels/kv_attention_step.h"
 #include "tensorrt_harness.h"
 
@@ -224,9 +224,14 @@ void a_profile_covers_its_range() {
   delete plugin;
 }
 
-#ifndef LORA_KERNELS_EMULATION  // the implementations of a CPU serve all three operators
-
+// On a CUDA device where the operator has kernels, and on a CPU.
 void int8_lora_linear_runs() {
+  lora_kernels::DeviceInfo device;
+  plugins::operands_device(&device);
+  lora_kernels::Int8LoraLinearProblem problem;
+  problem.rows = problem.in_features = problem.out_features = 1;
+  lora_kernels::Int8LoraLinearPlan plan;
+  if (device.cuda.arch && !lora_kernels::plan(problem, device, &plan).ok()) return;
   Linear l;
   std::vector<int8_t> q(l.n * l.k);
   std::vector<float> weight_scales(l.n);
@@ -264,6 +269,8 @@ void int8_lora_linear_runs() {
   call = make(bytes / 4 - 1);
   check(run("Int8LoraLinear", linear_attributes(true), &call) == "not configured", "a packed weight of another size");
 }
+
+#ifndef LORA_KERNELS_EMULATION  // a CPU checks what the caches' rows hold, and has every kind of cache
 
 void kv_attention_step_runs() {
   Attention copied;
@@ -371,8 +378,8 @@ int main() {
   lora_linear_runs();
   shapes_that_do_not_fit_are_refused();
   a_profile_covers_its_range();
-#ifndef LORA_KERNELS_EMULATION
   int8_lora_linear_runs();
+#ifndef LORA_KERNELS_EMULATION
   kv_attention_step_runs();
   kv_attention_fixed_runs();
 #else
