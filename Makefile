@@ -29,7 +29,7 @@ $(BIN)/python:
 # torch first: the build needs its headers and never fetches it, and a later install must not replace it.
 $(STAMP): $(BIN)/python pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[speech,test,lint]"
+	$(BIN)/python -m pip install --quiet -e ".[speech,export,test,lint]"
 	@touch $@
 
 demo: setup
@@ -64,4 +64,4 @@ base-model: setup
 	$(BIN)/python -m lora_speech.pretraining --output python/lora_speech/assets/base_model
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lora_kernels/_torch.so demo_output
+	rm -rf $(VENV) build dist *.egg-info lora_kernels/*.so demo_output

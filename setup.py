@@ -99,6 +99,17 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / "_torch.so", target)
+        self._copy_plugins(target.parent)
+
+    def _copy_plugins(self, folder: Path) -> None:
+        """The TensorRT plugins, where they were built."""
+        for plugins in Path(self.build_temp).glob("liblora_kernels_tensorrt*.so"):
+            shutil.copy2(plugins, folder)
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install has its libraries beside the sources."""
+        super().copy_extensions_to_source()
+        self._copy_plugins(ROOT / "lora_kernels")
 
 
 class PlatformWheel(bdist_wheel):

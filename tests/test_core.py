@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -63,6 +64,8 @@ def test_core_under_sanitizers(tmp_path: Path, sanitizers: str, tests: list[str]
         pytest.skip("cmake or g++ is not installed")
     configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-DLORA_KERNELS_TESTS=ON"]
     configure.append(f"-DLORA_KERNELS_SANITIZE={sanitizers}")
+    if os.environ.get("TENSORRT_INCLUDE_DIR") and sanitizers.startswith("address"):
+        tests = [*tests, "tensorrt_test"]
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     subprocess.run(configure, check=True, capture_output=True)
