@@ -136,6 +136,7 @@ class Int8Gemm {
     Matrix t = p_.t;
     t.columns = rank;
     load_tile<TileT, kThreads>(a, t, m_, chunk_, [&](int row) { return adapters_.uses(row, adapter); });
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < Shape::kColumns * 4; i += kThreads) {
       const int place = i % Shape::kColumns, part = i / Shape::kColumns, r = chunk_ + part * kPerChunk<T>;
       const int n = n_ + place / 32 * 32 + place % 8 * 4 + place % 32 / 8;

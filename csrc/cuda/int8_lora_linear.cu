@@ -29,7 +29,13 @@ Status int8_unpack_cuda(const uint8_t* packed, int64_t out_features, int64_t in_
                         void* stream) {
   using namespace cuda;
   launching::Sequence s(stream);
-  const Int8UnpackParams p{packed, static_cast<int>(out_features), static_cast<int>(in_features), weight, scales};
+  const Int8UnpackParams p{packed,
+                           static_cast<int>(out_features),
+                           static_cast<int>(in_features),
+                           int8_block_bytes(in_features),
+                           kInt8BlockChannels * int8_padded_depth(in_features),
+                           weight,
+                           scales};
   const dim3 grid(launching::tiles(out_features, kInt8BlockChannels),
                   in_features > 0 ? launching::tiles(in_features, kInt8UnpackDepth) : 1, 1);
   s.run<&int8_unpack_kernel<int8_t>>("int8_unpack", grid, kInt8UnpackThreads, 0, p);

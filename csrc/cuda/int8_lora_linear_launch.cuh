@@ -130,6 +130,7 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
     Int8FewRowsParams p{rows, weight, {w.t, rows.t_stride, up, rows.routing}, epilogue, chosen.splits, w.sums};
     const dim3 grid(tiles(N, kInt8FewColumns), static_cast<unsigned>(p.splits), 1);
     if (chosen.path == Path::kFused) {
+      p.rows.q_stride = int8_shared_row(round_up(K, kInt8Step));
       const auto shared = static_cast<size_t>(int8_fused_bytes(K, rows.t_stride, sizeof(T)));
       s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, shared, p);
     } else {

@@ -41,13 +41,16 @@ struct Int8Branch {
 };
 
 struct Int8FewRowsParams {
-  Int8RowsParams rows;  // kFused: what to quantize; else its q and scales are read
+  Int8RowsParams rows;  // kFused: what to quantize, q_stride of shared memory; else its q and scales are read
   PackedWeight w;
   Int8Branch branch;
   Int8Epilogue epilogue;
   int splits = 1;
   int32_t* sums = nullptr;  // [splits, M, N] if there are several
 };
+
+template <int kTiles>
+constexpr int kInt8PartWords = static_cast<int>(int8_part_bytes(kTiles) / 4);
 
 // The sixteen bytes of w at four steps each.
 struct Int8Fragment {
@@ -79,19 +82,16 @@ __global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRo
     // Weights are on their way while the rows are made.
     Int8Fragment next = load_weight(step);
 
-    int32_t* parts = shared.take<int32_t>(static_cast<int>(int8_part_bytes(kTiles) / 4));
+    int32_t* parts = shared.take<int32_t>(kInt8PartWords<kTiles>);
     const int8_t* q = p.rows.q;
-    int64_t q_stride = p.rows.q_stride;
+    const int64_t q_stride = p.rows.q_stride;
     const float* scales = p.rows.scales;
     const void* t_rows = p.branch.t;
     if constexpr (kFused) {
-      q_stride = int8_shared_row(steps * kInt8Step);
       int8_t* own_q = shared.take<int8_t>(static_cast<int>(kInt8Rows * q_stride));
       float* own_scales = shared.take<float>(kInt8Rows);
       T* own_t = shared.take<T>(static_cast<int>(kInt8Rows * p.branch.t_stride));
-      Int8RowsParams own = p.rows;
-      own.q_stride = q_stride;
-      Int8Rows<T, 2>(own, shared, 0).run(own_q, own_scales, own_t);
+      Int8Rows<T, 2>(p.rows, shared, 0).run(own_q, own_scales, own_t);
       q = own_q;
       scales = own_scales;
       t_rows = own_t;

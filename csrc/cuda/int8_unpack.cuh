@@ -15,6 +15,8 @@ constexpr int kInt8UnpackDepth = kInt8UnpackThreads / static_cast<int>(kInt8Bloc
 struct Int8UnpackParams {
   const uint8_t* packed = nullptr;
   int columns = 0, depth = 0;  // N, K
+  int64_t block_bytes = 0;     // of 64 channels
+  int64_t weight_bytes = 0;    // of these, before the scales
   int8_t* weight = nullptr;    // [N, K]
   float* scales = nullptr;     // [N]
 };
@@ -25,13 +27,13 @@ __global__ void __launch_bounds__(kInt8UnpackThreads) int8_unpack_kernel(const I
   const int thread = static_cast<int>(threadIdx.x), channel = thread % 64;
   const int64_t n = int64_t{blockIdx.x} * kInt8BlockChannels + channel;
   if (n >= p.columns) return;
-  const uint8_t* block = p.packed + blockIdx.x * int8_block_bytes(p.depth);
+  const uint8_t* block = p.packed + blockIdx.x * p.block_bytes;
   if (blockIdx.y == 0 && thread < 64)
-    p.scales[n] = reinterpret_cast<const float*>(block + kInt8BlockChannels * int8_padded_depth(p.depth))[channel];
+    p.scales[n] = reinterpret_cast<const float*>(block + p.weight_bytes)[channel];
   const int first = static_cast<int>(blockIdx.y) * kInt8UnpackDepth + thread / 64 * kInt8UnpackEach;
   W* to = static_cast<W*>(p.weight) + n * p.depth;
   for (int k = first; k < first + kInt8UnpackEach && k < p.depth; k += 4) {
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(block + int8_weight_offset(channel, k));
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(block + k * kInt8BlockChannels + channel * 4);
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (k + e < p.depth) to[k + e] = static_cast<W>(word >> 8 * e);
