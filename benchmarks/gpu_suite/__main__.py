@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = 480.0
-TESTS = ["tests/gpu/test_primitives.py", "tests/gpu/test_lora_linear_gpu.py"]
+TESTS = ["primitives", "lora_linear_gpu", "int8_lora_linear_gpu"]
 # Checked under compute-sanitizer: one call of every kernel, small.
 SANITIZED = "benchmarks.gpu_suite.every_kernel"
 
@@ -82,7 +82,7 @@ class Suite:
         return built
 
     def tests(self) -> None:
-        for path in TESTS:
+        for path in (f"tests/gpu/test_{name}.py" for name in TESTS):
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
             self.step(path, command, 150)
 

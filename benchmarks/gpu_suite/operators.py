@@ -25,7 +25,7 @@ class Case:
     rows: int
     in_features: int
     out_features: int
-    kind: str  # "forward", "training" or "mixed"
+    kind: str  # "forward", "training", "mixed" or "int8"
     dtype: torch.dtype = torch.bfloat16
     aim: tuple[str, float] | None = None  # contestant, largest ratio of our time to its
 
@@ -50,8 +50,25 @@ def cases(dtype: torch.dtype) -> list[Case]:
         Case(f"train-{rows}x{k}x{n}", rows, k, n, "training", dtype, ("peft_compiled", 1 / 1.2))
         for rows, k, n in ((4096, 1280, 1280), (12000, 1280, 5120))
     ]
+    int8 = [
+        Case(
+            f"int8-{rows}x{k}x{n}",
+            rows,
+            k,
+            n,
+            "int8",
+            dtype,
+            ("merged", 1 / 1.5 if rows > 32 else 1.0),
+        )
+        for rows, k, n in (
+            (1, 1280, 5120),
+            (16, 1280, 5120),
+            (4096, 1280, 5120),
+            (4096, 5120, 1280),
+        )
+    ]
     mixed = [Case("mixed-32-adapters", 32, 1280, 5120, "mixed", dtype, ("one_adapter", 1.15))]
-    return few + many + training + mixed
+    return few + many + training + mixed + int8
 
 
 class Layer(torch.nn.Module):
@@ -163,6 +180,39 @@ def mixed(case: Case, ops: Any) -> dict[str, Callable[[], object]]:
     return {name: captured(function) for name, function in functions.items()}
 
 
+def int8(case: Case, ops: Any) -> dict[str, Callable[[], object]]:
+    """Ours with a live adapter; torch._int_mm and the eager rest; torchao; bf16 merged cuBLAS."""
+    m, k, n = case.rows, case.in_features, case.out_features
+    x = torch.randn(m, k, device="cuda", dtype=case.dtype)
+    weight = torch.randn(n, k, device="cuda") / k**0.5
+    scales = weight.abs().amax(1) / 127
+    q = (weight / scales.unsqueeze(1)).round().to(torch.int8)
+    packed, columns, merged = ops.int8_pack(q, scales), q.t(), weight.to(case.dtype)
+    a = torch.randn(RANK, k, device="cuda", dtype=case.dtype) / k**0.5
+    b = torch.randn(RANK, n, device="cuda", dtype=case.dtype)
+
+    def int_mm() -> torch.Tensor:
+        row_scales = x.abs().amax(1, keepdim=True).float() / 127
+        rows = (x / row_scales).round().to(torch.int8)
+        base = torch._int_mm(rows, columns).float() * (row_scales * scales)
+        return base.to(case.dtype).addmm_(x @ a.t(), b)
+
+    functions: dict[str, Callable[[], object]] = {
+        "ours": lambda: ops.int8_lora_linear(x, packed, n, None, a, b),
+        "without_lora": lambda: ops.int8_lora_linear(x, packed, n),
+        "merged": lambda: F.linear(x, merged),
+    }
+    if m > 16:  # what torch._int_mm takes
+        functions["int_mm"] = int_mm
+    if importlib.util.find_spec("torchao") is not None:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        linear = torch.nn.Sequential(torch.nn.Linear(k, n, False, "cuda", case.dtype))
+        quantize_(linear, Int8DynamicActivationInt8WeightConfig())
+        functions["torchao"] = torch.compile(lambda: linear(x).addmm_(x @ a.t(), b))
+    return functions if m > 32 else {name: captured(f) for name, f in functions.items()}
+
+
 def work_of(case: Case) -> tuple[float, float]:
     """The fewest bytes and the operations of a case."""
     m, k, n = case.rows, case.in_features, case.out_features
@@ -170,6 +220,9 @@ def work_of(case: Case) -> tuple[float, float]:
     rank = sum(4 + 60 * i // 31 for i in range(32)) if case.kind == "mixed" else RANK
     moved = (n * k + rank * (n + k) + m * (n + k)) * size
     operations = 2.0 * m * n * k + 2.0 * m * RANK * (n + k)
+    if case.kind == "int8":  # twice the rate of 16 bits, which the ceilings have measured
+        moved = n * k + (RANK * (n + k) + m * (n + k)) * size
+        operations = 1.0 * m * n * k + 2.0 * m * RANK * (n + k)
     if case.kind == "training":
         return 2.0 * moved + m * (n + k) * size, 2 * operations + 4.0 * m * RANK * (n + k)
     return float(moved), operations
@@ -186,7 +239,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 def run(ops: Any, ceilings: Ceilings, dtype: torch.dtype, deadline: float) -> Iterator[dict]:
     """Results, one after another, until the deadline (of time.perf_counter())."""
-    makers = {"forward": forward, "training": training, "mixed": mixed}
+    makers = {"forward": forward, "training": training, "mixed": mixed, "int8": int8}
     remaining = cases(dtype)
     for index, case in enumerate(remaining):
         left = deadline - time.perf_counter()

@@ -10,10 +10,10 @@
 // The tile of w keeps its packed steps of 256 bytes, whose chunks are exclusive-or'ed with twice the step: the four
 // steps by two chunks that eight lanes read together lie in different banks.
 //
-// One kernel for all: mma.sync, which every architecture from sm_75 on has (there as products of 8 x 8 x 16, and without
-// asynchronous copies). It is all that sm_120 has. On sm_90, wgmma (mma.sync is taken to reach 60 % of it), and on
-// sm_100 tcgen05, want the weight by rows in shared memory, so a layout of their own beside the packed one; sm_103 has
-// next to no INT8 at all. Left until a GPU can say what that would bring.
+// One kernel for all: mma.sync, which every architecture from sm_75 on has (there as products of 8 x 8 x 16, and
+// without asynchronous copies). It is all that sm_120 has. On sm_90, wgmma (mma.sync is taken to reach 60 % of it), and
+// on sm_100 tcgen05, want the weight by rows in shared memory, so a layout of their own beside the packed one; sm_103
+// has next to no INT8 at all. Left until a GPU can say what that would bring.
 //
 // Not measured: no GPU has run this.
 #pragma once
@@ -113,8 +113,8 @@ class Int8Gemm {
     for (int i = static_cast<int>(threadIdx.x); i < Shape::kRows * 4; i += kThreads) {
       const int row = i / 4, chunk = i % 4;
       const bool there = m_ + row < p_.rows;
-      copy16_async(a + A::offset(row, chunk), p_.q + (there ? (m_ + row) * p_.q_stride + k * kInt8Step + chunk * 16 : 0),
-                   there ? 16 : 0);
+      copy16_async(a + A::offset(row, chunk),
+                   p_.q + (there ? (m_ + row) * p_.q_stride + k * kInt8Step + chunk * 16 : 0), there ? 16 : 0);
     }
 #pragma unroll
     for (int i = static_cast<int>(threadIdx.x); i < Shape::kColumns * 4; i += kThreads) {

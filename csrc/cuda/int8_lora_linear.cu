@@ -1,6 +1,5 @@
 // Which storage type's kernels a call takes, and the plan in the message if a launch fails; the unpacking of weights.
 #include "cuda/int8_lora_linear.h"
-
 #include "cuda/int8_unpack.cuh"
 #include "cuda/sequence.h"
 

@@ -1,4 +1,5 @@
-// int8_lora_linear on a CUDA device: what the core's row calls. Everything but the launches is pure and needs no device.
+// int8_lora_linear on a CUDA device: what the core's row calls. Everything but the launches is pure and needs no
+// device.
 #pragma once
 
 #include "cuda/lora_linear.h"

@@ -88,10 +88,8 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
     rows.routing = routing_of(problem.lora, args.lora, M);
     rows.a = matrix<T>(args.lora.a, args.lora.a_stride, R, K);
     if (chosen.convert_a) {
-      const ConvertParams p{{args.lora.a, args.lora.a_stride, 1, problem.lora.dtype},
-                            w.a,
-                            static_cast<int>(R),
-                            static_cast<int>(K)};
+      const ConvertParams p{
+          {args.lora.a, args.lora.a_stride, 1, problem.lora.dtype}, w.a, static_cast<int>(R), static_cast<int>(K)};
       s.run<&convert_factor<T>>("convert_factor", dim3(tiles(K, 32), tiles(R, 32), 1), 256, 32 * 33 * 4, p);
       rows.a = matrix<T>(w.a, K, R, K);
     }

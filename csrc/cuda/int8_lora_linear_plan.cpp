@@ -14,8 +14,8 @@ namespace {
 
 // The part of the tensor cores' peak that tiles of these shapes are expected to reach: those of lora_linear.
 constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
-// What one multiprocessor gets of L2: 64 bytes per clock at best. A row waits for its maximum before it is quantized, and
-// for the launch of the passes between: what that takes besides bytes.
+// What one multiprocessor gets of L2: 64 bytes per clock at best. A row waits for its maximum before it is quantized,
+// and for the launch of the passes between: what that takes besides bytes.
 constexpr double kBytesOfOne = 50e9, kPassesUs = 1.5;
 
 constexpr int64_t kMostFewRows = 32;  // two products of sixteen rows for each fragment of w

@@ -30,10 +30,10 @@ struct Int8RowsParams {
   // Static scale: [1] on the device, where one that is no positive finite number gives NaN rows, or a value over 0.
   const float* x_scale = nullptr;
   float host_x_scale = 0;
-  int8_t* q = nullptr;             // [M, q_stride]
-  int64_t q_stride = 0;            // a multiple of 16, at least K64
-  float* scales = nullptr;         // [M]
-  Matrix a;                        // [R, K]
+  int8_t* q = nullptr;      // [M, q_stride]
+  int64_t q_stride = 0;     // a multiple of 16, at least K64
+  float* scales = nullptr;  // [M]
+  Matrix a;                 // [R, K]
   Routing routing;
   void* t = nullptr;  // [M, t_stride]
   int64_t t_stride = 0;

@@ -17,8 +17,8 @@ constexpr int kInt8FewColumns = 32;
 // Columns of a vocabulary that one block chooses among.
 constexpr int kTopThreads = 256, kTopEach = 8, kTopColumns = kTopThreads * kTopEach;
 
-// Rows of shared memory that lie 64 bytes beyond a multiple of all 32 banks: lanes that read sixteen bytes each, four of
-// a row, meet no conflict.
+// Rows of shared memory that lie 64 bytes beyond a multiple of all 32 banks: lanes that read sixteen bytes each, four
+// of a row, meet no conflict.
 constexpr int64_t int8_shared_row(int64_t bytes) { return round_up(bytes, 128) + 64; }
 
 // Shared memory of the quantization of sixteen rows, without the rows themselves: sums and statistics, parts of t for

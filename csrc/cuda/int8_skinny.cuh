@@ -3,10 +3,10 @@
 //   few_rows  y [M, N]: 32 channels by a block, whose eight warps take eight parts of depth
 //   combine   integer sums of the parts into which few_rows was split, then what follows them
 //
-// w is read once, as it is packed: four steps of 128 bytes by a warp at a time; N K bytes over the bandwidth is the time
-// of few_rows. q, t and B are small and come from L2. Sums are integers: exact in any order, so splitting depth changes
-// no bit. The rows are quantized by int8_rows before, or by every block for itself (kFused), which saves that kernel and
-// costs M K reads of x and, with LoRA, r K of A from L2 for each 32 channels.
+// w is read once, as it is packed: four steps of 128 bytes by a warp at a time; N K bytes over the bandwidth is the
+// time of few_rows. q, t and B are small and come from L2. Sums are integers: exact in any order, so splitting depth
+// changes no bit. The rows are quantized by int8_rows before, or by every block for itself (kFused), which saves that
+// kernel and costs M K reads of x and, with LoRA, r K of A from L2 for each 32 channels.
 //
 // Sums over depth do not care for the order of k: lane t takes the sixteen k that lie together in q, 16 t ... of 64,
 // and the steps 4 t ... 4 t + 3 of w, which are the same k. Registers 0 and 1 go to one product, 2 and 3 to the next.

@@ -1,6 +1,6 @@
 // The packed weight (int8_packing.h) by rows again: weight [N, K] int8 and scales [N]. Once per model or, where a
-// gradient needs the weight, once per backward pass: 2 N K bytes. A thread takes 32 k of a channel: words of neighbouring
-// channels are read together, and whole sectors of a row are written.
+// gradient needs the weight, once per backward pass: 2 N K bytes. A thread takes 32 k of a channel: words of
+// neighbouring channels are read together, and whole sectors of a row are written.
 #pragma once
 
 #include "cuda/primitives/launch.h"
@@ -28,8 +28,7 @@ __global__ void __launch_bounds__(kInt8UnpackThreads) int8_unpack_kernel(const I
   const int64_t n = int64_t{blockIdx.x} * kInt8BlockChannels + channel;
   if (n >= p.columns) return;
   const uint8_t* block = p.packed + blockIdx.x * p.block_bytes;
-  if (blockIdx.y == 0 && thread < 64)
-    p.scales[n] = reinterpret_cast<const float*>(block + p.weight_bytes)[channel];
+  if (blockIdx.y == 0 && thread < 64) p.scales[n] = reinterpret_cast<const float*>(block + p.weight_bytes)[channel];
   const int first = static_cast<int>(blockIdx.y) * kInt8UnpackDepth + thread / 64 * kInt8UnpackEach;
   W* to = static_cast<W*>(p.weight) + n * p.depth;
   for (int k = first; k < first + kInt8UnpackEach && k < p.depth; k += 4) {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import torch  # noqa: E402
 import test_emulated_int8_lora_linear as int8  # noqa: E402
+import torch  # noqa: E402
 from emulated import Emulated, EmulationError  # noqa: E402
 from emulated_int8 import EmulatedInt8  # noqa: E402
 from test_emulated_lora_linear import (  # noqa: E402

@@ -191,7 +191,12 @@ def test_unpack() -> None:
         weight, got = torch.full((n, k), -128, dtype=torch.int8), torch.zeros(n)
         pointers = [packed.data_ptr(), n, k, weight.data_ptr(), got.data_ptr()]
         function = library().emulated_int8_unpack
-        function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 2]
+        function.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            *[ctypes.c_void_p] * 2,
+        ]
         assert function(*pointers) == 0
         assert torch.equal(weight, q)
         assert torch.equal(got, scales)

@@ -54,7 +54,7 @@ def test_no_step_outlives_the_suite() -> None:
 
 def test_every_figure_of_the_aims_has_a_case() -> None:
     cases = operators.cases(torch.bfloat16)
-    assert {case.kind for case in cases} == {"forward", "training", "mixed"}
+    assert {case.kind for case in cases} == {"forward", "training", "mixed", "int8"}
     assert {1, 32, 4096} <= {case.rows for case in cases}
     assert all(case.aim for case in cases)
     few = next(case for case in cases if case.rows == 1)

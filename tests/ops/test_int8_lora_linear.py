@@ -486,7 +486,9 @@ def test_gradients_pass_straight_through(dtype: torch.dtype, activation: str) ->
             for name, mine, want in zip(leaves, got, exact, strict=True):
                 plain = want.to(dtype) if dtype != torch.float32 else None
                 # W and dy before the activation are rounded to the dtype of x, as training has it.
-                assert_close(mine, want.double(), plain, extra=2e-3 * (dtype != torch.float32), what=name)
+                assert_close(
+                    mine, want.double(), plain, extra=2e-3 * (dtype != torch.float32), what=name
+                )
 
 
 def test_gradients_compile_and_pass_opcheck() -> None:

@@ -134,7 +134,9 @@ __device__ inline void mma_m8n8k16_s8(int32_t& c0, int32_t& c1, uint32_t a, uint
   c0 = out.c[0];
   c1 = out.c[1];
 #else
-  asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1},{%2},{%3},{%0,%1};" : "+r"(c0), "+r"(c1) : "r"(a), "r"(b));
+  asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1},{%2},{%3},{%0,%1};"
+      : "+r"(c0), "+r"(c1)
+      : "r"(a), "r"(b));
 #endif
 }
 
