@@ -63,14 +63,17 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   std::printf("few_rows<" #T ", 1>\\t%zu\\n", kFewRowsSharedBytes<1>);    \\
   std::printf("few_rows<" #T ", 2>\\t%zu\\n", kFewRowsSharedBytes<2>);    \\
   std::printf("few_rows<" #T ", 4>\\t%zu\\n", kFewRowsSharedBytes<4>);
-#define INT8(T)                                                                                         \\
-  std::printf("int8_rows<" #T ", 2>\\t%zu\\n", size_t(int8_rows_bytes(2)));                            \\
-  std::printf("int8_rows<" #T ", 4>\\t%zu\\n", size_t(int8_rows_bytes(4)));                            \\
-  std::printf("int8_gemm<" #T ", LargeShape>\\t%zu\\n", Int8GemmLayout<T, LargeShape>::kSharedBytes);  \\
-  std::printf("int8_gemm<" #T ", SmallShape>\\t%zu\\n", Int8GemmLayout<T, SmallShape>::kSharedBytes);  \\
-  std::printf("int8_few_rows<" #T ", 1, false>\\t%zu\\n", size_t(int8_part_bytes(1)));                 \\
-  std::printf("int8_few_rows<" #T ", 2, false>\\t%zu\\n", size_t(int8_part_bytes(2)));                 \\
-  std::printf("int8_few_rows<" #T ", 1, true>\\t%zu\\n", size_t(int8_fused_bytes(1280, 16, sizeof(T))));
+#define SIZE(name, bytes) std::printf(name "\\t%zu\\n", static_cast<size_t>(bytes));
+#define INT8(T)                                                           \\
+  SIZE("int8_rows<" #T ", 2>", int8_rows_bytes(2))                        \\
+  SIZE("int8_rows<" #T ", 4>", int8_rows_bytes(4))                        \\
+  SIZE("int8_few_rows<" #T ", 1, false>", int8_part_bytes(1))             \\
+  SIZE("int8_few_rows<" #T ", 2, false>", int8_part_bytes(2))             \\
+  SIZE("int8_few_rows<" #T ", 1, true>",                                  \\
+       int8_fused_bytes(1280, 16, sizeof(T)))                             \\
+  INT8_GEMM(T, LargeShape) INT8_GEMM(T, SmallShape)
+#define INT8_GEMM(T, S)                                                   \\
+  SIZE("int8_gemm<" #T ", " #S ">", (Int8GemmLayout<T, S>::kSharedBytes))
 int main() {
   ALL(__half, LargeShape) ALL(__half, SmallShape) SKINNY(__half)
   ALL(__nv_bfloat16, LargeShape) ALL(__nv_bfloat16, SmallShape) SKINNY(__nv_bfloat16)
@@ -235,6 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--type", nargs="*", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--operator", nargs="*", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--record", action="store_true", help="write what is found as the budget")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -251,7 +255,7 @@ def main() -> int:
             (operator, kind, arch): pool.submit(
                 compile_one, operator, kind, arch, nvcc, nvdisasm, folder
             )
-            for operator in OPERATORS
+            for operator in arguments.operator
             for kind in arguments.type
             for arch in arguments.arch
             if arch in TYPES[kind]

@@ -1,4 +1,4 @@
-"""int8_lora_linear's CUDA kernels, run on the host by csrc/cuda/emulation, against the reference."""
+"""int8_lora_linear's CUDA kernels, run on the host by the emulation, against the reference."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_topk(path: str) -> None:
     x[0] = q[7].float()  # whose best column is there twice
     seen = [EmulatedInt8(*order, path=path).topk(x, packed, n, 5) for order in ORDERS[:3]]
     for other in seen:
-        assert all(torch.equal(a, b) for a, b in zip(other, seen[0]))
+        assert all(torch.equal(a, b) for a, b in zip(other, seen[0], strict=True))
     values, columns, sums = seen[0]
     assert columns[0, :2].tolist() == [7, 4111]
     exact = reference.int8_lora_linear(x, q, scales)

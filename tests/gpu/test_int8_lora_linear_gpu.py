@@ -60,7 +60,7 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
 
 
 def test_topk_is_the_cpu_s() -> None:
-    q, scales, packed = weight_of(384, 51865)
+    _, _, packed = weight_of(384, 51865)
     x = torch.randn(5, 384).to(dtypes()[0])
     got = ops.int8_lora_topk(x.cuda(), packed.cuda(), 51865, 5, log_sum=True)
     want = ops.int8_lora_topk(x, packed, 51865, 5, log_sum=True)
