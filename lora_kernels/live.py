@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .adapters.adapter import Adapter, AdapterLayer
+from .adapters.adapter import Adapter
 from .adapters.bank import AdapterBank, check_features
 from .adapters.peft_folder import read_peft_folder, unmatched_modules_text, write_peft_folder
 from .adapters.registry import AdapterRegistry
@@ -146,15 +146,11 @@ def add_adapter(model: nn.Module, adapter: Adapter, name: str) -> AdapterInfo:
         banks: dict[str, AdapterBank] = {}
         for module_name, module in candidates.items():
             new = adapter.layers.get(module_name)
-            bank = module.bank if isinstance(module, AdapterHost) else None
-            if new is None and bank is None:
-                continue
-            layers: list[AdapterLayer | None] = [] if bank is None else bank.unpack()
-            layers.extend([None] * (capacity - len(layers)))
-            layers[index] = new
             if isinstance(module, AdapterHost):
-                banks[module_name] = module.pack_bank(layers)
-            else:
+                if new is not None or module.bank is not None:
+                    banks[module_name] = module.bank_with(index, new, capacity)
+            elif new is not None:
+                layers = [new if place == index else None for place in range(capacity)]
                 banks[module_name] = AdapterBank.pack(layers, *_features(module))
         changes: list[tuple[AdapterHost, AdapterBank | None]] = []
         for module_name, bank in banks.items():

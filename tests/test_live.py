@@ -298,7 +298,9 @@ def test_hundreds_of_adapters_take_memory_by_their_ranks_alone():
             # fp32 A and B; and 4 bytes per index for the offset and for the scale.
             tensors = (bank.lora_a, bank.lora_b, bank.offsets, bank.scales)
             stored = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-            assert stored == 4 * total * features + 4 * (2 * len(ranks) + 1)
+            exact = 4 * total * features + 4 * (2 * len(ranks) + 1)
+            # Room for the next adapters is at most half of what is there.
+            assert exact <= stored <= 1.5 * exact
 
     for index, rank in enumerate(ranks):
         made = adapter(model, rank, seed=index, names=half[index % 2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -12,12 +12,40 @@ from ..errors import AdapterError
 from .adapter import AdapterLayer
 
 
+class _Store:
+    """Memory with room behind the rows in use, which a bank and those appended to it share."""
+
+    __slots__ = ("lora_a", "lora_b", "used")
+
+    def __init__(self, lora_a: torch.Tensor, lora_b: torch.Tensor, rows: int, used: int) -> None:
+        self.lora_a = _longer(lora_a, 0, rows)
+        self.lora_b = _longer(lora_b, lora_b.dim() - 2, rows)
+        self.used = used
+
+    @property
+    def rows(self) -> int:
+        """How many there is memory for."""
+        return int(self.lora_a.shape[0])
+
+    def put(self, layer: AdapterLayer) -> None:
+        """Write the rank rows of one more adapter behind the others."""
+        rows = slice(self.used, self.used + layer.rank)
+        self.lora_a[rows] = layer.a_matrix.detach()
+        b = layer.b_matrix.detach().t()
+        if self.lora_b.dim() == 2:
+            self.lora_b[rows] = b
+        else:
+            self.lora_b[:, rows] = in_blocks(b)
+        self.used = rows.stop
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterBank:
     """All adapters of one layer, in the layout the operators read.
 
     A bank is immutable: a change makes a new bank, which replaces the old one whole, so that a
-    forward pass under way keeps what it started with.
+    forward pass under way keeps what it started with. One that only has more adapters at its end
+    shares the memory of the old: see :meth:`append`.
 
     Attributes
     ----------
@@ -43,6 +71,7 @@ class AdapterBank:
     scales: torch.Tensor
     ranks: tuple[int, ...]
     out_features: int
+    _store: _Store | None = field(default=None, repr=False)
 
     @classmethod
     def pack(
@@ -103,6 +132,33 @@ class AdapterBank:
         )
         return bank if device is None else bank.to(device)
 
+    def append(self, layer: AdapterLayer | None) -> AdapterBank:
+        """The bank with one more adapter at its end, in the same dtype.
+
+        Its rows are written behind those of this bank, where there is room; else into memory half
+        as large again, so that loading n adapters one by one moves each a few times and not n.
+        This bank sees nothing of it.
+        """
+        rank = layer.rank if layer is not None else 0
+        store, end = self._store, self.total_rank + rank
+        if layer is not None and rank:
+            # Not the newest: somebody else has written behind these rows.
+            taken = store is None or store.used != self.total_rank
+            if store is None or taken or end > store.rows:
+                rows = max(end, self.total_rank * 3 // 2)
+                store = _Store(self.lora_a, self.lora_b, rows, self.total_rank)
+            store.put(layer)
+        scale = layer.scale if layer is not None else 1.0
+        return AdapterBank(
+            self.lora_a if store is None else store.lora_a[:end],
+            self.lora_b if store is None else store.lora_b.narrow(self.lora_b.dim() - 2, 0, end),
+            torch.cat((self.offsets, self.offsets.new_tensor([end]))),
+            torch.cat((self.scales, self.scales.new_tensor([scale]))),
+            (*self.ranks, rank),
+            self.out_features,
+            store,
+        )
+
     def unpack(self) -> list[AdapterLayer | None]:
         """The layers :meth:`pack` was given, in the bank's dtype (None where the rank is 0)."""
         layers: list[AdapterLayer | None] = []
@@ -141,6 +197,15 @@ class AdapterBank:
 
 
 _BLOCK = 64  # kLoraBlockColumns of the operators
+
+
+def _longer(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """A copy with room for ``size`` entries along a dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    copy = tensor.new_empty(shape)
+    copy.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return copy
 
 
 def in_blocks(lora_b: torch.Tensor) -> torch.Tensor:

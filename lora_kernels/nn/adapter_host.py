@@ -79,6 +79,23 @@ class AdapterHost(nn.Module):
             device=self.adapter_device,
         )
 
+    def bank_with(self, index: int, layer: AdapterLayer | None, count: int) -> AdapterBank:
+        """The module's bank with another adapter at an index, and room for ``count`` indices."""
+        bank = self._bank or self.pack_bank([])
+        appended = index >= bank.count
+        if appended and layer is not None and self.adapter_dtype is None:
+            # Appending keeps the dtype: packing finds the smallest that holds them all.
+            kept = torch.promote_types(bank.lora_a.dtype, layer.lora_a.dtype)
+            appended = bank.total_rank > 0 and kept == bank.lora_a.dtype
+        if not appended:
+            layers = bank.unpack()
+            layers.extend([None] * (count - len(layers)))
+            layers[index] = layer
+            return self.pack_bank(layers)
+        for place in range(bank.count, count):
+            bank = bank.append(layer if place == index else None)
+        return bank
+
     @property
     def adapter_features(self) -> tuple[int, int]:
         """(K, N) that an adapter of this module has."""

@@ -12,6 +12,7 @@ import weakref
 import torch
 
 from . import _library as _library
+from ._dispatch import has_cuda
 
 _ops = torch.ops.lora_kernels
 
@@ -25,7 +26,8 @@ class Composite:
     memory (``resize_``, ``.data =``, ``Module.to``). A tensor that would have to be copied to be
     read is refused, and so is an ``out`` that shares memory with ``x`` or ``q``.
 
-    Forward only, on the CPU, outside of ``torch.compile``; runs of one composite must not overlap.
+    Forward only, outside of ``torch.compile``, on the CPU or, all of it, on one CUDA device, whose
+    current stream runs it and whose graphs may hold it. Runs of one composite must not overlap.
 
     Examples
     --------
@@ -34,6 +36,13 @@ class Composite:
     >>> step.int8_lora_linear(h, fc2, 512, out=x, residual=x)
     >>> step.run()
     """
+
+    @staticmethod
+    def runs_on(device: torch.device) -> bool:
+        """Whether this build can record operators on tensors of a device."""
+        return device.type == "cpu" or (
+            device.type == "cuda" and has_cuda(_ops.composite_int8_lora_linear.default)
+        )
 
     def __init__(self) -> None:
         self._handle: int = _ops.composite_new()

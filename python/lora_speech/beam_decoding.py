@@ -183,12 +183,12 @@ def _search_to_end(
             return step
         if rows is None:
             rows = BeamRows(steps.state, beams)
-            steps.keep()
+            steps.renew()
         rows.follow(parents, prompt_length + step)
         if len(kept) < len(active):
             rows.keep([place * beams + beam for place in kept for beam in range(beams)])
             active = [active[place] for place in kept]
-            steps.keep()
+            steps.renew()
         chosen = torch.tensor(
             [[emitted[-1]] for search in active for emitted in search.tokens], device=device
         )

@@ -118,6 +118,17 @@ class DecoderParts:
             whisper.proj_out.weight,
         )
 
+    def tensors(self) -> tuple[int, ...]:
+        """What all tensors of a step are known by, for as long as these parts live."""
+        found: list[Any] = [self.embedding, self.positions, self.vocabulary, self.screen]
+        norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
+        found += [tensor for weight, bias, _ in norms for tensor in (weight, bias)]
+        for layer in self.layers:
+            for part in vars(layer).values():
+                if isinstance(part, LinearParts):
+                    found += (part.weight, part.bias, part.x_scale, *(part.lora or ()))
+        return tuple(map(id, found))
+
     def packed_words(self, ids: Sequence[int]) -> tuple[torch.Tensor, int]:
         """Pack some rows of the vocabulary's projection alone; return them and how many."""
         from lora_kernels.nn.int8_rows import quantize_weight
@@ -219,9 +230,9 @@ class RecordedStep:
         from lora_kernels.ops import Composite
 
         self.parts, self.count = parts, count
-        batch = cross_lengths.shape[0]
+        batch, device = cross_lengths.shape[0], cross_lengths.device
         width = parts.embedding.shape[1]
-        self.lengths = torch.zeros(batch, dtype=torch.int32)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.x = parts.embedding.new_empty(batch * count, width)
         self._x3 = self.x.view(batch, count, width)
         self._composite = step = Composite()
@@ -263,16 +274,17 @@ class RecordedStep:
             self.result = x.new_empty(batch, words)
             step.int8_lora_linear(*vocabulary, norm=parts.norm, out=self.result)
             return
-        self.values = torch.empty(batch, candidates)
-        self.result = torch.empty(batch, candidates, dtype=torch.int64)
-        self.log_sums = torch.empty(batch, 1), torch.full((batch, 1), -math.inf)
+        self.values = torch.empty(batch, candidates, device=device)
+        self.result = torch.empty(batch, candidates, dtype=torch.int64, device=device)
+        log_sums = torch.full((2, batch, 1), -math.inf, device=device)
+        self.log_sums = log_sums[0], log_sums[1]
         step.int8_lora_topk(
             *vocabulary, norm=parts.norm, values=self.values, columns=self.result,
             log_sum=self.log_sums[0] if head == "candidates" else None,
             screen=parts.screen if head == "choice" else None,
         )  # fmt: skip
         if head == "candidates" and left_out is not None:
-            largest = torch.empty(batch, 1), torch.empty(batch, 1, dtype=torch.int64)
+            largest = self.values.new_empty(batch, 1), self.result.new_empty(batch, 1)
             step.int8_lora_topk(
                 last, *left_out, norm=parts.norm, values=largest[0], columns=largest[1],
                 log_sum=self.log_sums[1],
@@ -300,9 +312,29 @@ class RecordedStep:
         self._composite.run()
         return self.result
 
+    def run_at(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """:meth:`run` for one token per row, at a place that is in the device's memory.
 
-def suppressing_bias(suppressed: Sequence[int], words: int) -> torch.Tensor:
+        Nothing of it depends on values that the host knows: a CUDA graph may hold it.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            int64 [rows].
+        position : Tensor
+            int64 [1], the same for all rows.
+        """
+        torch.index_select(self.parts.embedding, 0, tokens, out=self.x)
+        self._x3 += self.parts.positions.index_select(0, position)
+        self.lengths.copy_(position.expand_as(self.lengths))
+        self._composite.run()
+        return self.result
+
+
+def suppressing_bias(
+    suppressed: Sequence[int], words: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Bias that takes tokens out of the choice: fp32 [words], minus infinity at `suppressed`."""
     bias = torch.zeros(words)
     bias[list(suppressed)] = -math.inf
-    return bias
+    return bias.to(device)

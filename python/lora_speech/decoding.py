@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_speech import graphed_steps
 from lora_speech.adapter_rows import AdapterRows
 from lora_speech.errors import ModelError
 from lora_speech.prompts import (
@@ -120,9 +121,12 @@ def greedy_decode(
     start = begin_decoding(
         model, features, encoded, adapters, language, task, timestamps, max_new_tokens
     )
-    emitted, count = _step_to_end(
-        start.decoder, start.steps, start.prompts, start.limit, min_new_tokens, timestamps
-    )
+    try:
+        emitted, count = _step_to_end(
+            start.decoder, start.steps, start.prompts, start.limit, min_new_tokens, timestamps
+        )
+    finally:
+        start.steps.close()
     return Hypotheses(emitted, start.languages, count)
 
 
@@ -135,11 +139,12 @@ def begin_decoding(
     task: str,
     timestamps: bool,
     max_new_tokens: int | None,
-    beams: int = 1,
+    beams: int | None = None,
 ) -> Start:
     """Encode a batch and settle all that a search starts from.
 
-    Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for.
+    Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for;
+    None for a greedy search, whose steps may be of a fixed batch.
     """
     given = _one_of(features, encoded)
     batch, device = given.shape[0], given.device
@@ -153,8 +158,12 @@ def begin_decoding(
         prompt_tokens(tokens, default_language(tokens), task=task, timestamps=timestamps)
     )
     limit = token_limit(tokens, prompt_length, max_new_tokens)
-    state = decoder.start(encoded, prompt_length + limit, beams)
-    steps: Steps = RecordedSteps(decoder, state) if decoder.parts else FlatSteps(decoder, state)
+    steps: Steps
+    if decoder.parts and beams is None and graphed_steps.pay_on(device):
+        steps = graphed_steps.take(decoder, encoded)
+    else:
+        state = decoder.start(encoded, prompt_length + limit, beams or 1)
+        steps = RecordedSteps(decoder, state) if decoder.parts else FlatSteps(decoder, state)
     if detect:
         languages = _detect_languages(decoder, steps, languages, batch, device)
     prompts = torch.tensor(
@@ -173,8 +182,7 @@ def _step_to_end(
     timestamps: bool,
 ) -> tuple[list[list[int]], int]:
     batch, prompt_length = prompts.shape
-    tokens, state = decoder.tokens, steps.state
-    device = prompts.device
+    tokens, device = decoder.tokens, prompts.device
     emitted: list[list[int]] = [[] for _ in range(batch)]
     active = list(range(batch))
     rules = TimestampRules(tokens) if timestamps else None
@@ -203,14 +211,9 @@ def _step_to_end(
             keep = (best != end).nonzero().view(-1)
             if not keep.numel():
                 return emitted, step
-            # Finished rows leave the batch; the cache stays where it is, slots say where.
             active = [active[index] for index in keep.tolist()]
             best = best[keep]
-            state.slots = torch.tensor(active, dtype=torch.int32, device=device)
-            state.cross_slots = state.slots
-            state.rows.keep(keep)
-            state.cross_lengths = state.cross_lengths[: len(active)]
-            steps.keep()
+            steps.keep(keep)
         chosen = best[:, None]
     return emitted, limit
 

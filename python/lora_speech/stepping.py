@@ -20,7 +20,7 @@ class Steps(Protocol):
     Attributes
     ----------
     state : DecoderState
-        Cache and routing; rows that leave the batch leave it here, then `keep` is called.
+        Cache and routing. Whoever changes it calls `renew` before the next step.
     """
 
     state: DecoderState
@@ -43,8 +43,14 @@ class Steps(Protocol):
         that Whisper never emits.
         """
 
-    def keep(self) -> None:
+    def keep(self, index: torch.Tensor) -> None:
+        """Go on with some of the rows only: int64, places among those that are left."""
+
+    def renew(self) -> None:
         """Go on with the rows that the state names now."""
+
+    def close(self) -> None:
+        """The search is over."""
 
 
 def likeliest(
@@ -96,8 +102,15 @@ class FlatSteps:
             lambda logits: logits.index_fill_(-1, self.suppressed, -math.inf),
         )
 
-    def keep(self) -> None:
-        """See `Steps`: nothing is kept between steps."""
+    def keep(self, index: torch.Tensor) -> None:
+        """See `Steps`."""
+        self.state.keep(index)
+
+    def renew(self) -> None:
+        """See `Steps`: nothing outlives a step."""
+
+    def close(self) -> None:
+        """See `Steps`."""
 
 
 class RecordedSteps:
@@ -106,7 +119,7 @@ class RecordedSteps:
     def __init__(self, decoder: WhisperDecoder, state: DecoderState) -> None:
         self.decoder, self.state = decoder, state
         tokens, words = decoder.tokens, decoder.embedding.shape[0]
-        self.bias = suppressing_bias(tokens.suppressed, words)
+        self.bias = suppressing_bias(tokens.suppressed, words, decoder.embedding.device)
         self.end_bias = float(self.bias[tokens.end])
         self.may_end = True
         self.left_out: tuple[torch.Tensor, int] | None = None
@@ -129,6 +142,11 @@ class RecordedSteps:
             self.recorded[key] = step
         return step
 
+    def _run(
+        self, count: int, head: Head, suppress: bool, tokens: torch.Tensor, begin: int
+    ) -> torch.Tensor:
+        return self._step(count, head, suppress).run(tokens, begin)
+
     def _let_end(self, may_end: bool) -> None:
         if may_end != self.may_end:
             self.bias[self.decoder.tokens.end] = self.end_bias if may_end else -math.inf
@@ -137,12 +155,12 @@ class RecordedSteps:
     def logits(self, tokens: torch.Tensor, begin: int, suppress: bool = True) -> torch.Tensor:
         """See `Steps`."""
         self._let_end(True)
-        return self._step(tokens.shape[1], "logits", suppress).run(tokens, begin)
+        return self._run(tokens.shape[1], "logits", suppress, tokens, begin)
 
     def choose(self, tokens: torch.Tensor, begin: int, may_end: bool) -> torch.Tensor:
         """See `Steps`."""
         self._let_end(may_end)
-        return self._step(1, "choice", True).run(tokens, begin)[:, 0]
+        return self._run(1, "choice", True, tokens, begin)[:, 0]
 
     def candidates(
         self, tokens: torch.Tensor, begin: int, count: int
@@ -153,6 +171,14 @@ class RecordedSteps:
         columns = step.run(tokens, begin)
         return step.values - torch.logaddexp(*step.log_sums), columns
 
-    def keep(self) -> None:
+    def keep(self, index: torch.Tensor) -> None:
+        """See `Steps`."""
+        self.state.keep(index)
+        self.renew()
+
+    def renew(self) -> None:
         """See `Steps`."""
         self.recorded.clear()
+
+    def close(self) -> None:
+        """See `Steps`."""

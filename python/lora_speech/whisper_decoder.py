@@ -50,6 +50,18 @@ class DecoderState:
     cross_slots: torch.Tensor | None = None
     cross_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
+    def keep(self, index: torch.Tensor) -> None:
+        """Go on with some of the rows only, while each utterance has one.
+
+        Finished rows leave the batch; the cache stays where it is, slots say where.
+        """
+        if self.slots is None:
+            rows = self.cross_lengths.shape[0]
+            self.slots = torch.arange(rows, dtype=torch.int32, device=index.device)
+        self.slots = self.cross_slots = self.slots[index]
+        self.cross_lengths = self.cross_lengths[index]
+        self.rows.keep(index)
+
 
 class WhisperDecoder:
     """The decoder of one Whisper, flattened for stepping.
@@ -63,14 +75,16 @@ class WhisperDecoder:
     """
 
     def __init__(self, model: Any, rows: AdapterRows) -> None:
-        whisper = whisper_of(model)
+        from lora_kernels.ops import Composite
+
+        self.whisper = whisper = whisper_of(model)
         decoder = whisper.model.decoder
         self.encode = FlatEncoder(whisper.model.encoder, rows)
         self.rows = rows
         self.tokens = special_tokens(whisper)
         # INT8 throughout: steps are recorded and run in one call each.
         with rows.active():
-            self.parts = DecoderParts.of(whisper) if whisper.device.type == "cpu" else None
+            self.parts = DecoderParts.of(whisper) if Composite.runs_on(whisper.device) else None
         self.embedding = decoder.embed_tokens.weight
         self.positions = decoder.embed_positions.weight
         self.heads = decoder.layers[0].self_attn.num_heads
@@ -119,7 +133,8 @@ class WhisperDecoder:
                 states = (keys(encoded, None), values(encoded, None))
                 cross.append(tuple(t.view(shape).transpose(1, 2).contiguous() for t in states))
         # Beside INT8 weights bf16 is precise enough, and half of what a step reads here.
-        dtype = torch.bfloat16 if self.parts else encoded.dtype
+        halved = self.parts and encoded.dtype == torch.float32
+        dtype = torch.bfloat16 if halved else encoded.dtype
         size = (2, batch * beams, self.heads, capacity, width // self.heads)
         for _ in cross:
             keys_and_values = encoded.new_empty(size, dtype=dtype)

@@ -57,6 +57,36 @@ def test_blocks_hold_the_same(ranks, k, n, seed):
     assert all(map(_equal, layers, bank.unpack()))
 
 
+@given(RANKS, RANKS, st.integers(1, 9), st.integers(1, 200), st.booleans(), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_appending_is_packing_and_changes_no_bank_before(first, more, k, n, blocked, seed):
+    ranks = first + more
+    layers = [None if r is None else _layer(r, k, n, seed + i) for i, r in enumerate(ranks)]
+    kwargs = {"dtype": torch.float32, "blocked": blocked}
+    bank = lk.AdapterBank.pack(layers[: len(first)], k, n, **kwargs)
+    banks = [bank]
+    for layer in layers[len(first) :]:
+        banks.append(banks[-1].append(layer))
+    # A second branch from the first bank must not write where the first branch has written.
+    other = banks[0].append(_layer(4, k, n, seed + 50))
+    assert other.total_rank == bank.total_rank + 4
+    for i, grown in enumerate(banks):
+        packed = lk.AdapterBank.pack(layers[: len(first) + i], k, n, **kwargs)
+        assert grown.ranks == packed.ranks
+        for name in ("lora_a", "lora_b", "offsets", "scales"):
+            assert torch.equal(getattr(grown, name), getattr(packed, name)), name
+
+
+def test_many_adapters_are_moved_a_few_times_each():
+    bank = lk.AdapterBank.pack([], 32, 64, dtype=torch.bfloat16, blocked=True)
+    moves, memory = 0, bank.lora_a.untyped_storage().data_ptr()
+    for i in range(200):
+        bank = bank.append(_layer(4, 32, 64, i))
+        moves += memory != (memory := bank.lora_a.untyped_storage().data_ptr())
+    assert moves < 20
+    assert bank.lora_a.untyped_storage().nbytes() <= 1.5 * bank.lora_a.nbytes
+
+
 def test_dtypes_promote_without_loss():
     half, brain = _layer(2, 4, 3, 0, torch.float16), _layer(3, 4, 3, 1, torch.bfloat16)
     assert lk.AdapterBank.pack([half, None], 4, 3).lora_a.dtype == torch.float16

@@ -138,7 +138,8 @@ LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const O
            "expected [" + std::to_string(a.size(0)) + ", " + std::to_string(out_features) +
                "] (by rank row; pass PEFT's B [out, rank] as B.t()), or its blocks [" + std::to_string(blocks) + ", " +
                std::to_string(a.size(0)) + ", 64], got " + shape_of(b));
-  if (blocked && !b.is_contiguous()) refuse(op, "lora_b", "expected contiguous blocks; call .contiguous()");
+  if (blocked && !(b.stride(2) == 1 && b.stride(1) == kLoraBlockColumns))
+    refuse(op, "lora_b", "expected blocks that are contiguous each; call .contiguous()");
   out.shape.dtype = dtype_of(op, "lora_a", a);
   if (dtype_of(op, "lora_b", b) != out.shape.dtype) refuse(op, "lora_b", "expected the dtype of lora_a");
   out.shape.total_rank = a.size(0);

@@ -18,6 +18,7 @@ struct Recording {
   CompositeProblem problem;
   CompositeArgs args;
   std::vector<Tensor> keep;
+  OptionalTensor on;  // an operand: all are on its device
   CompositePlan plan;
   bool planned = false;
   int threads = 0;     // of the plan
@@ -89,10 +90,15 @@ void expect_apart(const char* argument, const Tensor& out, const char* operand, 
 }
 
 template <class Call>
-void record(int64_t handle, Call& call, std::vector<OptionalTensor> operands) {
+void record(int64_t handle, Call& call, const CallDevice& device, std::vector<OptionalTensor> operands) {
   Recording& recording = *find(handle);
+  const Tensor& first = *operands.front();
+  if (recording.on && (recording.on->is_cuda() != first.is_cuda() ||
+                       (first.is_cuda() && recording.on->get_device_index() != first.get_device_index())))
+    refuse("composite", "x", "expected tensors on the device of the operators before, got another; move all to one");
   CompositePlan chosen;  // what no run could do is refused here
-  raise_if_failed(plan(CompositeProblem{{call.problem}}, current_device(), &chosen));
+  raise_if_failed(plan(CompositeProblem{{call.problem}}, device.info(), &chosen));
+  if (!recording.on) recording.on = first;
   recording.problem.stages.emplace_back(call.problem);
   recording.args.stages.emplace_back(call.args);
   recording.planned = false;
@@ -126,13 +132,14 @@ void record_int8_lora_linear(int64_t handle, const Tensor& x, const Tensor& pack
                              const std::string activation, const OptionalTensor& x_scale,
                              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
                              const Tensor& out) {
+  const CallDevice device("composite", x);
   Int8LoraLinearCall call =
       call_in_place({"int8_lora_linear", x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets,
                      adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps});
   expect_output("out", out, x.scalar_type(), call.problem.rows * out_features);
   expect_apart("out", out, "x", x);
   call.args.y = out.data_ptr();
-  record(handle, call,
+  record(handle, call, device,
          {x, packed_weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual, x_scale, norm_weight,
           norm_bias, out});
 }
@@ -144,6 +151,7 @@ void record_int8_lora_topk(int64_t handle, const Tensor& x, const Tensor& packed
                            const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
                            const Tensor& values, const Tensor& columns, const OptionalTensor& log_sum,
                            const OptionalTensor& screen) {
+  const CallDevice device("composite", x);
   Int8LoraLinearCall call = call_in_place({"int8_lora_topk",
                                            x,
                                            packed_weight,
@@ -165,7 +173,7 @@ void record_int8_lora_topk(int64_t handle, const Tensor& x, const Tensor& packed
   if (log_sum) expect_output("log_sum", *log_sum, ScalarType::Float, call.problem.rows);
   set_top_k(&call, k, values, columns, log_sum);
   set_screen(&call, screen);
-  record(handle, call,
+  record(handle, call, device,
          {x, packed_weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, x_scale, norm_weight, norm_bias, values,
           columns, log_sum, screen});
 }
@@ -174,6 +182,7 @@ void record_kv_attention_step(int64_t handle, const Tensor& q, const OptionalTen
                               const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scales,
                               const OptionalTensor& v_scales, const Tensor& lengths, const OptionalTensor& slots,
                               double scale, const Tensor& out) {
+  const CallDevice device("composite", q);
   expect_in_place("q", q);
   expect_in_place("k", k);
   expect_in_place("v", v);
@@ -185,11 +194,12 @@ void record_kv_attention_step(int64_t handle, const Tensor& q, const OptionalTen
   expect_output("out", out, q.scalar_type(), q.numel());
   expect_apart("out", out, "q", q);
   call.args.out = out.data_ptr();
-  record(handle, call, {q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, out});
+  record(handle, call, device, {q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, out});
 }
 
 void record_kv_pack(int64_t handle, const Tensor& k, const Tensor& v, int64_t heads, const Tensor& packed_k,
                     const Tensor& packed_v, const Tensor& k_scales, const Tensor& v_scales) {
+  const CallDevice device("composite", k);
   KvPackCall call = kv_pack_call(k, v, heads);
   if (call.args.k != k.data_ptr()) expect_in_place("k", k);
   if (call.args.v != v.data_ptr()) expect_in_place("v", v);
@@ -202,12 +212,14 @@ void record_kv_pack(int64_t handle, const Tensor& k, const Tensor& v, int64_t he
   expect_output("k_scales", k_scales, ScalarType::Float, scales);
   expect_output("v_scales", v_scales, ScalarType::Float, scales);
   set_outputs(&call, packed_k, packed_v, k_scales, v_scales);
-  record(handle, call, {k, v, packed_k, packed_v, k_scales, v_scales});
+  record(handle, call, device, {k, v, packed_k, packed_v, k_scales, v_scales});
 }
 
 void run_composite(int64_t handle) {
   const std::shared_ptr<Recording> recording = find(handle);
-  const DeviceInfo device = current_device();
+  if (!recording->on) return;  // nothing was recorded
+  CallDevice call("composite", *recording->on);
+  const DeviceInfo device = call.info();
   const std::string forced = forced_implementation();
   if (!recording->planned || recording->threads != device.threads || recording->forced != forced) {
     recording->planned = false;
@@ -216,14 +228,15 @@ void run_composite(int64_t handle) {
     recording->threads = device.threads;
     recording->forced = forced;
   }
-  recording->args.workspace = workspace(workspace_bytes(recording->plan));
-  raise_if_failed(run(recording->plan, recording->args, torch_executor()));
+  recording->args.workspace = call.workspace(workspace_bytes(recording->plan));
+  raise_if_failed(run(recording->plan, recording->args, call.executor()));
 }
 
 std::string describe_composite(int64_t handle) {
   const std::shared_ptr<Recording> recording = find(handle);
   CompositePlan chosen;
-  raise_if_failed(plan(recording->problem, current_device(), &chosen));
+  const DeviceInfo device = recording->on ? CallDevice("composite", *recording->on).info() : current_device();
+  raise_if_failed(plan(recording->problem, device, &chosen));
   return to_string(chosen);
 }
 
@@ -236,6 +249,15 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("composite_kv_pack", TORCH_BOX(&lora_kernels::record_kv_pack));
   m.impl("composite_kv_attention_step", TORCH_BOX(&lora_kernels::record_kv_attention_step));
 }
+
+#if defined(LORA_KERNELS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
+  m.impl("composite_int8_lora_linear", TORCH_BOX(&lora_kernels::record_int8_lora_linear));
+  m.impl("composite_int8_lora_topk", TORCH_BOX(&lora_kernels::record_int8_lora_topk));
+  m.impl("composite_kv_pack", TORCH_BOX(&lora_kernels::record_kv_pack));
+  m.impl("composite_kv_attention_step", TORCH_BOX(&lora_kernels::record_kv_attention_step));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
   m.impl("composite_new", TORCH_BOX(&lora_kernels::create));
