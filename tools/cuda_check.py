@@ -38,12 +38,14 @@ MOST_SHARED = {
     120: 99 << 10,
 }
 ARCHITECTURES = tuple(MOST_SHARED)
-# sm_75 multiplies fp16 alone on its tensor cores.
+# sm_75 multiplies fp16 alone on its tensor cores, and INT8.
 TYPES = {"f16": ARCHITECTURES, "bf16": ARCHITECTURES[1:], "f32": ARCHITECTURES[1:]}
+OPERATORS = ("lora_linear", "int8_lora_linear")
 
 # The sizes of dynamic shared memory are constants of the kernels' headers.
 SHARED_SIZES = """
 #include <cstdio>
+#include "cuda/int8_lora_linear_launch.cuh"
 #include "cuda/lora_linear_launch.cuh"
 using namespace lora_kernels::cuda;
 template <class T, class S, Product P> void gemm_of(const char* name) {
@@ -61,10 +63,23 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   std::printf("few_rows<" #T ", 1>\\t%zu\\n", kFewRowsSharedBytes<1>);    \\
   std::printf("few_rows<" #T ", 2>\\t%zu\\n", kFewRowsSharedBytes<2>);    \\
   std::printf("few_rows<" #T ", 4>\\t%zu\\n", kFewRowsSharedBytes<4>);
+#define SIZE(name, bytes) std::printf(name "\\t%zu\\n", static_cast<size_t>(bytes));
+#define INT8(T)                                                           \\
+  SIZE("int8_rows<" #T ", 2>", int8_rows_bytes(2))                        \\
+  SIZE("int8_rows<" #T ", 4>", int8_rows_bytes(4))                        \\
+  SIZE("int8_few_rows<" #T ", 1, false>", int8_part_bytes(1))             \\
+  SIZE("int8_few_rows<" #T ", 2, false>", int8_part_bytes(2))             \\
+  SIZE("int8_few_rows<" #T ", 1, true>",                                  \\
+       int8_fused_bytes(1280, 16, sizeof(T)))                             \\
+  INT8_GEMM(T, LargeShape) INT8_GEMM(T, SmallShape)
+#define INT8_GEMM(T, S)                                                   \\
+  SIZE("int8_gemm<" #T ", " #S ">", (Int8GemmLayout<T, S>::kSharedBytes))
 int main() {
   ALL(__half, LargeShape) ALL(__half, SmallShape) SKINNY(__half)
   ALL(__nv_bfloat16, LargeShape) ALL(__nv_bfloat16, SmallShape) SKINNY(__nv_bfloat16)
   ALL(float, LargeShape) ALL(float, SmallShape) SKINNY(float)
+  INT8(__half) INT8(__nv_bfloat16) INT8(float)
+  std::printf("top_parts<float>\\t%zu\\n", kTopSharedBytes);
 }
 """
 PRODUCTS = ("kForward", "kInTile", "kInputGradient", "kMaskedGradient", "kRowSums")
@@ -136,16 +151,18 @@ def instructions(cubin: Path, nvdisasm: str) -> dict[str, dict[str, int]]:
     return counts
 
 
-def compile_one(kind: str, arch: int, nvcc: str, nvdisasm: str, folder: Path) -> dict[str, Kernel]:
-    """One storage type for one architecture."""
-    cubin = folder / f"{kind}.{arch}.cubin"
+def compile_one(
+    operator: str, kind: str, arch: int, nvcc: str, nvdisasm: str, folder: Path
+) -> dict[str, Kernel]:
+    """One storage type of an operator for one architecture."""
+    cubin = folder / f"{operator}.{kind}.{arch}.cubin"
     command = [nvcc, f"-I{CSRC / 'include'}", f"-I{CSRC}", "-std=c++17", "-O3", "-cubin"]
     command += [f"-arch=sm_{arch}", "-Xptxas", "-v", "-Werror", "all-warnings", "-o", str(cubin)]
     run = subprocess.run(
-        [*command, str(CSRC / "cuda" / f"lora_linear_{kind}.cu")], capture_output=True, text=True
+        [*command, str(CSRC / "cuda" / f"{operator}_{kind}.cu")], capture_output=True, text=True
     )
     if run.returncode:
-        sys.exit(f"cuda-check: {kind} does not compile for sm_{arch}:\n{run.stderr}")
+        sys.exit(f"cuda-check: {operator} of {kind} does not compile for sm_{arch}:\n{run.stderr}")
     found = instructions(cubin, nvdisasm)
     kernels = {}
     for symbol, kernel in parse(run.stderr).items():
@@ -157,13 +174,15 @@ def compile_one(kind: str, arch: int, nvcc: str, nvdisasm: str, folder: Path) ->
 
 def expected(name: str, kind: str, arch: int) -> list[str]:
     """The instructions that a kernel must have."""
-    if not name.startswith(("gemm<", "down<", "few_rows<")):
+    if not name.startswith(("gemm<", "down<", "few_rows<", "int8_gemm<", "int8_few", "int8_rows<")):
         return []
     if kind == "f32":
         wanted = ["HMMA.1688.F32.TF32"]
     else:
         wanted = ["HMMA.1688.F32" if arch < 80 else "HMMA.16816.F32"]
-    if name.startswith("gemm<"):
+    if name.startswith(("int8_gemm<", "int8_few")):
+        wanted = ["IMMA.8816" if arch < 80 else "IMMA.16832", *(wanted if "gemm" in name else [])]
+    if "gemm<" in name:
         wanted += ["LDSM"] if not (kind == "f32" and "kRowSums" in name) else []
         wanted += ["LDGSTS"] if arch >= 80 else []
     return wanted
@@ -219,6 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--type", nargs="*", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--operator", nargs="*", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--record", action="store_true", help="write what is found as the budget")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -232,13 +252,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = Path(name)
         work = {
-            (kind, arch): pool.submit(compile_one, kind, arch, nvcc, nvdisasm, folder)
+            (operator, kind, arch): pool.submit(
+                compile_one, operator, kind, arch, nvcc, nvdisasm, folder
+            )
+            for operator in arguments.operator
             for kind in arguments.type
             for arch in arguments.arch
             if arch in TYPES[kind]
         }
         sizes = shared_sizes(folder)
-        for (kind, arch), result in work.items():
+        for (_, kind, arch), result in work.items():
             kernels = result.result()
             budgets = recorded.setdefault(f"sm_{arch}", {})
             for kernel_name, kernel in kernels.items():

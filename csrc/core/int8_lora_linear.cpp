@@ -5,18 +5,23 @@
 #include "core/select.h"
 #include "core/validate.h"
 #include "cpu/int8_lora_linear.h"
+#include "cuda/int8_lora_linear.h"
 
 namespace lora_kernels {
 namespace {
 
+// Its launches can fail, so they return a Status and are called below; a CPU's cannot.
+const Int8LoraLinearImplementation kInt8LoraLinearCuda = {"cuda", kIsaCuda, cuda::configure, nullptr};
+
 const Table<Int8LoraLinearImplementation> kTable = {
     "int8_lora_linear",
 #if defined(__x86_64__)
-    4,
-    {&kInt8LoraLinearAvx512, &kInt8LoraLinearAvx2Vnni, &kInt8LoraLinearAvx2, &kInt8LoraLinearGeneric},
+    5,
+    {&kInt8LoraLinearCuda, &kInt8LoraLinearAvx512, &kInt8LoraLinearAvx2Vnni, &kInt8LoraLinearAvx2,
+     &kInt8LoraLinearGeneric},
 #else
-    1,
-    {&kInt8LoraLinearGeneric},
+    2,
+    {&kInt8LoraLinearCuda, &kInt8LoraLinearGeneric},
 #endif
 };
 
@@ -48,6 +53,18 @@ Status validate(const Int8LoraLinearProblem& p) {
   return check.status();
 }
 
+// What a valid problem must have besides on a CUDA device.
+Status validate(const Int8LoraLinearProblem& p, const DeviceInfo& device) {
+  const Status valid = validate(p);
+  return valid.ok() && device.cuda.arch ? cuda::supported(p, device.cuda) : valid;
+}
+
+void check_x_scale(Check* check, float scale) {
+  if (!(scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale)))
+    check->fail("x_scale: expected a positive finite scale, got " + std::to_string(scale) +
+                "; calibrate again, or pass None to quantize every row by its own maximum");
+}
+
 }  // namespace
 
 void report_int8_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
@@ -55,7 +72,7 @@ void report_int8_lora_linear(const DeviceInfo& device, std::vector<Implementatio
 }
 
 Status plan(const Int8LoraLinearProblem& problem, const DeviceInfo& device, Int8LoraLinearPlan* plan) {
-  return make_plan(kTable, validate(problem), problem, device, &Int8LoraLinearImplementation::configure, plan);
+  return make_plan(kTable, validate(problem, device), problem, device, &Int8LoraLinearImplementation::configure, plan);
 }
 
 int64_t workspace_bytes(const Int8LoraLinearPlan& plan) { return plan.workspace; }
@@ -64,15 +81,19 @@ Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const
   const Int8LoraLinearProblem& p = plan.problem;
   if (p.rows == 0 || p.out_features == 0) return {};
   Check check("int8_lora_linear");
+  if (plan.implementation == &kInt8LoraLinearCuda) {  // whose operands are not in the CPU's memory: kernels clamp
+    if (p.static_scale && !args.x_scale) check_x_scale(&check, args.host_x_scale);
+    if (reinterpret_cast<uintptr_t>(args.packed_weight) % 16)
+      check.fail("packed_weight: expected an address that is a multiple of 16, got one of " +
+                 std::to_string(reinterpret_cast<uintptr_t>(args.packed_weight) % 16) + " beyond; call .clone()");
+    if (!check.status().ok()) return check.status();
+    kTable.count_run(plan.implementation);
+    return cuda::launch(plan, args, executor);
+  }
   check_lora_bank(&check, p.lora, args.lora);
   if (p.has_screen && !args.screen)
     check.fail("screen: expected what int8_pack_screen makes of the weight, got null; leave has_screen false without");
-  if (p.static_scale) {
-    const float scale = *args.x_scale;
-    if (!(scale > 0 && std::isfinite(scale) && std::isfinite(1.0f / scale)))
-      check.fail("x_scale: expected a positive finite scale, got " + std::to_string(scale) +
-                 "; calibrate again, or pass None to quantize every row by its own maximum");
-  }
+  if (p.static_scale) check_x_scale(&check, *args.x_scale);
   if (!check.status().ok()) return check.status();
   if (executor.leads) kTable.count_run(plan.implementation);
   plan.implementation->run(plan, args, executor);
@@ -94,6 +115,10 @@ std::string to_string(const Int8LoraLinearProblem& p) {
 
 std::string to_string(const Int8LoraLinearPlan& plan) {
   std::ostringstream text;
+  if (plan.implementation == &kInt8LoraLinearCuda) {
+    text << to_string(plan.problem) << " -> " << to_string(plan.cuda) << " workspace=" << plan.workspace;
+    return text.str();
+  }
   text << to_string(plan.problem) << " -> " << plan.implementation->name << (plan.bf16_dot ? " vdpbf16ps" : "")
        << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
   return text.str();

@@ -1,5 +1,5 @@
 // In place of the CUDA sources in a library built without them: plans can be made, and nothing runs.
-#include "cuda/lora_linear.h"
+#include "cuda/int8_lora_linear.h"
 
 namespace lora_kernels {
 namespace {
@@ -15,11 +15,16 @@ Status absent(const char* what) {
 
 Status cuda_device(int, DeviceInfo*) { return absent("cuda_device"); }
 
+Status int8_unpack_cuda(const uint8_t*, int64_t, int64_t, int8_t*, float*, void*) { return absent("int8_unpack"); }
+
 namespace cuda {
 
 Status launch(const LoraLinearPlan&, const LoraLinearArgs&, const Executor&) { return absent("lora_linear"); }
 Status launch_backward(const LoraLinearBackwardPlan&, const LoraLinearBackwardArgs&, const Executor&) {
   return absent("lora_linear_backward");
+}
+Status launch(const Int8LoraLinearPlan&, const Int8LoraLinearArgs&, const Executor&) {
+  return absent("int8_lora_linear");
 }
 
 }  // namespace cuda

@@ -4,42 +4,11 @@
 #include "cuda/gemm.cuh"
 #include "cuda/helpers.cuh"
 #include "cuda/lora_linear_kernels.h"
+#include "cuda/sequence.h"
 #include "cuda/skinny.cuh"
 
 namespace lora_kernels::cuda {
 namespace launching {
-
-inline unsigned tiles(int64_t count, int64_t size) { return static_cast<unsigned>((count + size - 1) / size); }
-
-// Runs the launches of a call until one fails.
-class Sequence {
- public:
-  explicit Sequence(void* stream) : stream_(stream) {}
-  template <auto kKernel, class Params>
-  void run(const char* name, dim3 grid, unsigned threads, size_t shared, const Params& params, bool early = false) {
-    if (!status_.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    status_ = launch<kKernel>({name, grid, dim3(threads, 1, 1), shared, stream_, early}, params);
-  }
-  const Status& status() const { return status_; }
-
- private:
-  void* stream_;
-  Status status_;
-};
-
-inline Routing routing_of(const LoraShape& shape, const LoraBank& bank, int64_t rows) {
-  Routing r;
-  if (!shape.present()) return r;
-  r.ids = bank.adapter_ids;
-  r.offsets = bank.offsets;
-  r.scales = bank.scales;
-  r.rows_per_group = shape.groups > 0 ? static_cast<int>(rows / shape.groups) : 1;
-  if (shape.groups == 0) r.ids = nullptr;
-  r.adapters = static_cast<int>(shape.adapters);
-  r.total_rank = static_cast<int>(shape.total_rank);
-  r.max_rank = static_cast<int>(shape.max_rank);
-  return r;
-}
 
 template <class Args>
 Dropout dropout_of(const LoraLinearProblem& p, const Args& args) {

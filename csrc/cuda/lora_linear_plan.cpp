@@ -2,31 +2,25 @@
 // itself. Times are predicted from bytes and FLOPs, in microseconds; they order the paths, and nothing has measured
 // them.
 #include <algorithm>
-#include <climits>
 #include <cstdio>
 #include <sstream>
 #include <vector>
 
 #include "cuda/lora_linear.h"
+#include "cuda/machine.h"
 
 namespace lora_kernels::cuda {
 namespace {
 
-// What a kernel more on the same stream costs: the gap between dependent kernels. With an early start its blocks are
-// resident when the one before ends. Vendors and papers report 1 to 3 and under 1.
-constexpr double kLaunchUs = 2.5, kEarlyLaunchUs = 1.0;
-// The part of the tensor cores' peak, and of the memory's, that tiles of these shapes are expected to reach.
-constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5, kMemory = 0.85;
-// From a load to its data on a busy device: bandwidth times this must be in flight, or memory idles.
-constexpr double kLatencySeconds = 0.8e-6;
+// The part of the tensor cores' peak that tiles of these shapes are expected to reach.
+constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
 
-// How much faster than memory L2 is taken to be, and what a second pass over depth in every block costs besides bytes.
-constexpr double kL2 = 2.5, kT = 0.3;
+// What a second pass over depth in every block costs besides bytes.
+constexpr double kT = 0.3;
 
 constexpr int64_t kMostFewRows = 32;       // four products of eight columns for each fragment of W
 constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
 constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
-constexpr int64_t kMostAdapters = 4096;    // times splits, a dimension of the grid
 
 // FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
 // reaches. Unknown ones are taken for the slowest: a path that needs less arithmetic then wins, and all work.
@@ -99,12 +93,6 @@ int few_rows_splits(const Machine& machine, int64_t columns, int64_t depth_bytes
   return best;
 }
 
-std::string joined(const std::vector<std::string>& reasons) {
-  std::string text;
-  for (const std::string& reason : reasons) text += (text.empty() ? "" : "; ") + reason;
-  return text;
-}
-
 int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
   // Two blocks for each multiprocessor, of at least 256 rows each: fewer would read and add parts for nothing.
   const int64_t wanted = blocks > 0 ? static_cast<int64_t>(2 * machine.multiprocessors) / blocks : 1;
@@ -151,18 +139,7 @@ Status supported(const LoraLinearProblem& p, const CudaDevice& device) {
   else if (device.arch < 80 && p.dtype != DType::kFloat16)
     reasons.push_back(std::string("dtype: on ") + arch + " expected float16, all that its tensor cores multiply, got " +
                       name_of(p.dtype));
-  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of x", p.rows},
-                                    {"in_features", p.in_features},
-                                    {"out_features", p.out_features}})
-    if (value > INT_MAX / 2)
-      reasons.push_back(std::string(name) + ": expected at most " + std::to_string(INT_MAX / 2) + ", got " +
-                        std::to_string(value));
-  if (p.lora.total_rank > INT_MAX / 2 || p.lora.max_rank > p.lora.total_rank)
-    reasons.push_back("rank: expected ranks that sum to at most " + std::to_string(INT_MAX / 2) + ", the largest " +
-                      std::to_string(p.lora.max_rank) + ", got a sum of " + std::to_string(p.lora.total_rank));
-  if (p.lora.adapters > kMostAdapters)
-    reasons.push_back("adapters: expected at most " + std::to_string(kMostAdapters) + " in a bank, got " +
-                      std::to_string(p.lora.adapters));
+  add_size_reasons(p.rows, p.in_features, p.out_features, p.lora, &reasons);
   if (reasons.empty()) return {};
   return Status::unsupported("lora_linear: CUDA kernels cannot run this: " + joined(reasons) +
                              ". Convert the operands to a type that is supported, move them to the CPU, whose kernels "

@@ -58,7 +58,7 @@ __device__ inline T from_bits(uint32_t bits) {
     x = __uint_as_float(bits);
   } else {
     const uint16_t low = static_cast<uint16_t>(bits);
-    memcpy(&x, &low, sizeof x);
+    memcpy(static_cast<void*>(&x), &low, sizeof x);
   }
   return x;
 }

@@ -15,7 +15,6 @@ import torch
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
@@ -35,11 +34,6 @@ def is_plain(x: torch.Tensor, *, cuda: bool = False) -> bool:
         and _modes() == 0
         and not _transforms()
     )
-
-
-def forward_only(x: torch.Tensor) -> bool:
-    """Whether :func:`is_plain` holds and there is nothing to differentiate."""
-    return not _grad_enabled() and is_plain(x)
 
 
 def straight(op: Any) -> Any:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from . import _library as _library
-from ._dispatch import forward_only, straight
+from ._dispatch import has_cuda, is_plain, straight, straight_on_cuda
 
 _op = torch.ops.lora_kernels.int8_lora_linear.default
-_straight = straight(_op)
+_on_cpu, _on_cuda = straight(_op), straight_on_cuda(_op)
+_has_cuda = has_cuda(_op)
+_linear_backward_op = torch.ops.lora_kernels.lora_linear_backward.default
 _pack_op = torch.ops.lora_kernels.int8_pack.default
 _pack_screen_op = torch.ops.lora_kernels.int8_pack_screen.default
 _unpack_op = torch.ops.lora_kernels.int8_unpack.default
@@ -45,7 +47,11 @@ def int8_lora_linear(
     equal in every implementation. The LoRA term sees ``x`` itself. A row of zeros gives zeros; a
     row with a NaN or an infinity gives NaN, and no other row is touched by it.
 
-    Forward only: it cannot be differentiated.
+    Differentiable in ``x``, ``bias``, ``lora_a``, ``lora_b`` and ``residual``, for
+    quantization-aware training: rounding (and a static scale's clipping) is passed straight
+    through, so the gradient is that of ``act(x Wt + bias + s (x At) B) + residual`` with W the
+    dequantized weight, and the activation's derivative taken at the quantized sums. W itself and
+    the scales have none, and ``norm`` is for calls without gradients.
 
     Parameters
     ----------
@@ -74,7 +80,8 @@ def int8_lora_linear(
         "none", "gelu" (with the error function, as Whisper has it) or "silu".
     x_scale
         fp32 [1], positive: a calibrated scale for every row. None quantizes each row by its own
-        largest magnitude.
+        largest magnitude. For an ``x`` on CUDA it may stay on the CPU, and is then checked before
+        the launch; on the device a scale that is no positive finite number makes every row NaN.
     norm
         Weight [K], bias [K] (both fp32 or of the dtype of ``x``) and epsilon of a LayerNorm that
         ``x`` goes through first, in fp32; quantization and LoRA see its result.
@@ -88,10 +95,12 @@ def int8_lora_linear(
     ------
     RuntimeError
         If a shape, dtype or value does not fit (the text names the argument, what was expected,
-        what came, and the fix), or if a gradient is asked for.
+        what came, and the fix), or if a gradient is asked for that it does not have.
     """
     norm_weight, norm_bias, norm_eps = (None, None, 0.0) if norm is None else norm
-    call = _straight if forward_only(x) else _op
+    call = _op
+    if not torch.is_grad_enabled() and is_plain(x, cuda=_has_cuda):
+        call = _on_cpu if x.is_cpu else _on_cuda
     return call(
         x,
         packed_weight,
@@ -243,7 +252,95 @@ def no_gradient(operator: str, inputs: str) -> Callable[..., None]:
     return refuse
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets, ids = inputs[:9]
+    activation, x_scale, norm_weight = inputs[10:13]
+    # The bias matters to the gradient only through an activation.
+    kept_bias = bias if activation != "none" else None
+    ctx.save_for_backward(
+        x, packed_weight, kept_bias, lora_a, lora_b, scales, offsets, ids, x_scale
+    )
+    ctx.out_features = out_features
+    ctx.activation = activation
+    ctx.normed = norm_weight is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, packed_weight, bias, lora_a, lora_b, scales, offsets, ids, x_scale = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if ctx.normed:
+        raise RuntimeError(
+            "int8_lora_linear: norm: expected None where a gradient is needed, got a LayerNorm; "
+            "apply torch.nn.functional.layer_norm to x first"
+        )
+    if needs[11]:
+        raise RuntimeError(
+            "int8_lora_linear: x_scale: expected a scale that needs no gradient, got one that "
+            "does; calibrate it, and pass x_scale.detach()"
+        )
+    q, weight_scales = _unpack_op(packed_weight, ctx.out_features, x.shape[-1])
+    weight = (q * weight_scales.unsqueeze(1)).to(x.dtype)
+    dz = dy
+    if ctx.activation != "none":
+        lora = (lora_a, lora_b, scales, offsets, ids)
+        z = _op(x, packed_weight, ctx.out_features, bias, *lora, None, "none", x_scale)
+        aten = torch.ops.aten
+        dz = (aten.gelu_backward if ctx.activation == "gelu" else aten.silu_backward)(dy, z)
+    needs_lora = lora_a is not None and (needs[4] or needs[5])
+    by_rank_row = lora_b
+    if lora_b is not None and lora_b.dim() == 3:
+        if needs[5]:
+            raise RuntimeError(
+                "int8_lora_linear: lora_b: expected [rank, out_features] where its gradient is "
+                f"needed, got blocks {tuple(lora_b.shape)}; pass it by rank row"
+            )
+        by_rank_row = lora_b.transpose(0, 1).flatten(1)[:, : ctx.out_features]
+    dx, _, dbias, da, db = _linear_backward_op(
+        dz,
+        x,
+        weight,
+        lora_a,
+        by_rank_row,
+        scales,
+        offsets,
+        ids,
+        0.0,
+        None,
+        needs[0],
+        False,
+        needs[3],
+        needs_lora,
+    )
+    return (
+        dx if needs[0] else None,
+        None,
+        None,
+        dbias.to(ctx.bias_dtype) if needs[3] else None,
+        da.to(lora_a.dtype) if needs_lora and needs[4] else None,
+        db.to(lora_b.dtype) if needs_lora and needs[5] else None,
+        None,
+        None,
+        None,
+        dy if needs[9] else None,
+        *[None] * 5,
+    )
+
+
 torch.library.register_autograd(
-    "lora_kernels::int8_lora_linear",
-    no_gradient("int8_lora_linear", "x, lora_a, lora_b, bias, residual"),
+    "lora_kernels::int8_lora_linear", _backward, setup_context=_setup_context
 )
+
+
+# Packing is done once per model, on the host: its checks look at every value.
+@torch.library.impl("lora_kernels::int8_pack", "cuda")
+def _pack_on_cuda(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return _pack_op(weight.cpu(), scales.cpu()).to(weight.device)
+
+
+@torch.library.impl("lora_kernels::int8_pack_screen", "cuda")
+def _pack_screen_on_cuda(
+    packed_weight: torch.Tensor, out_features: int, in_features: int
+) -> torch.Tensor:
+    screen = _pack_screen_op(packed_weight.cpu(), out_features, in_features)
+    return screen.to(packed_weight.device)

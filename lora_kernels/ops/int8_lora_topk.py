@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from . import _library as _library
-from ._dispatch import forward_only, straight
+from ._dispatch import has_cuda, is_plain, straight, straight_on_cuda
 from .int8_lora_linear import no_gradient
 
 _op = torch.ops.lora_kernels.int8_lora_topk.default
-_straight = straight(_op)
+_on_cpu, _on_cuda = straight(_op), straight_on_cuda(_op)
+_has_cuda = has_cuda(_op)
 
 
 def int8_lora_topk(
@@ -51,7 +52,7 @@ def int8_lora_topk(
         asked for; otherwise it is left alone. Columns and values are the same, bit for bit. Beyond
         64 columns of ``x`` that holds with all but certainty: a wrong choice takes an error of
         eight standard deviations, for which low bits of the weight, unrelated to its high ones,
-        would have to be made to match ``x``.
+        would have to be made to match ``x``. On CUDA it is not used.
 
     Returns
     -------
@@ -67,7 +68,9 @@ def int8_lora_topk(
         what came, and the fix.
     """
     norm_weight, norm_bias, norm_eps = (None, None, 0.0) if norm is None else norm
-    call = _straight if forward_only(x) else _op
+    call = _op
+    if not torch.is_grad_enabled() and is_plain(x, cuda=_has_cuda):
+        call = _on_cpu if x.is_cpu else _on_cuda
     values, columns, log_sums = call(
         x,
         packed_weight,

@@ -126,6 +126,7 @@ def int8_lora_linear(
     x_scale: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     compute_dtype: torch.dtype | None = torch.float64,
+    straight_through: bool = False,
 ) -> torch.Tensor:
     """``act(acc * (s_x s_w) + bias + s (x At) B) + residual`` with integer accumulators acc.
 
@@ -145,6 +146,10 @@ def int8_lora_linear(
         Weight, bias and epsilon of a LayerNorm of ``x`` in fp32, before everything else.
     compute_dtype
         Dtype of everything after the integer accumulators. None: the dtype of ``x``.
+    straight_through
+        Give the base product the gradient of ``x Wt``, W dequantized, as quantization-aware
+        training has it (Bengio et al., "Estimating or Propagating Gradients Through Stochastic
+        Neurons", 2013): rounding and clipping of ``x`` count as the identity.
 
     Returns
     -------
@@ -163,6 +168,9 @@ def int8_lora_linear(
     # The factor of an element is one fp32 product, as the operators compute it.
     factor = s_x.unsqueeze(1) * weight_scales.to(torch.float32).unsqueeze(0)
     y = accumulators.to(dtype) * factor.to(dtype)
+    if straight_through:
+        smooth = rows.to(dtype) @ (q_weight.to(dtype) * weight_scales.to(dtype).unsqueeze(1)).T
+        y = y.detach() + (smooth - smooth.detach())
     if bias is not None:
         y = y + bias.to(dtype)
     if lora_a is not None and lora_b is not None:

@@ -1,9 +1,11 @@
 // What a plan says of CUDA devices that are not here: who is offered which implementation, which path it takes, and
 // that every reason against is listed. Nothing is launched.
+#include <cmath>
 #include <set>
 
 #include "check.h"
 #include "lora_kernels/implementations.h"
+#include "lora_kernels/int8_lora_linear.h"
 #include "lora_kernels/lora_linear.h"
 
 using namespace lora_kernels;
@@ -25,6 +27,7 @@ const CudaDevice kA100 = device_of(80, 108, 1.41, 1555);
 const CudaDevice kA10 = device_of(86, 72, 1.7, 600);
 const CudaDevice kL4 = device_of(89, 58, 2.04, 300);
 const CudaDevice kH100 = device_of(90, 132, 1.755, 3350);
+const CudaDevice kH200 = device_of(90, 132, 1.755, 4800);
 const CudaDevice kB200 = device_of(100, 148, 1.85, 8000);
 const CudaDevice k5090 = device_of(120, 170, 2.41, 1792);
 
@@ -172,6 +175,84 @@ void test_refusals() {
         "and running one says how to build them: " + run_status.text);
 }
 
+Int8LoraLinearProblem int8_problem(int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t adapters = 1) {
+  Int8LoraLinearProblem p;
+  const LoraLinearProblem same = problem_of(rows, in, out, rank, adapters);
+  p.rows = rows;
+  p.in_features = in;
+  p.out_features = out;
+  p.dtype = same.dtype;
+  p.lora = same.lora;
+  return p;
+}
+
+Int8LoraLinearPlan int8_plan(const Int8LoraLinearProblem& p, const CudaDevice& device) {
+  Int8LoraLinearPlan chosen;
+  const Status status = plan(p, on_cuda(device), &chosen);
+  check(status.ok(), status.text);
+  return chosen;
+}
+
+void test_int8_paths() {
+  using Path = CudaInt8LoraLinearPath;
+  CudaDevice unknown;
+  unknown.arch = 130;
+  for (const CudaDevice& d : {kT4, kA100, kL4, kH200, unknown}) {
+    for (int64_t rows : {1, 8, 16}) {
+      const Int8LoraLinearPlan few = int8_plan(int8_problem(rows, 1280, 1280, 16, 4), d);
+      check(few.cuda.path != Path::kTiled, "few rows stream w: " + to_string(few));
+    }
+    check(int8_plan(int8_problem(24, 1280, 5120, 16), d).cuda.path == Path::kFewRows, "up to 32 of them");
+    const Int8LoraLinearPlan many = int8_plan(int8_problem(4096, 1280, 5120, 16), d);
+    check(many.cuda.path == Path::kTiled && many.cuda.large_tiles, "a large product is tiled: " + to_string(many));
+    check(!int8_plan(int8_problem(100, 256, 256, 16), d).cuda.large_tiles, "a small one has small tiles");
+    check(many.cuda.early_start == (d.arch >= 90), "products start early from sm_90 on: " + to_string(many));
+    check(to_string(many) == to_string(int8_plan(int8_problem(4096, 1280, 5120, 16), d)), "a plan is a function");
+    check(std::isfinite(many.cuda.predicted_us) && many.cuda.predicted_us > 0, to_string(many));
+    // A whole vocabulary: rows are quantized once, and not by 1,621 blocks.
+    Int8LoraLinearProblem p = int8_problem(1, 1280, 51865, 0);
+    p.top_k = 5;
+    p.has_screen = true;
+    const Int8LoraLinearPlan vocabulary = int8_plan(p, d);
+    check(vocabulary.cuda.path == Path::kFewRows && vocabulary.cuda.splits == 1, to_string(vocabulary));
+    check(workspace_bytes(vocabulary) >= 51865 * 4, "with room for the outputs to choose from");
+  }
+  // Without an early start the kernel that is saved costs more than rows quantized in every block.
+  check(int8_plan(int8_problem(1, 1280, 1280, 16), kA100).cuda.path == Path::kFused, "A100: one kernel at one row");
+  check(workspace_bytes(int8_plan(int8_problem(1, 1280, 1280, 16), kA100)) == 0, "which needs no memory");
+  check(int8_plan(int8_problem(32, 16384, 64, 16), kH200).cuda.splits > 1, "a narrow deep layer is split");
+  check(int8_plan(int8_problem(4096, 1280, 1280, 16), kH200).cuda.staged_bytes > 0, "rows that fit are read once");
+  check(int8_plan(int8_problem(4096, 65536, 1280, 16), kH200).cuda.staged_bytes == 0, "those that do not, from L2");
+  Int8LoraLinearProblem p = int8_problem(64, 1280, 1280, 16);
+  p.dtype = DType::kBFloat16;
+  check(int8_plan(p, kL4).cuda.convert_a, "factors of another type than x are converted first");
+
+  Int8LoraLinearPlan chosen;
+  Status s = plan(p, on_cuda(kT4), &chosen);
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "dtype of x: on sm_75 expected float16"), s.text);
+  p.rows = int64_t{1} << 40;
+  p.lora.groups = 0;
+  s = plan(p, on_cuda(device_of(70, 80, 1.4, 900)), &chosen);
+  check(contains(s.text, "expected sm_75") && contains(s.text, "rows of x: expected at most"), s.text);
+  check(plan(int8_problem(4, 8, 8, 2), DeviceInfo(), &chosen).ok() && !contains(to_string(chosen), "cuda"),
+        "a CPU problem stays on the CPU");
+
+  p = int8_problem(4, 64, 64, 2);
+  p.static_scale = true;
+  check(plan(p, on_cuda(kH200), &chosen).ok(), "static scales have a plan");
+  for (float scale : {0.0f, -1.0f, NAN, INFINITY}) {
+    Int8LoraLinearArgs args;
+    args.host_x_scale = scale;
+    s = run(chosen, args, serial_executor());
+    check(s.code == StatusCode::kInvalidArgument && contains(s.text, "x_scale: expected a positive finite scale, got"),
+          "a bad scale is refused before anything is launched: " + s.text);
+  }
+  Int8LoraLinearArgs args;
+  args.host_x_scale = 1;
+  s = run(chosen, args, serial_executor());
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "LORA_KERNELS_CUDA=ON"), s.text);
+}
+
 }  // namespace
 
 int main() {
@@ -180,6 +261,7 @@ int main() {
   test_unknown_devices();
   test_workspaces();
   test_refusals();
+  test_int8_paths();
   if (failures) std::printf("%d checks failed\n", failures);
   if (!failures) std::printf("all checks passed\n");
   return failures != 0;

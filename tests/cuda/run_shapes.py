@@ -10,8 +10,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import test_emulated_int8_lora_linear as int8  # noqa: E402
 import torch  # noqa: E402
 from emulated import Emulated, EmulationError  # noqa: E402
+from emulated_int8 import EmulatedInt8  # noqa: E402
 from test_emulated_lora_linear import (  # noqa: E402
     ORDERS,
     base,
@@ -64,8 +66,19 @@ def main(dtypes: list[torch.dtype]) -> int:
             except (AssertionError, EmulationError) as error:
                 print(f"WRONG: gradients {order}: {error}")
                 wrong += 1
+            for path, large, splits, most in int8.PLANS:
+                shape = (min(most, 70), 136, 70)
+                for mode in ("peft", "bank"):
+                    emulated = EmulatedInt8(*order, path=path, large=large, splits=splits)
+                    try:
+                        int8.check(emulated, shape, dtype, mode, "silu")
+                    except (AssertionError, EmulationError) as error:
+                        print(f"WRONG: int8 {path} {mode} {order}: {error}")
+                        wrong += 1
     try:
         same_bits()
+        int8.test_topk("few_rows")
+        int8.test_unpack()
     except (AssertionError, EmulationError) as error:
         print(f"WRONG: {error}")
         wrong += 1

@@ -451,12 +451,75 @@ def test_export_with_a_dynamic_number_of_rows() -> None:
     assert torch.equal(exported.module()(x), ops.int8_lora_linear(x, packed, 70))
 
 
-def test_backward_is_refused() -> None:
+# ---------- Gradients
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_straight_through(dtype: torch.dtype, activation: str) -> None:
+    rows, k, n = 12, 33, 70
+    packed, q, scales = quantized(n, k)
+    operands = ragged_bank(rows, k, n, dtype)
+    leaves = {
+        "x": torch.randn(rows, k).to(dtype),
+        "bias": torch.randn(n).to(dtype),
+        "residual": torch.randn(rows, n).to(dtype),
+        "lora_a": operands.pop("lora_a"),
+        "lora_b": operands.pop("lora_b"),
+    }
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    dy = torch.randn(rows, n).to(dtype)
+    for x_scale in (None, torch.tensor([0.02])):
+        rest = operands | {"activation": activation, "x_scale": x_scale}
+        y = ops.int8_lora_linear(packed_weight=packed, out_features=n, **leaves, **rest)
+        got = torch.autograd.grad(y, list(leaves.values()), dy)
+        for compute in (torch.float64, torch.float32):
+            y = reference.int8_lora_linear(
+                q_weight=q,
+                weight_scales=scales,
+                **leaves,
+                **rest,
+                compute_dtype=compute,
+                straight_through=True,
+            )
+            exact = torch.autograd.grad(y, list(leaves.values()), dy.to(compute))
+            for name, mine, want in zip(leaves, got, exact, strict=True):
+                plain = want.to(dtype) if dtype != torch.float32 else None
+                # W and dy before the activation are rounded to the dtype of x, as training has it.
+                assert_close(
+                    mine, want.double(), plain, extra=2e-3 * (dtype != torch.float32), what=name
+                )
+
+
+def test_gradients_compile_and_pass_opcheck() -> None:
+    packed, _, _ = quantized(8, 16)
+    x = torch.randn(3, 16, requires_grad=True)
+    a = torch.randn(2, 16, requires_grad=True)
+    b = torch.randn(2, 8, requires_grad=True)
+    arguments = (x, packed, 8, None, a, b, None, None, None, None, "gelu", None)
+    torch.library.opcheck(torch.ops.lora_kernels.int8_lora_linear.default, arguments)
+
+
+def test_gradients_that_do_not_exist_are_refused() -> None:
     packed, _, _ = quantized(8, 8)
     x = torch.randn(2, 8, requires_grad=True)
-    y = ops.int8_lora_linear(x, packed, 8)
-    with pytest.raises(RuntimeError, match=r"int8_lora_linear: .* forward only"):
-        y.sum().backward()
+    norm = (torch.ones(8), torch.zeros(8), 1e-5)
+    with pytest.raises(RuntimeError, match=r"norm: expected None .*layer_norm to x first"):
+        ops.int8_lora_linear(x, packed, 8, norm=norm).sum().backward()
+    scale = torch.ones(1, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"x_scale: expected a scale that needs no gradient"):
+        ops.int8_lora_linear(x, packed, 8, x_scale=scale).sum().backward()
+    blocks = torch.randn(1, 2, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"lora_b: expected \[rank, out_features\].*blocks"):
+        ops.int8_lora_linear(x, packed, 8, None, torch.randn(2, 8), blocks).sum().backward()
+    frozen = blocks.detach()
+    a = torch.randn(2, 8)
+    by_rank_row = frozen[0, :, :8].contiguous()
+    got = [
+        torch.autograd.grad(ops.int8_lora_linear(x, packed, 8, None, a, f).sum(), x)[0]
+        for f in (frozen, by_rank_row)
+    ]
+    assert torch.equal(*got)
 
 
 # ---------- Bad input

@@ -1,4 +1,4 @@
-// int8_lora_linear and the packing of its weight as torch operators on the CPU.
+// int8_lora_linear and the packing of its weight as torch operators on the CPU, and on CUDA where that is built.
 #include "lora_kernels/int8_lora_linear.h"
 
 #include <cmath>
@@ -37,11 +37,11 @@ DType norm_dtype_of(const char* op, const Int8LoraLinearTensors& t, int64_t in_f
   return dtype_of(op, "norm_weight", *t.norm_weight);
 }
 
-void plan_and_run(Int8LoraLinearCall* call) {
+void plan_and_run(Int8LoraLinearCall* call, CallDevice* device) {
   Int8LoraLinearPlan chosen;
-  raise_if_failed(plan(call->problem, current_device(), &chosen));
-  call->args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, call->args, torch_executor()));
+  raise_if_failed(plan(call->problem, device->info(), &chosen));
+  call->args.workspace = device->workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, call->args, device->executor()));
 }
 
 Tensor int8_lora_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_features, const OptionalTensor& bias,
@@ -49,12 +49,13 @@ Tensor int8_lora_linear(const Tensor& x, const Tensor& packed_weight, int64_t ou
                         const OptionalTensor& offsets, const OptionalTensor& adapter_ids,
                         const OptionalTensor& residual, const std::string activation, const OptionalTensor& x_scale,
                         const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps) {
+  CallDevice device("int8_lora_linear", x);
   Int8LoraLinearCall call =
       int8_lora_linear_call({"int8_lora_linear", x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets,
                              adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps});
   Tensor y = new_tensor(x, output_sizes(x, out_features));
   call.args.y = y.data_ptr();
-  plan_and_run(&call);
+  plan_and_run(&call, &device);
   return y;
 }
 
@@ -65,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> int8_lora_topk(const Tensor& x, const Tensor&
                                                   const OptionalTensor& x_scale, const OptionalTensor& norm_weight,
                                                   const OptionalTensor& norm_bias, double norm_eps, bool log_sum,
                                                   const OptionalTensor& screen) {
+  CallDevice device("int8_lora_topk", x);
   Int8LoraLinearCall call = int8_lora_linear_call({"int8_lora_topk",
                                                    x,
                                                    packed_weight,
@@ -89,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> int8_lora_topk(const Tensor& x, const Tensor&
   const Tensor log_sums = new_tensor(x, log_sum ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
   set_top_k(&call, k, values, columns, log_sum ? OptionalTensor(log_sums) : std::nullopt);
   set_screen(&call, screen);
-  plan_and_run(&call);
+  plan_and_run(&call, &device);
   return std::make_tuple(values, columns, log_sums);
 }
 
@@ -132,11 +134,17 @@ Tensor pack_screen(const Tensor& packed_weight, int64_t out_features, int64_t in
 std::tuple<Tensor, Tensor> unpack(const Tensor& packed_weight, int64_t out_features, int64_t in_features) {
   const char* op = "int8_unpack";
   if (in_features < 0) refuse(op, "in_features", "expected at least 0, got " + std::to_string(in_features));
+  CallDevice device(op, packed_weight);
   const Tensor packed = packed_weight_of(op, packed_weight, out_features, in_features);
   Tensor weight = new_tensor(packed, {out_features, in_features}, ScalarType::Char);
   Tensor scales = new_tensor(packed, {out_features}, ScalarType::Float);
-  int8_unpack(static_cast<const uint8_t*>(packed.data_ptr()), out_features, in_features,
-              static_cast<int8_t*>(weight.data_ptr()), static_cast<float*>(scales.data_ptr()));
+  const auto* from = static_cast<const uint8_t*>(packed.data_ptr());
+  auto* to = static_cast<int8_t*>(weight.data_ptr());
+  auto* to_scales = static_cast<float*>(scales.data_ptr());
+  if (device.is_cuda())
+    raise_if_failed(int8_unpack_cuda(from, out_features, in_features, to, to_scales, device.executor().stream));
+  else
+    int8_unpack(from, out_features, in_features, to, to_scales);
   return std::make_tuple(weight, scales);
 }
 
@@ -162,9 +170,15 @@ Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& t) {
   problem.activation = activation_of(op, t.activation);
   problem.lora = lora.shape;
   if (t.x_scale) {
-    expect_tensor(op, "x_scale", *t.x_scale, ScalarType::Float, {1});
     problem.static_scale = true;
-    args.x_scale = static_cast<const float*>(t.x_scale->data_ptr());
+    if (t.x.is_cuda() && t.x_scale->is_cpu()) {  // known here: it is checked, and goes with the launch
+      if (!(t.x_scale->numel() == 1 && t.x_scale->scalar_type() == ScalarType::Float))
+        refuse(op, "x_scale", "expected a float32 tensor of one element, got " + shape_of(*t.x_scale));
+      args.host_x_scale = *static_cast<const float*>(t.x_scale->data_ptr());
+    } else {
+      expect_tensor(op, "x_scale", *t.x_scale, ScalarType::Float, {1});
+      args.x_scale = static_cast<const float*>(t.x_scale->data_ptr());
+    }
   }
   if (t.norm_weight.has_value() != t.norm_bias.has_value())
     refuse(op, t.norm_weight ? "norm_bias" : "norm_weight", "expected both or none, got None for this one");
@@ -221,3 +235,11 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("int8_pack_screen", TORCH_BOX(&lora_kernels::pack_screen));
   m.impl("int8_unpack", TORCH_BOX(&lora_kernels::unpack));
 }
+
+#if defined(LORA_KERNELS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
+  m.impl("int8_lora_linear", TORCH_BOX(&lora_kernels::int8_lora_linear));
+  m.impl("int8_lora_topk", TORCH_BOX(&lora_kernels::int8_lora_topk));
+  m.impl("int8_unpack", TORCH_BOX(&lora_kernels::unpack));
+}
+#endif

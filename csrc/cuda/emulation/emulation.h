@@ -104,6 +104,7 @@ void mma_m16n8k16_f16(Slot* slots, uint32_t lanes);
 void mma_m16n8k16_bf16(Slot* slots, uint32_t lanes);
 void mma_m16n8k8_f16(Slot* slots, uint32_t lanes);
 void mma_m16n8k8_tf32(Slot* slots, uint32_t lanes);
+void mma_m8n8k16_s8(Slot* slots, uint32_t lanes);
 void mma_m16n8k32_s8(Slot* slots, uint32_t lanes);
 
 }  // namespace lora_kernels::emulation

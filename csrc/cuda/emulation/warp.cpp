@@ -138,6 +138,22 @@ void mma_m16n8k8_tf32(Slot* slots, uint32_t lanes) {
   multiply<8, Value>(slots, tf32_value, tf32_value, 4, 2, 1);
 }
 
+void mma_m8n8k16_s8(Slot* slots, uint32_t lanes) {
+  expect_all(lanes, "mma");
+  int8_t a[8][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int e = 0; e < 4; ++e) {
+      a[lane / 4][lane % 4 * 4 + e] = static_cast<int8_t>(slots[lane].in[0] >> e * 8);
+      b[lane % 4 * 4 + e][lane / 4] = static_cast<int8_t>(slots[lane].in[1] >> e * 8);
+    }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int e = 0; e < 2; ++e) {
+      int32_t sum = static_cast<int32_t>(slots[lane].in[2 + e]);
+      for (int k = 0; k < 16; ++k) sum += a[lane / 4][k] * b[k][lane % 4 * 2 + e];
+      slots[lane].out[e] = static_cast<uint32_t>(sum);
+    }
+}
+
 void mma_m16n8k32_s8(Slot* slots, uint32_t lanes) {
   expect_all(lanes, "mma");
   int8_t a[16][32], b[32][8];

@@ -119,25 +119,53 @@ __device__ inline void mma_step(float, float (&c)[4], const uint32_t (&a)[4], ui
 #endif
 }
 
-// c[16x8] += a[16x32] b[32x8] of signed bytes: four to a register, columns 4 t.
-__device__ inline void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                       uint32_t b1 LORA_KERNELS_CALLER) {
+// c[8x8] += a[8x16] b[16x8] of signed bytes, all that sm_75 has: a at (g, 4 t), b at (k = 4 t, n = g), c at (g, 2 t),
+// (g, 2 t + 1).
+__device__ inline void mma_m8n8k16_s8(int32_t& c0, int32_t& c1, uint32_t a, uint32_t b LORA_KERNELS_CALLER) {
 #if defined(LORA_KERNELS_EMULATION)
   struct In {
-    uint32_t a[4], b[2];
-    int32_t c[4];
-  } in{{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
+    uint32_t a, b;
+    int32_t c[2];
+  } in{a, b, {c0, c1}};
   struct Out {
-    int32_t c[4];
+    int32_t c[2];
   };
-  const Out out = emulation::meet<Out>(~0u, {"mma.m16n8k32.s8", file, line}, in, emulation::mma_m16n8k32_s8);
-  for (int i = 0; i < 4; ++i) c[i] = out.c[i];
+  const Out out = emulation::meet<Out>(~0u, {"mma.m8n8k16.s8", file, line}, in, emulation::mma_m8n8k16_s8);
+  c0 = out.c[0];
+  c1 = out.c[1];
 #else
-  if constexpr (kArch >= 80)
+  asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1},{%2},{%3},{%0,%1};"
+      : "+r"(c0), "+r"(c1)
+      : "r"(a), "r"(b));
+#endif
+}
+
+// c[16x8] += a[16x32] b[32x8] of signed bytes: four to a register, columns 4 t; registers as in products of 16 bits.
+__device__ inline void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1 LORA_KERNELS_CALLER) {
+  if constexpr (kArch < 80) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      mma_m8n8k16_s8(c[2 * h], c[2 * h + 1], a[h], b0);
+      mma_m8n8k16_s8(c[2 * h], c[2 * h + 1], a[h + 2], b1);
+    }
+  } else {
+#if defined(LORA_KERNELS_EMULATION)
+    struct In {
+      uint32_t a[4], b[2];
+      int32_t c[4];
+    } in{{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
+    struct Out {
+      int32_t c[4];
+    };
+    const Out out = emulation::meet<Out>(~0u, {"mma.m16n8k32.s8", file, line}, in, emulation::mma_m16n8k32_s8);
+    for (int i = 0; i < 4; ++i) c[i] = out.c[i];
+#else
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
+  }
 }
 
 // fp32 rounded to tf32 (to nearest, halves away from zero), and what that leaves.

@@ -38,4 +38,22 @@ struct CudaLoraLinearBackwardPlan {
 };
 std::string to_string(const CudaLoraLinearBackwardPlan& plan);
 
+enum class CudaInt8LoraLinearPath : uint8_t {
+  kTiled,    // a kernel for INT8 rows, their scales and t, then INT8 tiles whose sums take t B as more steps over depth
+  kFewRows,  // up to 32 rows: the same kernel, then W streamed through registers
+  kFused,    // up to 16 rows: one kernel, whose blocks quantize the rows and make t for themselves
+};
+
+struct CudaInt8LoraLinearPlan {
+  CudaInt8LoraLinearPath path = CudaInt8LoraLinearPath::kTiled;
+  int arch = 0;              //
+  bool large_tiles = false;  // kTiled: 128 x 128, or 64 x 64
+  int splits = 1;            // kFewRows: of K among blocks; integer parts go to the workspace
+  bool early_start = false;  // the product may start before the kernel that makes its rows has finished
+  bool convert_a = false;    // A is of another type than x: a kernel converts it first
+  int staged_bytes = 0;      // of shared memory for each row of x while it is quantized; 0: it is read again from L2
+  double predicted_us = 0;   // as in CudaLoraLinearPlan
+};
+std::string to_string(const CudaInt8LoraLinearPlan& plan);
+
 }  // namespace lora_kernels

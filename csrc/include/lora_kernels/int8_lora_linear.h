@@ -9,6 +9,7 @@
 
 #include <string>
 
+#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/int8_packing.h"
@@ -48,7 +49,10 @@ struct Int8LoraLinearArgs {
   const uint8_t* screen = nullptr;         // int8_screen_bytes(N, K) of this weight, aligned to 64 bytes, or null
   const void* bias = nullptr;              // [N]
   LoraBank lora;
-  const float* x_scale = nullptr;     // [1], for static quantization
+  // [1], for static quantization. On CUDA in the device's memory, where no positive finite number makes every row NaN,
+  // or null and host_x_scale given instead.
+  const float* x_scale = nullptr;
+  float host_x_scale = 0;
   const void* norm_weight = nullptr;  // [K]
   const void* norm_bias = nullptr;    // [K]
   const void* residual = nullptr;     // [M, N] contiguous
@@ -56,7 +60,7 @@ struct Int8LoraLinearArgs {
   int64_t* top_columns = nullptr;     // [M, top_k], largest first
   float* top_values = nullptr;        // [M, top_k], or null
   float* log_sum = nullptr;           // [M], with Problem.log_sum
-  void* workspace = nullptr;          // workspace_bytes(plan), aligned to 64 bytes
+  void* workspace = nullptr;          // workspace_bytes(plan), aligned to 64 bytes (256 on a CUDA device)
 };
 
 struct Int8LoraLinearPlan {
@@ -65,6 +69,7 @@ struct Int8LoraLinearPlan {
   int tasks = 1;
   bool bf16_dot = false;  // vdpbf16ps on bf16 adapters
   int64_t workspace = 0;
+  CudaInt8LoraLinearPlan cuda;  // on a CUDA device, where tasks and bf16_dot are idle and a screen is not read
 };
 
 Status plan(const Int8LoraLinearProblem& problem, const DeviceInfo& device, Int8LoraLinearPlan* plan);

@@ -1,4 +1,4 @@
-// The packed layout of INT8 weights on the CPU: one layout for every implementation and every number of rows.
+// The packed layout of INT8 weights: one layout for every implementation, every number of rows, and CUDA devices.
 //
 // Blocks of 64 output channels. A block is
 //   weights       int8  [K4 / 4][64][4]   in [-127, 127]; K4 = K rounded up to 4, the rest zero
@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "lora_kernels/status.h"
 #include "lora_kernels/types.h"
 
 namespace lora_kernels {
@@ -38,6 +39,9 @@ constexpr int64_t int8_weight_offset(int64_t channel_in_block, int64_t k) {
 void int8_pack(const int8_t* weight, const float* scales, int64_t out_features, int64_t in_features, uint8_t* packed);
 // The exact inverse.
 void int8_unpack(const uint8_t* packed, int64_t out_features, int64_t in_features, int8_t* weight, float* scales);
+// The same in the memory of a CUDA device, on a cudaStream_t.
+Status int8_unpack_cuda(const uint8_t* packed, int64_t out_features, int64_t in_features, int8_t* weight, float* scales,
+                        void* stream);
 
 // The screen of a vocabulary: half of the bytes of its packed weight, enough to tell which few columns can be among the
 // largest (cpu/int8_screen.inl). The weight is w = 16 (u - 8) + l; the screen has the high nibbles u, 0 to 15, of the

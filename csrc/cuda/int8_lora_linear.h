@@ -1,0 +1,38 @@
+// int8_lora_linear on a CUDA device: what the core's row calls. Everything but the launches is pure and needs no
+// device.
+#pragma once
+
+#include "cuda/lora_linear.h"
+#include "lora_kernels/int8_lora_linear.h"
+
+namespace lora_kernels::cuda {
+
+// Why this cannot run on the device, every reason at once and what to do instead; or ok.
+Status supported(const Int8LoraLinearProblem& problem, const CudaDevice& device);
+
+// Fills the CUDA part and the workspace of a plan whose problem is set, valid and supported.
+void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan);
+
+Status launch(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor);
+
+struct Int8Workspace {
+  int8_t* q;      // [M, q_stride]
+  float* scales;  // [M]
+  void* a;        // A in the type of x, [R, K]
+  void* t;        // [M, t_stride] in the type of x
+  int32_t* sums;  // [splits, M, N]
+  float* y;       // [M, N] fp32, with top_k
+  float* top_values;
+  int32_t* top_places;
+  float* exponents;
+  int64_t q_stride;
+  Int8Workspace(Workspace& w, const Int8LoraLinearPlan& plan);
+};
+
+// The launches of one storage type; each type is a translation unit of its own.
+template <class T>
+struct Int8LoraLinearKernels {
+  static Status forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, void* stream);
+};
+
+}  // namespace lora_kernels::cuda

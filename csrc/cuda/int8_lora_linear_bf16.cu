@@ -1,0 +1,3 @@
+#include "cuda/int8_lora_linear_launch.cuh"
+
+template struct lora_kernels::cuda::Int8LoraLinearKernels<__nv_bfloat16>;

@@ -1,0 +1,150 @@
+// The launches of int8_lora_linear for one storage type: a plan's kernels in order on one stream.
+#pragma once
+
+#include "cuda/helpers.cuh"
+#include "cuda/int8_gemm.cuh"
+#include "cuda/int8_lora_linear.h"
+#include "cuda/int8_skinny.cuh"
+#include "cuda/int8_topk.cuh"
+#include "cuda/sequence.h"
+
+namespace lora_kernels::cuda {
+namespace launching {
+
+inline Int8Epilogue int8_epilogue(const Int8LoraLinearProblem& p, const Int8LoraLinearArgs& args, float* y) {
+  Int8Epilogue out;
+  out.wide = p.top_k > 0;
+  out.e.bias = p.has_bias ? args.bias : nullptr;
+  out.e.bias_type = p.bias_dtype;
+  out.e.activation = p.activation;
+  out.e.residual = p.has_residual ? args.residual : nullptr;
+  out.e.y = out.wide ? y : args.y;
+  out.e.columns = static_cast<int>(p.out_features);
+  out.eights = p.out_features % 8 == 0 && reinterpret_cast<uintptr_t>(out.e.y) % 16 == 0;
+  return out;
+}
+
+inline UpFactor up_factor(const LoraShape& shape, const LoraBank& bank) {
+  const int64_t block = bank.b_stride_block ? bank.b_stride_block : kLoraBlockColumns * bank.b_stride_out;
+  return {bank.b, bank.b_stride_rank, bank.b_stride_out, block, shape.dtype};
+}
+
+template <class T>
+void int8_rows_all(Sequence* s, const Int8RowsParams& p) {
+  const dim3 grid(tiles(p.x.rows, kInt8Rows), 1, 1);
+  const size_t staged = static_cast<size_t>(kInt8Rows * p.staged_bytes);
+  if (p.routing.max_rank <= 16)
+    s->run<&int8_rows<T, 2>>("int8_rows<16>", grid, kInt8Threads, int8_rows_bytes(2) + staged, p);
+  else
+    s->run<&int8_rows<T, 4>>("int8_rows<32>", grid, kInt8Threads, int8_rows_bytes(4) + staged, p);
+}
+
+template <class T>
+void int8_choose(Sequence* s, const Int8LoraLinearProblem& problem, const Int8LoraLinearArgs& args,
+                 const Int8Workspace& w) {
+  TopParams p;
+  p.y = w.y;
+  p.columns = static_cast<int>(problem.out_features);
+  p.parts = static_cast<int>(tiles(problem.out_features, kTopColumns));
+  p.k = static_cast<int>(problem.top_k);
+  p.values = w.top_values;
+  p.places = w.top_places;
+  p.exponents = problem.log_sum ? w.exponents : nullptr;
+  p.top_columns = args.top_columns;
+  p.top_values = args.top_values;
+  p.log_sum = problem.log_sum ? args.log_sum : nullptr;
+  const unsigned rows = static_cast<unsigned>(problem.rows);
+  s->run<&top_parts<T>>("top_parts", dim3(static_cast<unsigned>(p.parts), rows, 1), kTopThreads, kTopSharedBytes, p);
+  s->run<&top_merge<T>>("top_merge", dim3(rows, 1, 1), 32, 0, p);
+}
+
+}  // namespace launching
+
+template <class T>
+Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, void* stream) {
+  using namespace launching;
+  using Path = CudaInt8LoraLinearPath;
+  const Int8LoraLinearProblem& problem = plan.problem;
+  const CudaInt8LoraLinearPlan& chosen = plan.cuda;
+  const int64_t M = problem.rows, N = problem.out_features, K = problem.in_features, R = problem.lora.total_rank;
+  Workspace memory{static_cast<char*>(args.workspace)};
+  const Int8Workspace w(memory, plan);
+  Sequence s(stream);
+
+  Int8RowsParams rows;
+  rows.x = matrix<T>(args.x, args.x_stride, M, K);
+  rows.norm_weight = problem.has_norm ? args.norm_weight : nullptr;
+  rows.norm_bias = args.norm_bias;
+  rows.norm_type = problem.norm_dtype;
+  rows.norm_eps = problem.norm_eps;
+  rows.x_scale = problem.static_scale ? args.x_scale : nullptr;
+  rows.host_x_scale = problem.static_scale ? args.host_x_scale : 0;
+  rows.q = w.q;
+  rows.q_stride = w.q_stride;
+  rows.scales = w.scales;
+  rows.t = w.t;
+  rows.t_stride = t_stride(problem.lora);
+  if (problem.lora.present() && K > 0) {
+    rows.routing = routing_of(problem.lora, args.lora, M);
+    rows.a = matrix<T>(args.lora.a, args.lora.a_stride, R, K);
+    if (chosen.convert_a) {
+      const ConvertParams p{
+          {args.lora.a, args.lora.a_stride, 1, problem.lora.dtype}, w.a, static_cast<int>(R), static_cast<int>(K)};
+      s.run<&convert_factor<T>>("convert_factor", dim3(tiles(K, 32), tiles(R, 32), 1), 256, 32 * 33 * 4, p);
+      rows.a = matrix<T>(w.a, K, R, K);
+    }
+  }
+  const PackedWeight weight{args.packed_weight, int8_block_bytes(K),
+                            static_cast<int>(int8_padded_depth(K) / kInt8StepDepth), static_cast<int>(N)};
+  const UpFactor up = up_factor(problem.lora, args.lora);
+  const Int8Epilogue epilogue = int8_epilogue(problem, args, w.y);
+
+  if (chosen.path == Path::kTiled) {
+    rows.staged_bytes = chosen.staged_bytes;
+    int8_rows_all<T>(&s, rows);
+    Int8GemmParams p;
+    p.q = w.q;
+    p.q_stride = w.q_stride;
+    p.scales = w.scales;
+    p.w = weight;
+    p.rows = static_cast<int>(M);
+    p.t = matrix<T>(w.t, rows.t_stride, M, problem.lora.max_rank);
+    p.up = up;
+    p.routing = rows.routing;
+    p.epilogue = epilogue;
+    const auto tiled = [&](auto shape, auto kernel, const char* name) {
+      using Shape = decltype(shape);
+      const dim3 grid(tiles(M, Shape::kRows) * tiles(N, Shape::kColumns), 1, 1);
+      s.run<decltype(kernel)::value>(name, grid, Shape::kThreads, Int8GemmLayout<T, Shape>::kSharedBytes, p,
+                                     chosen.early_start);
+    };
+    if (chosen.large_tiles)
+      tiled(LargeShape(), std::integral_constant<decltype(&int8_gemm<T, LargeShape>), &int8_gemm<T, LargeShape>>(),
+            "int8_gemm<128x128>");
+    else
+      tiled(SmallShape(), std::integral_constant<decltype(&int8_gemm<T, SmallShape>), &int8_gemm<T, SmallShape>>(),
+            "int8_gemm<64x64>");
+  } else {
+    Int8FewRowsParams p{rows, weight, {w.t, rows.t_stride, up, rows.routing}, epilogue, chosen.splits, w.sums};
+    const dim3 grid(tiles(N, kInt8FewColumns), static_cast<unsigned>(p.splits), 1);
+    if (chosen.path == Path::kFused) {
+      p.rows.q_stride = int8_shared_row(round_up(K, kInt8Step));
+      const auto shared = static_cast<size_t>(int8_fused_bytes(K, rows.t_stride, sizeof(T)));
+      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, shared, p);
+    } else {
+      rows.staged_bytes = chosen.staged_bytes;
+      int8_rows_all<T>(&s, rows);
+      if (M <= 16)
+        s.run<&int8_few_rows<T, 1, false>>("int8_few_rows<16>", grid, kInt8Threads, int8_part_bytes(1), p,
+                                           chosen.early_start);
+      else
+        s.run<&int8_few_rows<T, 2, false>>("int8_few_rows<32>", grid, kInt8Threads, int8_part_bytes(2), p,
+                                           chosen.early_start);
+    }
+    if (p.splits > 1) s.run<&int8_combine<T>>("int8_combine", dim3(tiles(M * N, 256), 1, 1), 256, 0, p);
+  }
+  if (problem.top_k) int8_choose<float>(&s, problem, args, w);
+  return s.status();
+}
+
+}  // namespace lora_kernels::cuda

@@ -1,0 +1,210 @@
+// Which kernels an int8_lora_linear takes on a CUDA device: pure functions of the problem and of what the device says
+// of itself. Times are predicted from bytes and operations, in microseconds; they order the paths, and nothing has
+// measured them.
+#include <algorithm>
+#include <cstdio>
+#include <sstream>
+
+#include "cuda/int8_lora_linear.h"
+#include "cuda/int8_shapes.h"
+#include "cuda/machine.h"
+
+namespace lora_kernels::cuda {
+namespace {
+
+// The part of the tensor cores' peak that tiles of these shapes are expected to reach: those of lora_linear.
+constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
+// What one multiprocessor gets of L2: 64 bytes per clock at best. A row waits for its maximum before it is quantized,
+// and for the launch of the passes between: what that takes besides bytes.
+constexpr double kBytesOfOne = 50e9, kPassesUs = 1.5;
+
+constexpr int64_t kMostFewRows = 32;  // two products of sixteen rows for each fragment of w
+
+// Integer operations of one multiprocessor per clock through mma.sync. Data sheets: T4 130, A100 624, L4 242, RTX 5090
+// 838 TOPS; of the H100's 1979, which wgmma reaches, 60 %. Unknown ones are taken for the slowest.
+double operations_per_clock(int arch) {
+  switch (arch) {
+    case 80: return 4096;
+    case 90: return 5080;
+    case 100: return 4096;
+    default: return 2048;  // 75, 86, 89, 120
+  }
+}
+
+struct Int8Machine {
+  double multiprocessors, operations, bytes;  // of one multiprocessor, and of the memory, per second
+  int64_t shared;
+  bool early;
+
+  explicit Int8Machine(const CudaDevice& d) {
+    multiprocessors = d.multiprocessors > 0 ? d.multiprocessors : 40;  // a T4
+    operations = operations_per_clock(d.arch) * (d.clock_hz > 0 ? d.clock_hz : 1.4e9);
+    bytes = kMemory * (d.memory_bytes_per_second > 0 ? d.memory_bytes_per_second : 320e9);
+    shared = d.shared_bytes > 0 ? d.shared_bytes : 48 << 10;
+    early = d.arch >= 90;
+  }
+  double memory_us(double count) const { return count / bytes * 1e6; }
+  // Blocks go to multiprocessors, two to each, in turns; the last turn may be short.
+  double turns(double blocks, double at_once) const {
+    return std::max(1.0, static_cast<double>(static_cast<int64_t>((blocks - 1) / (at_once * multiprocessors)) + 1));
+  }
+  double next_launch_us() const { return early ? kEarlyLaunchUs : kLaunchUs; }
+};
+
+struct TiledTime {
+  bool large;
+  double us;
+};
+
+// The better of the two tile shapes. Few tiles have few bytes in flight: two steps of 16 KB, three of 8 KB.
+TiledTime tiled(const Int8Machine& machine, int64_t rows, int64_t columns, double depth, double bytes) {
+  const auto time = [&](int64_t tile, double reached, double in_flight) {
+    const double blocks =
+        static_cast<double>((rows + tile - 1) / tile) * static_cast<double>((columns + tile - 1) / tile);
+    const double busy = std::min(1.0, blocks * in_flight / (machine.bytes * kLatencySeconds));
+    const double arithmetic = machine.turns(blocks, 1) * 2.0 * static_cast<double>(tile * tile) * depth /
+                              (machine.operations * reached) * 1e6;
+    return std::max(arithmetic, machine.memory_us(bytes) / busy);
+  };
+  const double large = time(128, kLargeTiles, 2 * 16384), small = time(64, kSmallTiles, 3 * 8192);
+  return {large <= small, std::min(large, small) + kLaunchUs};
+}
+
+// Into how many parts few rows split K: enough for memory to be busy, where that gains more than the sum costs.
+int few_rows_splits(const Int8Machine& machine, int64_t columns, int64_t depth, double bytes, double* us) {
+  constexpr double kInFlight = 256 * 16 * 4 * 2;  // bytes of one block: threads, loads, steps, steps ahead
+  const double needed = machine.bytes * kLatencySeconds / kInFlight;
+  int best = 1;
+  *us = 0;
+  for (int splits : {1, 2, 4, 8, 16}) {
+    if (splits > 1 && depth / 64 < 8 * splits) break;  // every warp has a step
+    const double blocks = static_cast<double>((columns + 31) / 32 * splits);
+    const double time = machine.memory_us(bytes) / std::min(1.0, blocks / needed) + (splits > 1 ? kLaunchUs : 0);
+    if (splits == 1 || time < *us) {
+      best = splits;
+      *us = time;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+Int8Workspace::Int8Workspace(Workspace& w, const Int8LoraLinearPlan& plan) {
+  const Int8LoraLinearProblem& p = plan.problem;
+  const CudaInt8LoraLinearPlan& c = plan.cuda;
+  const auto size = static_cast<int64_t>(size_of(p.dtype));
+  const bool separate = c.path != CudaInt8LoraLinearPath::kFused;
+  q_stride = round_up(std::max<int64_t>(p.in_features, 1), 64);
+  q = static_cast<int8_t*>(w.take(separate ? p.rows * q_stride : 0));
+  scales = static_cast<float*>(w.take(separate ? p.rows * 4 : 0));
+  a = w.take(c.convert_a ? p.lora.total_rank * p.in_features * size : 0);
+  t = w.take(separate && p.lora.present() ? p.rows * t_stride(p.lora) * size : 0);
+  sums = static_cast<int32_t*>(w.take(c.splits > 1 ? c.splits * p.rows * p.out_features * 4 : 0));
+  const int64_t lists = p.top_k ? p.rows * ((p.out_features + kTopColumns - 1) / kTopColumns) : 0;
+  y = static_cast<float*>(w.take(p.top_k ? p.rows * p.out_features * 4 : 0));
+  top_values = static_cast<float*>(w.take(lists * p.top_k * 4));
+  top_places = static_cast<int32_t*>(w.take(lists * p.top_k * 4));
+  exponents = static_cast<float*>(w.take(p.log_sum ? lists * 2 * 4 : 0));
+}
+
+Status supported(const Int8LoraLinearProblem& p, const CudaDevice& device) {
+  std::vector<std::string> reasons;
+  const std::string arch = "sm_" + std::to_string(device.arch);
+  if (device.arch < 75)
+    reasons.push_back("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
+  else if (device.arch < 80 && p.dtype != DType::kFloat16)
+    reasons.push_back(std::string("dtype of x: on ") + arch +
+                      " expected float16, all that its tensor cores multiply beside INT8, got " + name_of(p.dtype));
+  add_size_reasons(p.rows, p.in_features, p.out_features, p.lora, &reasons);
+  if (p.top_k && p.rows > 65535)
+    reasons.push_back("rows of x: with top_k expected at most 65535, got " + std::to_string(p.rows));
+  if (reasons.empty()) return {};
+  return Status::unsupported("int8_lora_linear: CUDA kernels cannot run this: " + joined(reasons) +
+                             ". Convert the operands to a type that is supported, pass fewer rows at a time, or move "
+                             "the operands to the CPU, whose kernels take any of it.");
+}
+
+void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
+  const Int8LoraLinearProblem& p = plan->problem;
+  const Int8Machine machine(device.cuda);
+  CudaInt8LoraLinearPlan& c = plan->cuda;
+  c = {};
+  c.arch = device.cuda.arch;
+  c.early_start = machine.early;
+  const bool lora = p.lora.present() && p.in_features > 0;
+  const auto size = static_cast<int64_t>(size_of(p.dtype));
+  const double M = static_cast<double>(p.rows), K = static_cast<double>(p.in_features);
+  const double N = static_cast<double>(p.out_features), element = static_cast<double>(size);
+  const double rank = lora ? static_cast<double>(p.lora.max_rank) : 0,
+               total = lora ? static_cast<double>(p.lora.total_rank) : 0;
+  const double y_size = p.top_k ? 4 : element;
+  const double base_bytes = N * K + M * K + M * N * y_size * (p.has_residual ? 2 : 1) + total * N * element;
+  c.convert_a = lora && p.lora.dtype != p.dtype;
+  const double convert_us = c.convert_a ? kLaunchUs + machine.memory_us(2 * total * K * element) : 0;
+
+  // Two blocks share a multiprocessor's memory; rows that are wider are read again, from L2.
+  const int64_t row = int8_shared_row(p.in_features * size);
+  c.staged_bytes = kInt8Rows * row + int8_rows_bytes(4) <= (machine.shared - 1024) / 2 ? static_cast<int>(row) : 0;
+
+  // The rows: x from memory, and for each sixteen of them all of A from L2, by one multiprocessor.
+  const double own_bytes = (std::min(M, 16.0) + total) * K * element;
+  const double block_us = kPassesUs + own_bytes / kBytesOfOne * 1e6;
+  const double rows_us = std::max(machine.memory_us(M * K * (element + 1) + total * K * element),
+                                  machine.turns((M + 15) / 16, 2) * block_us) +
+                         machine.next_launch_us() + convert_us;
+  // The branch's products have half of the rate, or in fp32 three products at an eighth, in steps of 64 bytes.
+  const double branch = static_cast<double>(round_up(static_cast<int64_t>(rank), 64 / size)) * (size == 4 ? 24 : 2);
+  const TiledTime tiles = tiled(machine, p.rows, p.out_features, K + branch, base_bytes);
+  c.large_tiles = tiles.large;
+  c.predicted_us = tiles.us + rows_us;
+
+  if (p.rows <= kMostFewRows && p.in_features > 0) {
+    double us = 0;
+    const int splits = few_rows_splits(machine, p.out_features, p.in_features, base_bytes, &us);
+    us += kLaunchUs + rows_us;
+    if (us <= c.predicted_us) {
+      c.path = CudaInt8LoraLinearPath::kFewRows;
+      c.splits = splits;
+      c.predicted_us = us;
+    }
+  }
+  const int64_t fused_bytes = int8_fused_bytes(p.in_features, t_stride(p.lora), size);
+  if (p.rows <= kInt8Rows && p.in_features > 0 && fused_bytes <= machine.shared) {
+    const double blocks = (N + 31) / 32, together = fused_bytes <= machine.shared / 2 ? 2 : 1;
+    const double us = std::max(machine.memory_us(base_bytes), machine.memory_us(blocks * own_bytes) / kL2) +
+                      machine.turns(blocks, together) * block_us + kLaunchUs + convert_us;
+    if (us <= c.predicted_us) {
+      c.path = CudaInt8LoraLinearPath::kFused;
+      c.splits = 1;
+      c.predicted_us = us;
+      c.early_start = false;
+    }
+  }
+  if (c.path != CudaInt8LoraLinearPath::kTiled) c.large_tiles = false;
+  if (p.top_k) c.predicted_us += machine.memory_us(M * N * 4) + 2 * kLaunchUs;
+  Workspace w;
+  const Int8Workspace parts(w, *plan);
+  plan->workspace = w.used;
+}
+
+}  // namespace lora_kernels::cuda
+
+namespace lora_kernels {
+
+std::string to_string(const CudaInt8LoraLinearPlan& c) {
+  std::ostringstream text;
+  text << "cuda sm_" << c.arch << " "
+       << (c.path == CudaInt8LoraLinearPath::kTiled     ? "tiled"
+           : c.path == CudaInt8LoraLinearPath::kFewRows ? "few_rows"
+                                                        : "fused");
+  if (c.path == CudaInt8LoraLinearPath::kTiled) text << " tile=" << (c.large_tiles ? "128x128" : "64x64");
+  text << " splits=" << c.splits << (c.staged_bytes ? " staged" : "") << (c.early_start ? " early_start" : "")
+       << (c.convert_a ? " convert_a" : "");
+  char predicted[32];
+  std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
+  text << predicted;
+  return text.str();
+}
+
+}  // namespace lora_kernels

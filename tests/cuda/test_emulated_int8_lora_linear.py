@@ -1,0 +1,220 @@
+"""int8_lora_linear's CUDA kernels, run on the host by the emulation, against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from emulated import library, missing
+from emulated_int8 import EmulatedInt8, EmulationError
+from test_emulated_lora_linear import bank
+from tolerances import assert_close
+
+from lora_kernels import ops, reference
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (rows, in, out): one row, primes, both sides of every tile, step of depth, block and path.
+SHAPES = [
+    (1, 1, 1),
+    (1, 64, 64),
+    (3, 37, 53),
+    (8, 513, 77),
+    (16, 1030, 33),
+    (17, 128, 130),
+    (32, 64, 200),
+    (33, 40, 16),
+    (65, 136, 65),
+    (129, 257, 191),
+    (130, 96, 264),
+]
+# path, large tiles, splits of K, most rows
+PLANS = [
+    ("tiled", False, 1, 1 << 20),
+    ("tiled", True, 1, 1 << 20),
+    ("few_rows", False, 1, 32),
+    ("few_rows", False, 3, 32),
+    ("fused", False, 1, 16),
+]
+NAMES = [f"{path}-{'large' if large else splits}" for path, large, splits, _ in PLANS]
+ORDERS = [("forward", 1), ("reverse", 1), ("shuffled", 1), ("shuffled", 2)]
+
+
+def weight_of(k: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, scales = reference.quantize_rows(torch.randn(n, k) / k**0.5)
+    return q, scales, ops.int8_pack(q, scales)
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What plain PyTorch could give: fp16 cannot hold integer sums, so all of it in fp32."""
+    return exact.float().to(dtype)
+
+
+def check(emulated: EmulatedInt8, shape, dtype, mode, activation="none", static=False) -> None:
+    rows, k, n = shape
+    q, scales, packed = weight_of(k, n)
+    x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
+    operands = bank(mode, rows, k, n, dtype)
+    operands |= {"residual": torch.randn(rows, n).to(dtype), "activation": activation}
+    if static:
+        operands["x_scale"] = torch.tensor([0.02])
+    got = emulated.forward(x, packed, n, bias, **operands)
+    want_q, want_scales = (
+        reference.quantize_static(x, operands["x_scale"]) if static else reference.quantize_rows(x)
+    )
+    if "fused" not in emulated.plan:
+        assert torch.equal(emulated.q, want_q)
+        assert torch.equal(emulated.row_scales, want_scales)
+    exact = reference.int8_lora_linear(x, q, scales, bias, **operands)
+    assert_close(got, exact, rounded(exact, dtype), what=f"{shape} {mode} {emulated.plan}")
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, bool, int, int]) -> None:
+    path, large, splits, most = plan
+    shape = (min(most, 70), 101, 67)
+    for mode in ("peft", "bank"):
+        emulated = EmulatedInt8("shuffled", path=path, large=large, splits=splits)
+        check(emulated, shape, dtype, mode, "gelu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS, ids=NAMES)
+@pytest.mark.parametrize("mode", ["none", "peft", "by_rank", "bank", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, bool, int, int]) -> None:
+    path, large, splits, most = plan
+    activations = itertools.cycle(["none", "gelu", "silu"])
+    for index, (shape, order) in enumerate(zip(SHAPES, itertools.cycle(ORDERS))):
+        if shape[0] <= most:
+            emulated = EmulatedInt8(
+                *order, path=path, large=large, splits=splits, staged=index % 2 == 0
+            )
+            check(emulated, shape, dtype, mode, next(activations), static=index % 3 == 0)
+
+
+@pytest.mark.parametrize("path", ["tiled", "few_rows", "fused"])
+def test_no_order_of_threads_changes_a_bit(path: str) -> None:
+    _, _, packed = weight_of(200, 70)
+    x, operands = torch.randn(14, 200).half(), bank("bank", 14, 200, 70, torch.float16)
+    seen = [EmulatedInt8(*o, path=path).forward(x, packed, 70, **operands) for o in ORDERS]
+    assert all(torch.equal(y, seen[0]) for y in seen)
+
+
+def test_integer_sums_are_those_of_the_cpu() -> None:
+    """With scales of 1 and small integers in x, y is the sums themselves, in every plan."""
+    q = torch.randint(-127, 128, (70, 203), dtype=torch.int8)
+    packed = ops.int8_pack(q, torch.ones(70))
+    x = torch.randint(-127, 128, (14, 203)).float()
+    want = reference.int8_accumulators(x.to(torch.int8), q)
+    for path, large, splits, _ in PLANS:
+        emulated = EmulatedInt8("shuffled", path=path, large=large, splits=splits)
+        got = emulated.forward(x, packed, 70, x_scale=torch.ones(1))
+        assert torch.equal(got.long(), want), emulated.plan
+
+
+@pytest.mark.parametrize("path", ["tiled", "few_rows", "fused"])
+def test_norm(path: str) -> None:
+    """Sums of LayerNorm are in another order than torch's: a value may round to its neighbour."""
+    for dtype in DTYPES:
+        q, scales, packed = weight_of(333, 40)
+        x = (3 * torch.randn(9, 333) + 1).to(dtype)
+        norm = (torch.rand(333) + 0.5, torch.randn(333), 1e-5)
+        operands = bank("peft", 9, 333, 40, dtype)
+        got = EmulatedInt8("shuffled", path=path).forward(x, packed, 40, norm=norm, **operands)
+        exact = reference.int8_lora_linear(x, q, scales, norm=norm, **operands)
+        step = 127 * scales.max() / 127 * 4 / exact.abs().max()
+        assert_close(got, exact, rounded(exact, dtype), extra=2 * step.item(), what=path)
+
+
+def test_blocks_of_b_and_misaligned_x() -> None:
+    q, scales, packed = weight_of(67, 130)
+    x = torch.randn(20, 71).half()[:, 3:70]
+    a, b = torch.randn(5, 67).half() / 8, torch.randn(5, 130).half()
+    blocks = torch.nn.functional.pad(b, (0, 62)).view(5, 3, 64).transpose(0, 1).contiguous()
+    for path in ("tiled", "few_rows"):
+        emulated = EmulatedInt8(path=path)
+        got = emulated.forward(x, packed, 130, lora_a=a, lora_b=blocks)
+        assert torch.equal(got, emulated.forward(x, packed, 130, lora_a=a, lora_b=b))
+        exact = reference.int8_lora_linear(x, q, scales, lora_a=a, lora_b=b)
+        assert_close(got, exact, rounded(exact, torch.float16))
+
+
+@pytest.mark.parametrize("path", ["tiled", "few_rows", "fused"])
+def test_bad_values_stay_where_they_are(path: str) -> None:
+    """NaN rows for what is not finite and for bad scales; unknown adapters are the base alone."""
+    _, _, packed = weight_of(64, 40)
+    x, operands = torch.randn(6, 64).half(), bank("bank", 6, 64, 40, torch.float16)
+    emulated = EmulatedInt8(path=path)
+    ids = torch.tensor([7, -9, 2, 2**31 - 1, -(2**31), 0], dtype=torch.int32)
+    known = torch.tensor([-1, -1, 2, -1, -1, 0], dtype=torch.int32)
+    got = emulated.forward(x, packed, 40, **(operands | {"adapter_ids": ids}))
+    want = emulated.forward(x, packed, 40, **(operands | {"adapter_ids": known}))
+    assert torch.equal(got, want)
+    x[1, 3], x[4, 0], x[2] = float("inf"), float("nan"), 0
+    got = emulated.forward(x, packed, 40)
+    assert got.isnan().all(1).tolist() == [False, True, False, False, True, False]
+    assert (got[2] == 0).all()
+    for bad in (0.0, -1.0, float("inf"), float("nan"), 1e-45):
+        got = emulated.forward(torch.randn(6, 64).half(), packed, 40, x_scale=torch.tensor([bad]))
+        assert got.isnan().all()
+
+
+@pytest.mark.parametrize("path", ["few_rows", "tiled"])
+def test_topk(path: str) -> None:
+    """Values, the first column among equals, and the log of the sum, over parts of 2,048."""
+    n, rows = 4200, 3
+    q, scales, _ = weight_of(40, n)
+    q[4111], scales[4111] = q[7], scales[7]
+    packed = ops.int8_pack(q, scales)
+    x = torch.randn(rows, 40)
+    x[0] = q[7].float()  # whose best column is there twice
+    seen = [EmulatedInt8(*order, path=path).topk(x, packed, n, 5) for order in ORDERS[:3]]
+    for other in seen:
+        assert all(torch.equal(a, b) for a, b in zip(other, seen[0], strict=True))
+    values, columns, sums = seen[0]
+    assert columns[0, :2].tolist() == [7, 4111]
+    exact = reference.int8_lora_linear(x, q, scales)
+    best = exact.topk(5, dim=1)
+    assert torch.allclose(values.double(), best.values, rtol=1e-5)
+    assert torch.equal(columns[1:], best.indices[1:])
+    assert torch.allclose(sums.double(), exact.logsumexp(1), rtol=1e-5)
+
+
+def test_unpack() -> None:
+    for n, k in [(1, 1), (70, 101), (64, 128), (130, 260)]:
+        q, scales, packed = weight_of(k, n)
+        weight, got = torch.full((n, k), -128, dtype=torch.int8), torch.zeros(n)
+        pointers = [packed.data_ptr(), n, k, weight.data_ptr(), got.data_ptr()]
+        function = library().emulated_int8_unpack
+        function.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            *[ctypes.c_void_p] * 2,
+        ]
+        assert function(*pointers) == 0
+        assert torch.equal(weight, q)
+        assert torch.equal(got, scales)
+
+
+def test_no_bank_conflicts_and_heuristic_plans() -> None:
+    library().emulated_bank_conflicts()
+    for shape, words in [((1, 512, 256), "fused"), ((200, 128, 96), "tile=64x64")]:
+        emulated = EmulatedInt8()
+        check(emulated, shape, torch.float16, "peft")
+        assert words in emulated.plan
+    assert library().emulated_bank_conflicts() == 0
+
+
+def test_refusals_name_every_reason() -> None:
+    _, _, packed = weight_of(8, 8)
+    x = torch.randn(4, 8).bfloat16()
+    with pytest.raises(EmulationError, match=r"on sm_75 expected float16.*got bfloat16.*CPU"):
+        EmulatedInt8(arch=75).forward(x, packed, 8)
+    with pytest.raises(EmulationError, match=r"expected sm_75 or later.*got sm_61"):
+        EmulatedInt8(arch=61).forward(x, packed, 8)
