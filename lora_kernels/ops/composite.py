@@ -40,8 +40,9 @@ class Composite:
     @staticmethod
     def runs_on(device: torch.device) -> bool:
         """Whether this build can record operators on tensors of a device."""
+        operators = (_ops.int8_lora_linear, _ops.int8_lora_topk, _ops.kv_attention_step)
         return device.type == "cpu" or (
-            device.type == "cuda" and has_cuda(_ops.composite_int8_lora_linear.default)
+            device.type == "cuda" and all(has_cuda(operator.default) for operator in operators)
         )
 
     def __init__(self) -> None:
