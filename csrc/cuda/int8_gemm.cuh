@@ -18,6 +18,8 @@
 // Not measured: no GPU has run this.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/gemm.cuh"
 #include "cuda/int8_operands.h"
 #include "cuda/int8_rows.cuh"
@@ -227,13 +229,15 @@ class Int8Gemm {
   int warp_row_, warp_column_, base_steps_ = 0, steps_ = 0, slot_ = 0, chunk_ = 0;
 };
 
-// Two blocks on a multiprocessor leave 128 registers; fp32 needs more for the two parts of every operand of the branch,
-// and sm_75 for its copies.
-template <class T>
-constexpr int kInt8BlocksPerMultiprocessor = kArch >= 80 && sizeof(T) == 2 ? 2 : 1;
+// Two blocks on a multiprocessor leave 128 registers. fp32 needs more for the two parts of every operand of the branch,
+// sm_75 for its copies, and the large tile but for sm_86 and sm_89 a few: it would spill.
+template <class T, class Shape>
+constexpr int kInt8BlocksPerMultiprocessor =
+    sizeof(T) == 2 && kArch >= 80 && (kArch == 86 || kArch == 89 || std::is_same_v<Shape, SmallShape>) ? 2 : 1;
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, kInt8BlocksPerMultiprocessor<T>) int8_gemm(const Int8GemmParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, kInt8BlocksPerMultiprocessor<T, Shape>)
+    int8_gemm(const Int8GemmParams p) {
   if constexpr (kCompiled<T>) {
     int m = 0, n = 0;
     tile_of_block<Shape>(static_cast<int>(blockIdx.x), p.rows, p.w.columns, &m, &n);
