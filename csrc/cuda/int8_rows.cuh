@@ -257,9 +257,10 @@ class Int8Rows {
   bool aligned_;
 };
 
-// Grid (rows / 16).
+// Grid (rows / 16). Two blocks on a multiprocessor leave 128 registers, a few too few for fp32 and many ranks.
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kInt8Threads, 2) int8_rows(const Int8RowsParams p) {
+__global__ void __launch_bounds__(kInt8Threads, sizeof(T) == 4 && kTiles > 2 ? 1 : 2)
+    int8_rows(const Int8RowsParams p) {
   if constexpr (kCompiled<T>) {
     let_next_kernel_start();
     Shared shared;
