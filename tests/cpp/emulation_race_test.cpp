@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cuda/emulation/emulation.h"
+#include "cuda/int8_lora_linear.h"
 #include "cuda/lora_linear.h"
 #include "cuda/primitives/launch.h"
 #include "cuda/primitives/shared.h"
@@ -13,6 +14,7 @@
 namespace lora_kernels {
 std::string to_string(const LoraLinearPlan& plan) { return to_string(plan.cuda); }
 std::string to_string(const LoraLinearBackwardPlan& plan) { return to_string(plan.cuda); }
+std::string to_string(const Int8LoraLinearPlan& plan) { return to_string(plan.cuda); }
 }  // namespace lora_kernels
 
 using namespace lora_kernels;
