@@ -77,6 +77,7 @@ def main(dtypes: list[torch.dtype]) -> int:
                         wrong += 1
     try:
         same_bits()
+        int8.check_topk("few_rows", dtypes[0])
         int8.test_unpack()
     except (AssertionError, EmulationError) as error:
         print(f"WRONG: {error}")
