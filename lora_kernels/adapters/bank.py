@@ -142,9 +142,8 @@ class AdapterBank:
         rank = layer.rank if layer is not None else 0
         store, end = self._store, self.total_rank + rank
         if layer is not None and rank:
-            # Not the newest: somebody else has written behind these rows.
-            taken = store is None or store.used != self.total_rank
-            if store is None or taken or end > store.rows:
+            # Where this is not the newest bank, another's rows are behind its own.
+            if store is None or store.used != self.total_rank or end > store.rows:
                 rows = max(end, self.total_rank * 3 // 2)
                 store = _Store(self.lora_a, self.lora_b, rows, self.total_rank)
             store.put(layer)

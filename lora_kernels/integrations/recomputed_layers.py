@@ -35,7 +35,6 @@ def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     if (
         made.requires_grad
         and type(made) is torch.Tensor
-        and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._is_any_autocast_enabled()  # the backward pass runs outside of it
     ):

@@ -8,6 +8,7 @@ plain ``torch.autograd.Function`` does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,17 +37,23 @@ def is_plain(x: torch.Tensor, *, cuda: bool = False) -> bool:
     )
 
 
-def straight(op: Any) -> Any:
-    """A callable that runs the CPU kernel of an operator overload, and nothing else."""
-    return partial(op.redispatch, _CPU)
-
-
 def has_cuda(op: Any) -> bool:
     """Whether an operator overload has a CUDA kernel in this build."""
     name = op.name().split(".")[0]
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
 
 
-def straight_on_cuda(op: Any) -> Any:
-    """A callable that runs the CUDA kernel of an operator overload, and nothing else."""
-    return partial(op.redispatch, _CUDA)
+def straight(op: Any) -> Callable[[torch.Tensor], Any]:
+    """What chooses, by an operand, a callable that runs an overload's kernel and nothing else.
+
+    It gives None where the call is not plain (:func:`is_plain`) and has to go through ``op``.
+    """
+    on_cpu, on_cuda = partial(op.redispatch, _CPU), partial(op.redispatch, _CUDA)
+    cuda = has_cuda(op)
+
+    def kernel(x: torch.Tensor) -> Any:
+        if not is_plain(x, cuda=cuda):
+            return None
+        return on_cpu if x.is_cpu else on_cuda
+
+    return kernel

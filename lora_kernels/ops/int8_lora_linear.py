@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from . import _library as _library
-from ._dispatch import has_cuda, is_plain, straight, straight_on_cuda
+from ._dispatch import straight
+from .lora_linear import through_activation
 
 _op = torch.ops.lora_kernels.int8_lora_linear.default
-_on_cpu, _on_cuda = straight(_op), straight_on_cuda(_op)
-_has_cuda = has_cuda(_op)
+_straight = straight(_op)
 _linear_backward_op = torch.ops.lora_kernels.lora_linear_backward.default
 _pack_op = torch.ops.lora_kernels.int8_pack.default
 _pack_screen_op = torch.ops.lora_kernels.int8_pack_screen.default
@@ -98,9 +98,7 @@ def int8_lora_linear(
         what came, and the fix), or if a gradient is asked for that it does not have.
     """
     norm_weight, norm_bias, norm_eps = (None, None, 0.0) if norm is None else norm
-    call = _op
-    if not torch.is_grad_enabled() and is_plain(x, cuda=_has_cuda):
-        call = _on_cpu if x.is_cpu else _on_cuda
+    call = (None if torch.is_grad_enabled() else _straight(x)) or _op
     return call(
         x,
         packed_weight,
@@ -285,8 +283,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.activation != "none":
         lora = (lora_a, lora_b, scales, offsets, ids)
         z = _op(x, packed_weight, ctx.out_features, bias, *lora, None, "none", x_scale)
-        aten = torch.ops.aten
-        dz = (aten.gelu_backward if ctx.activation == "gelu" else aten.silu_backward)(dy, z)
+        dz = through_activation(ctx.activation, dy, z)
     needs_lora = lora_a is not None and (needs[4] or needs[5])
     by_rank_row = lora_b
     if lora_b is not None and lora_b.dim() == 3:

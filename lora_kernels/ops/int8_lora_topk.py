@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from . import _library as _library
-from ._dispatch import has_cuda, is_plain, straight, straight_on_cuda
+from ._dispatch import straight
 from .int8_lora_linear import no_gradient
 
 _op = torch.ops.lora_kernels.int8_lora_topk.default
-_on_cpu, _on_cuda = straight(_op), straight_on_cuda(_op)
-_has_cuda = has_cuda(_op)
+_straight = straight(_op)
 
 
 def int8_lora_topk(
@@ -68,9 +67,7 @@ def int8_lora_topk(
         what came, and the fix.
     """
     norm_weight, norm_bias, norm_eps = (None, None, 0.0) if norm is None else norm
-    call = _op
-    if not torch.is_grad_enabled() and is_plain(x, cuda=_has_cuda):
-        call = _on_cpu if x.is_cpu else _on_cuda
+    call = (None if torch.is_grad_enabled() else _straight(x)) or _op
     values, columns, log_sums = call(
         x,
         packed_weight,

@@ -8,12 +8,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _library as _library
-from ._dispatch import has_cuda, is_plain, straight, straight_on_cuda
+from ._dispatch import straight
 from .recompute import origin
 
 _op = torch.ops.lora_kernels.lora_linear.default
-_on_cpu, _on_cuda = straight(_op), straight_on_cuda(_op)
-_has_cuda = has_cuda(_op)
+_straight = straight(_op)
 _backward_op = torch.ops.lora_kernels.lora_linear_backward.default
 
 
@@ -98,11 +97,12 @@ def lora_linear(
         dropout_p,
         dropout_seed,
     )
-    if not is_plain(x, cuda=_has_cuda):
+    kernel = _straight(x)
+    if kernel is None:
         return _op(*arguments)
     if torch.is_grad_enabled():
         return _Differentiable.apply(*arguments)  # type: ignore[no-any-return]
-    return (_on_cpu if x.is_cpu else _on_cuda)(*arguments)  # type: ignore[no-any-return]
+    return kernel(*arguments)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("lora_kernels::lora_linear")
@@ -155,6 +155,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def through_activation(activation: str, dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The gradient of what goes into "gelu" or "silu", z, from that of what comes out."""
+    aten = torch.ops.aten
+    return (aten.gelu_backward if activation == "gelu" else aten.silu_backward)(dy, z)  # type: ignore[no-any-return]
+
+
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, lora_a, lora_b, scales, offsets, ids, seed = ctx.saved_tensors
     if ctx.make_x is not None:
@@ -165,8 +171,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Recomputing what went into the activation costs one forward pass and saves keeping it.
         lora = (lora_a, lora_b, scales, offsets, ids)
         z = _op(x, weight, bias, *lora, None, "none", ctx.dropout_p, seed)
-        aten = torch.ops.aten
-        dz = (aten.gelu_backward if ctx.activation == "gelu" else aten.silu_backward)(dy, z)
+        dz = through_activation(ctx.activation, dy, z)
     needs = ctx.needs_input_grad
     needs_lora = lora_a is not None and (needs[3] or needs[4])
     dx, dweight, dbias, da, db = _backward_op(
@@ -211,8 +216,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> torch.Tensor:
-        run = _on_cpu if arguments[0].is_cpu else _on_cuda
-        return run(*arguments)  # type: ignore[no-any-return]
+        return _straight(arguments[0])(*arguments)  # type: ignore[no-any-return]
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]

@@ -118,8 +118,8 @@ class DecoderParts:
             whisper.proj_out.weight,
         )
 
-    def tensors(self) -> tuple[int, ...]:
-        """What all tensors of a step are known by, for as long as these parts live."""
+    def identity(self) -> tuple[int, ...]:
+        """Of parts that live at the same time, equal for those made of the same tensors."""
         found: list[Any] = [self.embedding, self.positions, self.vocabulary, self.screen]
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
         found += [tensor for weight, bias, _ in norms for tensor in (weight, bias)]

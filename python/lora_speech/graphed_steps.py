@@ -61,7 +61,7 @@ class GraphedSteps(RecordedSteps):
         """Whether a call may go on with this: the same sizes, weights and banks."""
         ours, theirs = self.decoder.parts, decoder.parts
         assert ours is not None and theirs is not None
-        return self.shape == encoded.shape and ours.tensors() == theirs.tensors()
+        return self.shape == encoded.shape and ours.identity() == theirs.identity()
 
     def restart(self, decoder: WhisperDecoder, encoded: torch.Tensor) -> None:
         """Begin with other utterances, and other adapters for them."""
