@@ -330,12 +330,12 @@ torch.library.register_autograd(
 
 
 # Packing is done once per model, on the host: its checks look at every value.
-@torch.library.impl("lora_kernels::int8_pack", "cuda")
+@torch.library.impl("lora_kernels::int8_pack", "CUDA")
 def _pack_on_cuda(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return _pack_op(weight.cpu(), scales.cpu()).to(weight.device)
 
 
-@torch.library.impl("lora_kernels::int8_pack_screen", "cuda")
+@torch.library.impl("lora_kernels::int8_pack_screen", "CUDA")
 def _pack_screen_on_cuda(
     packed_weight: torch.Tensor, out_features: int, in_features: int
 ) -> torch.Tensor:
