@@ -12,8 +12,6 @@
 namespace lora_kernels::cuda {
 namespace {
 
-// The part of the tensor cores' peak that tiles of these shapes are expected to reach: those of lora_linear.
-constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
 // What one multiprocessor gets of L2: 64 bytes per clock at best. A row waits for its maximum before it is quantized,
 // and for the launch of the passes between: what that takes besides bytes.
 constexpr double kBytesOfOne = 50e9, kPassesUs = 1.5;
@@ -29,63 +27,6 @@ double operations_per_clock(int arch) {
     case 100: return 4096;
     default: return 2048;  // 75, 86, 89, 120
   }
-}
-
-struct Int8Machine {
-  double multiprocessors, operations, bytes;  // of one multiprocessor, and of the memory, per second
-  int64_t shared;
-  bool early;
-
-  explicit Int8Machine(const CudaDevice& d) {
-    multiprocessors = d.multiprocessors > 0 ? d.multiprocessors : 40;  // a T4
-    operations = operations_per_clock(d.arch) * (d.clock_hz > 0 ? d.clock_hz : 1.4e9);
-    bytes = kMemory * (d.memory_bytes_per_second > 0 ? d.memory_bytes_per_second : 320e9);
-    shared = d.shared_bytes > 0 ? d.shared_bytes : 48 << 10;
-    early = d.arch >= 90;
-  }
-  double memory_us(double count) const { return count / bytes * 1e6; }
-  // Blocks go to multiprocessors, two to each, in turns; the last turn may be short.
-  double turns(double blocks, double at_once) const {
-    return std::max(1.0, static_cast<double>(static_cast<int64_t>((blocks - 1) / (at_once * multiprocessors)) + 1));
-  }
-  double next_launch_us() const { return early ? kEarlyLaunchUs : kLaunchUs; }
-};
-
-struct TiledTime {
-  bool large;
-  double us;
-};
-
-// The better of the two tile shapes. Few tiles have few bytes in flight: two steps of 16 KB, three of 8 KB.
-TiledTime tiled(const Int8Machine& machine, int64_t rows, int64_t columns, double depth, double bytes) {
-  const auto time = [&](int64_t tile, double reached, double in_flight) {
-    const double blocks =
-        static_cast<double>((rows + tile - 1) / tile) * static_cast<double>((columns + tile - 1) / tile);
-    const double busy = std::min(1.0, blocks * in_flight / (machine.bytes * kLatencySeconds));
-    const double arithmetic = machine.turns(blocks, 1) * 2.0 * static_cast<double>(tile * tile) * depth /
-                              (machine.operations * reached) * 1e6;
-    return std::max(arithmetic, machine.memory_us(bytes) / busy);
-  };
-  const double large = time(128, kLargeTiles, 2 * 16384), small = time(64, kSmallTiles, 3 * 8192);
-  return {large <= small, std::min(large, small) + kLaunchUs};
-}
-
-// Into how many parts few rows split K: enough for memory to be busy, where that gains more than the sum costs.
-int few_rows_splits(const Int8Machine& machine, int64_t columns, int64_t depth, double bytes, double* us) {
-  constexpr double kInFlight = 256 * 16 * 4 * 2;  // bytes of one block: threads, loads, steps, steps ahead
-  const double needed = machine.bytes * kLatencySeconds / kInFlight;
-  int best = 1;
-  *us = 0;
-  for (int splits : {1, 2, 4, 8, 16}) {
-    if (splits > 1 && depth / 64 < 8 * splits) break;  // every warp has a step
-    const double blocks = static_cast<double>((columns + 31) / 32 * splits);
-    const double time = machine.memory_us(bytes) / std::min(1.0, blocks / needed) + (splits > 1 ? kLaunchUs : 0);
-    if (splits == 1 || time < *us) {
-      best = splits;
-      *us = time;
-    }
-  }
-  return best;
 }
 
 }  // namespace
@@ -127,7 +68,8 @@ Status supported(const Int8LoraLinearProblem& p, const CudaDevice& device) {
 
 void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   const Int8LoraLinearProblem& p = plan->problem;
-  const Int8Machine machine(device.cuda);
+  const Machine machine(device.cuda, operations_per_clock(device.cuda.arch));
+  const int64_t shared_bytes = device.cuda.shared_bytes > 0 ? device.cuda.shared_bytes : 48 << 10;
   CudaInt8LoraLinearPlan& c = plan->cuda;
   c = {};
   c.arch = device.cuda.arch;
@@ -145,7 +87,7 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
 
   // Two blocks share a multiprocessor's memory; rows that are wider are read again, from L2.
   const int64_t row = int8_shared_row(p.in_features * size);
-  c.staged_bytes = kInt8Rows * row + int8_rows_bytes(4) <= (machine.shared - 1024) / 2 ? static_cast<int>(row) : 0;
+  c.staged_bytes = kInt8Rows * row + int8_rows_bytes(4) <= (shared_bytes - 1024) / 2 ? static_cast<int>(row) : 0;
 
   // The rows: x from memory, and for each sixteen of them all of A from L2, by one multiprocessor.
   const double own_bytes = (std::min(M, 16.0) + total) * K * element;
@@ -155,13 +97,13 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
                          machine.next_launch_us() + convert_us;
   // The branch's products have half of the rate, or in fp32 three products at an eighth, in steps of 64 bytes.
   const double branch = static_cast<double>(round_up(static_cast<int64_t>(rank), 64 / size)) * (size == 4 ? 24 : 2);
-  const TiledTime tiles = tiled(machine, p.rows, p.out_features, K + branch, base_bytes);
+  const TiledTime tiles = tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + branch; });
   c.large_tiles = tiles.large;
   c.predicted_us = tiles.us + rows_us;
 
   if (p.rows <= kMostFewRows && p.in_features > 0) {
     double us = 0;
-    const int splits = few_rows_splits(machine, p.out_features, p.in_features, base_bytes, &us);
+    const int splits = few_rows_splits(machine, (p.out_features + 31) / 32, p.in_features, base_bytes, &us);
     us += kLaunchUs + rows_us;
     if (us <= c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kFewRows;
@@ -170,8 +112,8 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
     }
   }
   const int64_t fused_bytes = int8_fused_bytes(p.in_features, t_stride(p.lora), size);
-  if (p.rows <= kInt8Rows && p.in_features > 0 && fused_bytes <= machine.shared) {
-    const double blocks = (N + 31) / 32, together = fused_bytes <= machine.shared / 2 ? 2 : 1;
+  if (p.rows <= kInt8Rows && p.in_features > 0 && fused_bytes <= shared_bytes) {
+    const double blocks = (N + 31) / 32, together = fused_bytes <= shared_bytes / 2 ? 2 : 1;
     const double us = std::max(machine.memory_us(base_bytes), machine.memory_us(blocks * own_bytes) / kL2) +
                       machine.turns(blocks, together) * block_us + kLaunchUs + convert_us;
     if (us <= c.predicted_us) {

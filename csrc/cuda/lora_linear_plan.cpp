@@ -12,9 +12,6 @@
 namespace lora_kernels::cuda {
 namespace {
 
-// The part of the tensor cores' peak that tiles of these shapes are expected to reach.
-constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
-
 // What a second pass over depth in every block costs besides bytes.
 constexpr double kT = 0.3;
 
@@ -33,64 +30,10 @@ double flops_per_clock(int arch) {
   }
 }
 
-struct Machine {
-  double multiprocessors, flops, bytes;  // of one multiprocessor, and of the memory, per second
-  bool early;
-
-  Machine(const CudaDevice& d, DType type, bool allow_tf32) {
-    multiprocessors = d.multiprocessors > 0 ? d.multiprocessors : 40;  // a T4
-    flops = flops_per_clock(d.arch) * (d.clock_hz > 0 ? d.clock_hz : 1.4e9);
-    if (type == DType::kFloat32) flops /= allow_tf32 ? 2 : 6;  // tf32 at half the rate of 16 bits; three products
-    bytes = kMemory * (d.memory_bytes_per_second > 0 ? d.memory_bytes_per_second : 320e9);
-    early = d.arch >= 90;
-  }
-  double memory_us(double count) const { return count / bytes * 1e6; }
-  // Tiles go to multiprocessors in turns; the last turn may be short.
-  double tiles_us(int64_t rows, int64_t columns, double depth, int64_t tile, double reached) const {
-    const double tiles =
-        static_cast<double>((rows + tile - 1) / tile) * static_cast<double>((columns + tile - 1) / tile);
-    const double turns =
-        std::max(1.0, static_cast<double>(static_cast<int64_t>((tiles + multiprocessors - 1) / multiprocessors)));
-    return turns * 2.0 * static_cast<double>(tile * tile) * depth / (flops * reached) * 1e6;
-  }
-  double next_launch_us() const { return early ? kEarlyLaunchUs : kLaunchUs; }
-};
-
-struct TiledTime {
-  bool large;
-  double us;
-};
-
-// The better of the two tile shapes; `depth_of(tile)` counts what every tile does besides the base. Few tiles have few
-// bytes in flight: two steps of 16 KB in a large one, three of 8 KB in a small one.
-template <class DepthOf>
-TiledTime tiled(const Machine& machine, int64_t rows, int64_t columns, double bytes, const DepthOf& depth_of) {
-  const auto time = [&](int tile, double reached, double in_flight) {
-    const double blocks =
-        static_cast<double>((rows + tile - 1) / tile) * static_cast<double>((columns + tile - 1) / tile);
-    const double busy = std::min(1.0, blocks * in_flight / (machine.bytes * kLatencySeconds));
-    return std::max(machine.tiles_us(rows, columns, depth_of(tile), tile, reached), machine.memory_us(bytes) / busy);
-  };
-  const double large = time(128, kLargeTiles, 2 * 16384), small = time(64, kSmallTiles, 3 * 8192);
-  return {large <= small, std::min(large, small) + kLaunchUs};
-}
-
-// Into how many parts few rows split K: enough for memory to be busy, where that gains more than the sum costs.
-int few_rows_splits(const Machine& machine, int64_t columns, int64_t depth_bytes, double bytes, double* us) {
-  constexpr double kInFlight = 256 * 16 * 2 * 4;  // bytes of one block: threads, loads, rows of W, steps ahead
-  const double needed = machine.bytes * kLatencySeconds / kInFlight;
-  int best = 1;
-  *us = 0;
-  for (int splits : {1, 2, 4, 8, 16}) {
-    if (splits > 1 && depth_bytes / 64 < 8 * splits) break;  // every warp has a step
-    const double blocks = static_cast<double>((columns + 15) / 16 * splits);
-    const double time = machine.memory_us(bytes) / std::min(1.0, blocks / needed) + (splits > 1 ? kLaunchUs : 0);
-    if (splits == 1 || time < *us) {
-      best = splits;
-      *us = time;
-    }
-  }
-  return best;
+Machine machine_of(const CudaDevice& d, DType type, bool allow_tf32) {
+  // tf32 at half the rate of 16 bits; three products
+  const double slower = type != DType::kFloat32 ? 1 : allow_tf32 ? 2 : 6;
+  return {d, flops_per_clock(d.arch) / slower};
 }
 
 int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
@@ -148,7 +91,7 @@ Status supported(const LoraLinearProblem& p, const CudaDevice& device) {
 
 void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   const LoraLinearProblem& p = plan->problem;
-  const Machine machine(device.cuda, p.dtype, p.allow_tf32);
+  const Machine machine = machine_of(device.cuda, p.dtype, p.allow_tf32);
   CudaLoraLinearPlan& c = plan->cuda;
   c = {};
   c.arch = device.cuda.arch;
@@ -183,8 +126,8 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   }
   if (p.rows <= kMostFewRows && p.in_features > 0) {
     double us = 0;
-    const int splits =
-        few_rows_splits(machine, p.out_features, p.in_features * static_cast<int64_t>(size), base_bytes, &us);
+    const int splits = few_rows_splits(machine, (p.out_features + 15) / 16, p.in_features * static_cast<int64_t>(size),
+                                       base_bytes, &us);
     us += kLaunchUs;
     // t in every block: A comes from L2 for each sixteen columns, beside W's own bytes.
     const bool one =
@@ -215,7 +158,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
 void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
   const LoraLinearBackwardProblem& b = plan->problem;
   const LoraLinearProblem& p = b.forward;
-  const Machine machine(device.cuda, p.dtype, p.allow_tf32);
+  const Machine machine = machine_of(device.cuda, p.dtype, p.allow_tf32);
   CudaLoraLinearBackwardPlan& c = plan->cuda;
   c = {};
   c.arch = device.cuda.arch;

@@ -1,6 +1,7 @@
 // What the plans of all operators take a machine to be, and the limits of all kernels.
 #pragma once
 
+#include <algorithm>
 #include <climits>
 #include <string>
 #include <vector>
@@ -19,6 +20,75 @@ constexpr double kMemory = 0.85;
 constexpr double kLatencySeconds = 0.8e-6;
 // How much faster than memory L2 is taken to be.
 constexpr double kL2 = 2.5;
+
+// The part of the tensor cores' peak that tiles of these shapes are expected to reach.
+constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
+
+// A device as predictions see it: what it does not say of itself is taken from a T4.
+struct Machine {
+  double multiprocessors, operations, bytes;  // of one multiprocessor, and of the memory, per second
+  bool early;
+
+  // Operations of one multiprocessor per clock.
+  Machine(const CudaDevice& d, double operations_per_clock) {
+    multiprocessors = d.multiprocessors > 0 ? d.multiprocessors : 40;
+    operations = operations_per_clock * (d.clock_hz > 0 ? d.clock_hz : 1.4e9);
+    bytes = kMemory * (d.memory_bytes_per_second > 0 ? d.memory_bytes_per_second : 320e9);
+    early = d.arch >= 90;
+  }
+  double memory_us(double count) const { return count / bytes * 1e6; }
+  // Blocks go to multiprocessors, so many to each, in turns; the last turn may be short.
+  double turns(double blocks, double at_once = 1) const {
+    return std::max(1.0, static_cast<double>(static_cast<int64_t>((blocks - 1) / (at_once * multiprocessors)) + 1));
+  }
+  // Tiles in turns, each through so much depth.
+  double tiles_us(int64_t rows, int64_t columns, double depth, int64_t tile, double reached) const {
+    return turns(tiles(rows, columns, tile)) * 2.0 * static_cast<double>(tile * tile) * depth / (operations * reached) *
+           1e6;
+  }
+  double next_launch_us() const { return early ? kEarlyLaunchUs : kLaunchUs; }
+  static double tiles(int64_t rows, int64_t columns, int64_t tile) {
+    return static_cast<double>((rows + tile - 1) / tile) * static_cast<double>((columns + tile - 1) / tile);
+  }
+};
+
+struct TiledTime {
+  bool large;
+  double us;
+};
+
+// The better of the two tile shapes; `depth_of(tile)` counts what every tile does besides the base. Few tiles have few
+// bytes in flight: two steps of 16 KB in a large one, three of 8 KB in a small one.
+template <class DepthOf>
+TiledTime tiled(const Machine& machine, int64_t rows, int64_t columns, double bytes, const DepthOf& depth_of) {
+  const auto time = [&](int tile, double reached, double in_flight) {
+    const double busy =
+        std::min(1.0, Machine::tiles(rows, columns, tile) * in_flight / (machine.bytes * kLatencySeconds));
+    return std::max(machine.tiles_us(rows, columns, depth_of(tile), tile, reached), machine.memory_us(bytes) / busy);
+  };
+  const double large = time(128, kLargeTiles, 2 * 16384), small = time(64, kSmallTiles, 3 * 8192);
+  return {large <= small, std::min(large, small) + kLaunchUs};
+}
+
+// Into how many parts few rows split K, so many bytes of it: enough for memory to be busy, where that gains more than
+// the sum costs. `blocks`: of one part.
+inline int few_rows_splits(const Machine& machine, int64_t blocks, int64_t depth_bytes, double bytes, double* us) {
+  constexpr double kInFlight =
+      256 * 16 * 2 * 4;  // bytes of one block: threads, loads and how many of them, steps ahead
+  const double needed = machine.bytes * kLatencySeconds / kInFlight;
+  int best = 1;
+  *us = 0;
+  for (int splits : {1, 2, 4, 8, 16}) {
+    if (splits > 1 && depth_bytes / 64 < 8 * splits) break;  // every warp has a step
+    const double time = machine.memory_us(bytes) / std::min(1.0, static_cast<double>(blocks * splits) / needed) +
+                        (splits > 1 ? kLaunchUs : 0);
+    if (splits == 1 || time < *us) {
+      best = splits;
+      *us = time;
+    }
+  }
+  return best;
+}
 
 constexpr int64_t kMostAdapters = 4096;  // times splits, a dimension of the grid
 
