@@ -1,0 +1,210 @@
+"""One export: load, write, load again, compare, and only then publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_speech.audio import load_audio
+from lora_speech.errors import ModelError, SpeechError
+from lora_speech.export.check import Check, check_export
+from lora_speech.export.target import Plan, Say, Target, target
+from lora_speech.files import publish, staging, sweep, write_json
+from lora_speech.models.loading import load_base, load_for_serving
+
+CHECK = "check.json"
+MOST_WER = 0.05
+"""Word error rate of an export against torch beyond which it is refused: INT8 in another place
+changes a word here and there, a wrong graph nearly all of them."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export left, and how it was checked.
+
+    Attributes
+    ----------
+    output : Path
+        The folder.
+    target : Target
+    plan : Plan
+    check : Check
+    bytes : dict
+        Size of each file.
+    """
+
+    output: Path
+    target: Target
+    plan: Plan
+    check: Check
+    bytes: dict[str, int]
+
+
+def export_model(
+    base: str | os.PathLike[str],
+    to: str,
+    output: str | os.PathLike[str],
+    *,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    merge: bool = False,
+    int8: bool = False,
+    check: Sequence[str | os.PathLike[str]] = (),
+    most_wer: float = MOST_WER,
+    options: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    say: Say = lambda text: None,
+) -> ExportReport:
+    """Write a model as another runtime loads it, and check it.
+
+    Parameters
+    ----------
+    base : str or path
+        As `load_base` takes it; a Whisper.
+    to : str
+        One of `TARGETS`.
+    output : path
+        A new folder.
+    adapters : mapping, optional
+        PEFT folder per adapter name.
+    merge : bool
+        Fold the one adapter into the weights; otherwise adapters stay live where the target keeps
+        them.
+    int8 : bool
+        INT8 weights.
+    check : sequence of path
+        Recordings to compare by; by default sentences that are synthesised here.
+    most_wer : float
+        Word error rate against the torch model beyond which nothing is published.
+    options : mapping, optional
+        What a target takes besides.
+    overwrite : bool
+        Replace a folder that an export wrote before.
+    say : callable
+        Told what is done at the moment.
+
+    Returns
+    -------
+    ExportReport
+
+    Raises
+    ------
+    SpeechError
+        Something does not fit together, or the check failed; nothing is left behind.
+    """
+    chosen, output = target(to), Path(output)
+    chosen.require()
+    _refuse_output(output, overwrite)
+    folders = dict(adapters or {})
+    live = chosen.live and not merge
+    if folders and not live and len(folders) > 1:
+        raise SpeechError(
+            f"adapters: expected one, which is merged into the weights, got {len(folders)} "
+            f"({', '.join(folders)}); export them in turns"
+            + ("" if chosen.live else f" ({to} keeps none apart from the weights)")
+        )
+    if merge and not folders:
+        raise SpeechError("merge: expected an adapter to merge, got none; name it with --adapter")
+    if int8 and chosen.int8 is None:
+        raise SpeechError(f"int8: expected a target that takes INT8, got {to}; leave it out")
+    say("loading the model")
+    plan = _plan(base, chosen, folders, live, int8, dict(options or {}))
+    names, recordings = _recordings(plan, check)
+    plan.samples.extend(recordings)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sweep(output.parent)
+    try:
+        with staging(output) as partial:
+            partial.mkdir()
+            chosen.write(plan, partial, say)
+            say("comparing with torch")
+            found = check_export(plan, chosen.open(partial), names, recordings)
+            if found.wer > most_wer:
+                worst = max(found.comparisons, key=lambda c: not c.identical)
+                raise ModelError(
+                    f"check: expected texts within {most_wer:.0%} WER of the torch model's, got "
+                    f"{found.wer:.0%}; e.g. {worst.recording}: torch hears {worst.expected!r}, the "
+                    f"export {worst.got!r}; nothing was written"
+                )
+            write_json(partial / CHECK, found.record())
+            if output.exists():
+                shutil.rmtree(output)
+            publish(partial, output)
+    except OSError as error:
+        raise SpeechError(
+            f"{output}: expected a folder that can be written, got: {error}; choose another place "
+            "or make room"
+        ) from error
+    sizes = {
+        str(path.relative_to(output)): path.stat().st_size
+        for path in sorted(output.rglob("*"))
+        if path.is_file()
+    }
+    return ExportReport(output, chosen, plan, found, sizes)
+
+
+def _plan(
+    base: Any,
+    chosen: Target,
+    folders: dict[str, Any],
+    live: bool,
+    int8: bool,
+    options: dict[str, str],
+) -> Plan:
+    import lora_kernels as lk
+
+    model = load_base(base)
+    if model.family.objective != "sequence":
+        raise ModelError(
+            f"base: expected a Whisper, got a {model.family.name}; exporting CTC families is not "
+            "available yet"
+        )
+    ours = int8 and chosen.int8 == "ours"
+    if live:
+        load_for_serving(model, folders, int8=ours)
+        return Plan(model, tuple(folders), None, int8, options=options)
+    load_for_serving(model, folders)
+    for name in folders:
+        lk.merge(model.model, name)
+    model.adapters = ()
+    if ours:
+        load_for_serving(model, int8=True)
+    return Plan(model, (), next(iter(folders), None), int8, options=options)
+
+
+def _recordings(plan: Plan, given: Sequence[Any]) -> tuple[list[str], list[np.ndarray]]:
+    if given:
+        rate = plan.model.sampling_rate
+        return [str(path) for path in given], [load_audio(path, rate) for path in given]
+    from lora_speech.corpus import sentences
+    from lora_speech.synthesis import SynthesisUnavailable, accent_speakers, synthesize
+
+    try:
+        speakers = accent_speakers("en-us", 3)
+        texts = sentences(len(speakers), split="held_out", seed=0)
+        recordings = [
+            synthesize(text, speaker) for text, speaker in zip(texts, speakers, strict=True)
+        ]
+    except SynthesisUnavailable as error:
+        raise SpeechError(f"check: {error}, or name recordings with --check FILE") from error
+    return [f"synthesised: {text}" for text in texts], recordings
+
+
+def _refuse_output(output: Path, overwrite: bool) -> None:
+    if not output.exists():
+        return
+    if not overwrite:
+        raise SpeechError(
+            f"output: expected a new folder, got {output}, which is there; choose another one or "
+            "add --overwrite"
+        )
+    if not (output / CHECK).is_file():
+        raise SpeechError(
+            f"output: expected a folder that an export wrote, to overwrite it, got {output}, which "
+            f"has no {CHECK}; remove it yourself or choose another one"
+        )
