@@ -127,8 +127,9 @@ def write_adapters(plan: Plan, folder: Path) -> None:
 
     fp32; the scale is in lora_b.
     """
-    import lora_kernels as lk
     from safetensors.numpy import save_file
+
+    import lora_kernels as lk
 
     for name in plan.live:
         tensors: dict[str, np.ndarray] = {}

@@ -100,7 +100,8 @@ class KernelOperators:
         """See `Operators`."""  # fmt: skip
         from lora_kernels.export import kv_attention_step
 
-        out, keys, values = kv_attention_step(q, k, v, *caches, lengths, scale=scale)
+        keys, values = caches
+        out, keys, values = kv_attention_step(q, k, v, keys, values, lengths, scale=scale)
         return out, keys, values
 
     def fixed(
@@ -273,6 +274,8 @@ class EncodeGraph(Graph):
 
 
 class _DecoderGraph(Graph):
+    vocabulary: Any
+
     def __init__(self, whisper: Any, operators: Operators, adapted: Iterable[str] = ()) -> None:
         super().__init__(whisper, operators, adapted)
         self.proj_out = whisper.proj_out
@@ -328,8 +331,9 @@ class _DecoderGraph(Graph):
             y = self._linear(layer.fc1, layer.final_layer_norm(x), adapters, activation="gelu")
             x = self._linear(layer.fc2, y, adapters, residual=x)
         last = decoder.layer_norm(x[:, -1])
-        weight = self.proj_out.weight if self.vocabulary is None else self.vocabulary
-        words = LinearParts(weight, weight is self.vocabulary, self.proj_out.out_features, None)
+        packed = self.vocabulary is not None
+        weight = self.vocabulary if packed else self.proj_out.weight
+        words = LinearParts(weight, packed, self.proj_out.out_features, None)
         return (self.operators.linear(last, words, None), *present)
 
 
