@@ -19,7 +19,7 @@ from lora_speech.files import publish, staging, sweep, write_json
 from lora_speech.models.loading import load_base, load_for_serving
 
 CHECK = "check.json"
-MOST_WER = 0.05
+MAX_WER = 0.05
 """Word error rate of an export against torch beyond which it is refused: INT8 in another place
 changes a word here and there, a wrong graph nearly all of them."""
 
@@ -55,7 +55,7 @@ def export_model(
     merge: bool = False,
     int8: bool = False,
     check: Sequence[str | os.PathLike[str]] = (),
-    most_wer: float = MOST_WER,
+    max_wer: float = MAX_WER,
     options: Mapping[str, str] | None = None,
     overwrite: bool = False,
     say: Say = lambda text: None,
@@ -79,7 +79,7 @@ def export_model(
         INT8 weights.
     check : sequence of path
         Recordings to compare by; by default sentences that are synthesised here.
-    most_wer : float
+    max_wer : float
         Word error rate against the torch model beyond which nothing is published.
     options : mapping, optional
         What a target takes besides.
@@ -124,12 +124,13 @@ def export_model(
             chosen.write(plan, partial, say)
             say("comparing with torch")
             found = check_export(plan, chosen.open(partial), names, recordings)
-            if found.wer > most_wer:
+            if found.wer > max_wer:
                 worst = max(found.comparisons, key=lambda c: not c.identical)
                 raise ModelError(
-                    f"check: expected texts within {most_wer:.0%} WER of the torch model's, got "
+                    f"check: expected texts within {max_wer:.0%} WER of the torch model's, got "
                     f"{found.wer:.0%}; e.g. {worst.recording}: torch hears {worst.expected!r}, the "
-                    f"export {worst.got!r}; nothing was written"
+                    f"export {worst.got!r}; nothing was written; check with speech "
+                    "that the model knows, or raise max_wer"
                 )
             write_json(partial / CHECK, found.record())
             if output.exists():

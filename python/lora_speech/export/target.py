@@ -10,11 +10,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from lora_speech.errors import MissingExtraError
+from lora_speech.errors import MissingExtraError, SpeechError
+from lora_speech.export.names import TARGETS
 from lora_speech.models.loading import SpeechModel
-
-TARGETS: tuple[str, ...] = ("peft", "ctranslate2", "onnx")
-"""Names of the targets, each that of its file in `targets`."""
 
 Say = Callable[[str], None]
 """Told what is done at the moment."""
@@ -83,8 +81,6 @@ class Target:
     ----------
     name : str
         As in `--to`.
-    summary : str
-        What it is, in a few words.
     write : callable
         Writes the plan's model into a folder.
     open : callable
@@ -103,7 +99,6 @@ class Target:
     """
 
     name: str
-    summary: str
     write: Callable[[Plan, Path, Say], None]
     open: Callable[[Path], Recognizer]
     live: bool
@@ -130,6 +125,14 @@ class Target:
 
 
 def target(name: str) -> Target:
-    """The target of a name out of `TARGETS`."""
+    """The target of a name out of `TARGETS`.
+
+    Raises
+    ------
+    SpeechError
+        There is none of that name.
+    """
+    if name not in TARGETS:
+        raise SpeechError(f"to: expected one of {', '.join(TARGETS)}, got {name!r}; choose one")
     found: Target = import_module(f"lora_speech.export.targets.{name}").TARGET
     return found

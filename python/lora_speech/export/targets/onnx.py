@@ -58,7 +58,6 @@ def _usage(folder: Path) -> str:
 
 TARGET = Target(
     name="onnx",
-    summary="ONNX files for ONNX Runtime and TensorRT",
     write=_write,
     open=_open,
     live=True,
