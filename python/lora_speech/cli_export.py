@@ -79,10 +79,14 @@ def export(
     with STDERR.status("export") as status:
         from lora_speech.export.run import export_model
 
+        told = [""]
+
         def say(text: str) -> None:
             status.update(f"export: {text}")
-            if not STDERR.is_terminal:
-                STDERR.print(f"export: {text}", markup=False)
+            stage = text.partition(":")[0]
+            if not STDERR.is_terminal and stage != told[0]:
+                told[0] = stage
+                STDERR.print(f"export: {stage}", markup=False)
 
         report = export_model(
             base,

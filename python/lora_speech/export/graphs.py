@@ -208,6 +208,12 @@ class Graph(nn.Module):
         kinds = ("lora_a", "lora_b", "offsets")
         return ("adapter_ids", *(f"{name}.{kind}" for name in self.adapted for kind in kinds))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of features, caches and adapters."""
+        dtype: torch.dtype = self.model.encoder.conv1.weight.dtype
+        return dtype
+
     def _linears(self) -> list[Any]:
         raise NotImplementedError
 

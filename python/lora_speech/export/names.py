@@ -4,5 +4,6 @@ TARGETS: dict[str, str] = {
     "peft": "a folder for transformers and peft",
     "ctranslate2": "a folder for CTranslate2 and faster-whisper",
     "onnx": "files for ONNX Runtime",
+    "tensorrt": "engines for NVIDIA GPUs",
 }
 """Each target's file in `targets`, and what it makes."""

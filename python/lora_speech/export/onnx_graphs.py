@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_speech.export.folder import Decoding, adapted_linears
+from lora_speech.export.companions import adapted_linears, decoding_of
 from lora_speech.export.graphs import (
     EncodeGraph,
     Graph,
@@ -34,29 +34,31 @@ _ALIGNMENT = 64  # bytes; runtimes that map the file want weights on a cache lin
 _INLINE = 1024  # bytes; what is smaller stays in the graph, where shape inference can read it
 
 
-def make_graph(plan: Plan, name: str, operators: Operators | None = None) -> Graph:
-    """One of the three graphs of a plan's Whisper."""
-    adapted = adapted_linears(plan)
-    return GRAPHS[name](plan.model.model, operators or KernelOperators(), adapted).eval()
+def make_graph(
+    plan: Plan, name: str, operators: Operators | None = None, whisper: Any = None
+) -> Graph:
+    """One of the three graphs of a plan's Whisper, or of a copy of it in another type."""
+    whisper = plan.model.model if whisper is None else whisper
+    return GRAPHS[name](whisper, operators or KernelOperators(), adapted_linears(plan)).eval()
 
 
 def example_inputs(
     plan: Plan, graph: Graph, batch: int = 2, prompt: int = 3
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Inputs of a graph, and its adapters, of the right shapes and types."""
-    decoding = Decoding.of(plan)
-    head = (batch, decoding.heads)
+    decoding = decoding_of(plan)
+    head, dtype = (batch, decoding.heads), graph.dtype
     window = decoding.window_samples // decoding.hop_length
     tokens = 1 if isinstance(graph, StepGraph) else prompt
     shapes: dict[str, torch.Tensor] = {
-        "features": torch.zeros(batch, decoding.mel_bands, window),
+        "features": torch.zeros(batch, decoding.mel_bands, window, dtype=dtype),
         "tokens": torch.ones(batch, tokens, dtype=torch.int64),
         "lengths": torch.full((batch,), prompt, dtype=torch.int32),
     }
     inputs = []
     for name in graph.inputs:
         positions = decoding.cross_positions if name.startswith("cross") else decoding.positions
-        empty = torch.zeros(*head, positions, decoding.head_size)
+        empty = torch.zeros(*head, positions, decoding.head_size, dtype=dtype)
         inputs.append(shapes.get(name, empty))
     adapters = []
     linears = dict(graph.model.named_modules())
@@ -69,7 +71,7 @@ def example_inputs(
         else:
             module: Any = linears[linear]
             width = module.in_features if kind == "lora_a" else module.out_features
-            adapters.append(torch.zeros(5, width))
+            adapters.append(torch.zeros(5, width, dtype=dtype))
     return inputs, adapters
 
 
@@ -115,14 +117,17 @@ def export_onnx(plan: Plan, graph: Graph) -> Any:
     return export.finish(program.model)
 
 
-def write_onnx(plan: Plan, folder: Path, say: Say, operators: Operators | None = None) -> None:
-    """Write `encode.onnx`, `prefill.onnx`, `step.onnx` and the weights they share."""
+def write_onnx(plan: Plan, folder: Path, say: Say, whisper: Any = None) -> None:
+    """Write `encode.onnx`, `prefill.onnx`, `step.onnx` and the weights they share.
+
+    Of the plan's Whisper, or of a copy of it in another type.
+    """
     import onnx_ir as ir
 
     models = {}
     for name in GRAPHS:
         say(f"exporting {name}")
-        models[name] = export_onnx(plan, make_graph(plan, name, operators))
+        models[name] = export_onnx(plan, make_graph(plan, name, whisper=whisper))
     say("writing the weights")
     _share_weights(models.values(), folder)
     for name, model in models.items():
@@ -165,10 +170,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def input_sizes(names: list[tuple[str, Any]]) -> dict[str, tuple[int, int]]:
-    """(K, N) of each linear whose adapters are inputs, from names and shapes of inputs."""
-    widths = {name: int(shape[1]) for name, shape in names if name.endswith(("lora_a", "lora_b"))}
-    linears = {name.rpartition(".")[0] for name in widths}
-    return {name: (widths[f"{name}.lora_a"], widths[f"{name}.lora_b"]) for name in sorted(linears)}

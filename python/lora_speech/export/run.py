@@ -98,7 +98,7 @@ def export_model(
         Something does not fit together, or the check failed; nothing is left behind.
     """
     chosen, output = target(to), Path(output)
-    chosen.require()
+    chosen.require(options or {})
     _refuse_output(output, overwrite)
     folders = dict(adapters or {})
     live = chosen.live and not merge

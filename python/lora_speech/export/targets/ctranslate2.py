@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,19 @@ QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16
 _COPIED = ("tokenizer.json", "preprocessor_config.json")  # which faster-whisper reads
 
 
+def _ready(options: Mapping[str, str]) -> None:
+    asked = options.get("quantization")
+    if asked is not None and asked not in QUANTIZATIONS:
+        raise SpeechError(
+            f"--option quantization: expected one of {', '.join(QUANTIZATIONS)}, got {asked!r}; "
+            "choose one of them"
+        )
+
+
 def _write(plan: Plan, folder: Path, say: Say) -> None:
     from ctranslate2.converters import TransformersConverter
 
     quantization = plan.options.get("quantization", "int8" if plan.int8 else "float32")
-    if quantization not in QUANTIZATIONS:
-        raise SpeechError(
-            f"--option quantization: expected one of {', '.join(QUANTIZATIONS)}, got "
-            f"{quantization!r}; choose one of them"
-        )
     with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
         save_base(plan, Path(merged))
         say("converting")
@@ -66,5 +70,7 @@ TARGET = Target(
     int8="own",
     packages=("ctranslate2", "faster_whisper"),
     extra="ctranslate2",
+    options={"quantization": "of the weights; int8 with --int8, float32 without"},
+    ready=_ready,
     usage=lambda folder: f"faster_whisper.WhisperModel('{folder}').transcribe('talk.wav')",
 )
