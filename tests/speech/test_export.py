@@ -274,7 +274,8 @@ def test_engines_ahead_of_time(
         ("nothing", {}, "to: expected one of peft, ctranslate2, onnx"),
         ("peft", {"int8": True}, "expected a target that takes INT8, got peft"),
         ("peft", {"merge": True}, "expected an adapter to merge, got none"),
-        ("onnx", {"options": {"opset": "9"}}, "--option: expected one that onnx takes, none"),
+        ("onnx", {"options": {"opset": "9"}}, "--option: expected one that onnx takes, chunk"),
+        ("onnx", {"options": {"chunk": "0"}}, "--option chunk: expected a whole number from 1 on"),
         ("tensorrt", {"options": {"arch": "sm10"}}, "--option arch: expected one of sm75"),
         ("tensorrt", {"options": {"max_rank": "-1"}}, "expected a whole number from 1 on"),
     ],
@@ -312,15 +313,6 @@ def test_tensorrt_that_is_not_there_is_named(export: Callable[..., ExportReport]
         pytest.skip("TensorRT is installed here")
     with pytest.raises(LoraKernelsError, match="pip install tensorrt"):
         export("tensorrt")
-
-
-def test_a_ctc_family_is_refused(
-    export: Callable[..., ExportReport], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    family = SimpleNamespace(objective="ctc", name="Parakeet")
-    monkeypatch.setattr(run_module, "load_base", lambda base: SimpleNamespace(family=family))
-    with pytest.raises(ModelError, match="expected a Whisper, got a Parakeet"):
-        export("peft")
 
 
 def test_what_torch_does_not_say_is_not_published(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 
 from lora_speech.decoding import greedy_decode
 from lora_speech.errors import ModelError
+from lora_speech.export.ctc_decoding import CtcRecognizer, collapse
+from lora_speech.export.folder import CtcDecoding
+from lora_speech.export.graph_inputs import make_graphs
 from lora_speech.export.target import Plan, Recognizer
 from lora_speech.features import extract_features
 from lora_speech.prompts import default_language, prompt_tokens, special_tokens, token_limit
@@ -96,43 +99,29 @@ def check_export(
     """
     import jiwer
 
-    model = plan.model
-    tokens = special_tokens(model.model)
-    language = default_language(tokens)
-    prompt = prompt_tokens(tokens, language)
-    limit = token_limit(tokens, len(prompt), None)
-    longest = int((model.window_seconds or 30.0) * model.sampling_rate)
+    speaker = _Whisper(plan, recognizer) if _is_whisper(plan) else _Ctc(plan, recognizer)
+    window = plan.model.window_seconds
+    longest = None if window is None else int(window * plan.model.sampling_rate)
     comparisons = []
     for name, samples in zip(names, recordings, strict=True):
-        features = extract_features(model, [samples[:longest]])[model.family.features.input_name]
+        features = speaker.features(samples[:longest])
         for adapter in (None, *plan.live):
-
-            def by_torch(features: torch.Tensor = features, adapter: str | None = adapter) -> Any:
-                chosen = [adapter] if plan.live else None
-                found = greedy_decode(model.model, features, adapters=chosen, language=language)
-                return found.tokens[0]
-
-            def by_export(features: torch.Tensor = features, adapter: str | None = adapter) -> Any:
-                return recognizer.decode(features.numpy(), prompt, limit, adapter)
-
-            expected, torch_ms = _timed(by_torch)
-            got, export_ms = _timed(by_export)
-            pairs = zip(expected, got, strict=False)
-            differ = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
-            same = min(len(expected), len(got)) if differ is None else differ
-            comparisons.append(
-                Comparison(
-                    name,
-                    adapter,
-                    decode_text(model, expected),
-                    decode_text(model, got),
-                    len(expected),
-                    same,
-                    expected == got,
-                    torch_ms,
-                    export_ms,
+            for way, by_torch, by_export in speaker.ways(features, adapter):
+                expected, torch_ms = _timed(by_torch)
+                got, export_ms = _timed(by_export)
+                comparisons.append(
+                    Comparison(
+                        name + way,
+                        adapter,
+                        speaker.text(expected),
+                        speaker.text(got),
+                        len(expected),
+                        _same(expected, got),
+                        expected == got,
+                        torch_ms,
+                        export_ms,
+                    )
                 )
-            )
     heard = [c for c in comparisons if c.expected]
     if not heard:
         raise ModelError(
@@ -145,7 +134,112 @@ def check_export(
     return Check(comparisons, wer)
 
 
-def _timed(run: Any) -> tuple[list[int], float]:
+def _is_whisper(plan: Plan) -> bool:
+    return plan.model.family.objective == "sequence"
+
+
+Way = tuple[str, Callable[[], Sequence[int]], Callable[[], Sequence[int]]]
+"""What is added to the recording's name, and tokens by torch and by the export."""
+
+
+class _Whisper:
+    """Greedy decoding of one window."""
+
+    def __init__(self, plan: Plan, recognizer: Recognizer) -> None:
+        self.plan, self.recognizer = plan, recognizer
+        tokens = special_tokens(plan.model.model)
+        self.language = default_language(tokens)
+        self.prompt = prompt_tokens(tokens, self.language)
+        self.limit = token_limit(tokens, len(self.prompt), None)
+
+    def features(self, samples: np.ndarray) -> torch.Tensor:
+        model = self.plan.model
+        return extract_features(model, [samples])[model.family.features.input_name]
+
+    def ways(self, features: torch.Tensor, adapter: str | None) -> list[Way]:
+        plan = self.plan
+
+        def by_torch() -> Sequence[int]:
+            chosen = [adapter] if plan.live else None
+            return greedy_decode(
+                plan.model.model, features, adapters=chosen, language=self.language
+            ).tokens[0]
+
+        def by_export() -> Sequence[int]:
+            return self.recognizer.decode(features.numpy(), self.prompt, self.limit, adapter)
+
+        return [("", by_torch, by_export)]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return decode_text(self.plan.model, tokens)
+
+
+class _Ctc:
+    """The likeliest path, of a whole recording and, where the export has steps, in these."""
+
+    def __init__(self, plan: Plan, recognizer: Recognizer) -> None:
+        self.plan, self.recognizer = plan, recognizer
+        self.blank = int(plan.model.model.config.pad_token_id)
+        self.stream: Any = None
+        if getattr(getattr(recognizer, "decoding", None), "chunk", 0):
+            graphs, decoding = make_graphs(plan)
+            step = graphs["step"]
+
+            def run(name: str, inputs: Any) -> dict[str, np.ndarray]:
+                given = [torch.from_numpy(inputs[name]) for name in step.inputs]
+                adapters = [torch.from_numpy(inputs[name]) for name in step.adapter_inputs]
+                with torch.inference_mode():
+                    found = step(given, adapters)
+                return {k: v.numpy() for k, v in zip(step.outputs, found, strict=True)}
+
+            assert isinstance(decoding, CtcDecoding)
+            self.stream = CtcRecognizer(decoding, run, getattr(recognizer, "adapters", None)).stream
+
+    def features(self, samples: np.ndarray) -> torch.Tensor:
+        model = self.plan.model
+        found = extract_features(model, [samples])
+        mask = found.get("attention_mask")
+        features = found[model.family.features.input_name].float()
+        return features if mask is None else features[:, : int(mask.sum())]
+
+    def ways(self, features: torch.Tensor, adapter: str | None) -> list[Way]:
+        import lora_kernels as lk
+
+        plan, recognizer = self.plan, self.recognizer
+
+        def by_torch() -> Sequence[int]:
+            name = plan.model.family.features.input_name
+            with torch.inference_mode(), lk.use_adapters(adapter):
+                logits = plan.model.model(**{name: features}).logits[0]
+            return collapse(logits.argmax(-1).tolist(), self.blank)
+
+        def by_export() -> Sequence[int]:
+            return recognizer.decode(features.numpy(), (), 0, adapter)
+
+        ways: list[Way] = [("", by_torch, by_export)]
+        if self.stream is not None:
+            streamed: Any = recognizer
+            ways.append(
+                (
+                    " (in steps)",
+                    lambda: self.stream(features.numpy(), adapter),
+                    lambda: streamed.stream(features.numpy(), adapter),
+                )
+            )
+        return ways
+
+    def text(self, tokens: Sequence[int]) -> str:
+        tokenizer = self.plan.model.processor.tokenizer
+        return str(tokenizer.decode(list(tokens), group_tokens=False)).strip()
+
+
+def _same(expected: Sequence[int], got: Sequence[int]) -> int:
+    """How many tokens come before the first that differs."""
+    pairs = enumerate(zip(expected, got, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(expected), len(got)))
+
+
+def _timed(run: Callable[[], Sequence[int]]) -> tuple[list[int], float]:
     run()
     begin = time.perf_counter()
     found = run()

@@ -5,12 +5,27 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lora_speech.export.folder import ADAPTERS, DECODING, Decoding
+from lora_speech.export.conformer_graphs import SUBSAMPLING
+from lora_speech.export.folder import ADAPTERS, DECODING, CtcDecoding, Decoding
 from lora_speech.export.target import Plan
 from lora_speech.prompts import default_language, prompt_tokens, special_tokens, token_limit
+
+
+def ctc_decoding_of(plan: Plan, step: Any) -> CtcDecoding:
+    """How a plan's Conformer is decoded; `step` is its `ConformerStepGraph`, or None."""
+    return CtcDecoding(
+        sampling_rate=plan.model.sampling_rate,
+        blank=int(plan.model.model.config.pad_token_id),
+        chunk=0 if step is None else step.chunk,
+        subsampling=0 if step is None else SUBSAMPLING,
+        caches={} if step is None else {name: step.cache_shape(name, 1) for name in step.caches},
+        live=list(plan.live),
+        int8=plan.int8,
+    )
 
 
 def decoding_of(plan: Plan) -> Decoding:
@@ -39,9 +54,9 @@ def decoding_of(plan: Plan) -> Decoding:
     )
 
 
-def write_companions(plan: Plan, folder: Path) -> None:
+def write_companions(plan: Plan, folder: Path, decoding: Decoding | CtcDecoding) -> None:
     """Write `decoding.json` and the processor's files."""
-    record = json.dumps(asdict(decoding_of(plan)), indent=1)
+    record = json.dumps(asdict(decoding), indent=1)
     (folder / DECODING).write_text(record + "\n", encoding="utf-8")
     plan.model.processor.save_pretrained(folder)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_speech.export.folder import Decoding, banks, input_sizes, read_adapters
+from lora_speech.export.folder import Decoding, banks, input_sizes, read_adapters, read_decoding
 from lora_speech.export.graph_decoding import GraphRecognizer
 
 NAMES = ("encode", "prefill", "step")
@@ -42,7 +42,8 @@ def open_engines(
             return EngineRunner(path, memory=memory)
 
     runners = {name: load(folder / f"{name}.engine") for name in NAMES}
-    decoding = Decoding.read(companions)
+    decoding = read_decoding(companions)
+    assert isinstance(decoding, Decoding)
     shapes = [(name, runner.shapes[name]) for runner in runners.values() for name in runner.inputs]
     adapters = banks(read_adapters(companions, decoding.live), input_sizes(shapes))
     engines = {name: _Engine(runner) for name, runner in runners.items()}

@@ -60,23 +60,57 @@ class Decoding:
     cross_positions: int
     live: list[str]
     int8: bool
+    objective: str = "sequence"
 
-    @classmethod
-    def read(cls, folder: Path) -> Decoding:
-        """From an exported folder.
 
-        Raises
-        ------
-        ModelError
-            It holds none.
-        """
-        path = folder / DECODING
-        if not path.is_file():
-            raise ModelError(
-                f"{folder}: expected an exported model with {DECODING}, got none; name a folder "
-                "that lora-speech export wrote"
-            )
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+@dataclass(frozen=True)
+class CtcDecoding:
+    """How the graphs of a CTC model are used.
+
+    Attributes
+    ----------
+    sampling_rate : int
+        Of the recordings.
+    blank : int
+        The token between tokens.
+    chunk, subsampling : int
+        Positions of a step, and frames of a position; 0 where there is no step.
+    caches : dict
+        Shape of each cache of a step, for one utterance.
+    live : list of str
+        Adapters that lie beside the graphs.
+    int8 : bool
+        Whether layers are INT8.
+    """
+
+    sampling_rate: int
+    blank: int
+    chunk: int
+    subsampling: int
+    caches: dict[str, tuple[int, ...]]
+    live: list[str]
+    int8: bool
+    objective: str = "ctc"
+
+
+def read_decoding(folder: Path) -> Decoding | CtcDecoding:
+    """How the graphs of an exported folder are used.
+
+    Raises
+    ------
+    ModelError
+        It is none.
+    """
+    path = folder / DECODING
+    if not path.is_file():
+        raise ModelError(
+            f"{folder}: expected an exported model with {DECODING}, got none; name a folder "
+            "that lora-speech export wrote"
+        )
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    kind = CtcDecoding if fields.get("objective") == "ctc" else Decoding
+    found: Decoding | CtcDecoding = kind(**fields)
+    return found
 
 
 def read_adapters(folder: Path, live: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:

@@ -65,7 +65,7 @@ def export_model(
     Parameters
     ----------
     base : str or path
-        As `load_base` takes it; a Whisper.
+        As `load_base` takes it.
     to : str
         One of `TARGETS`.
     output : path
@@ -160,10 +160,10 @@ def _plan(
     import lora_kernels as lk
 
     model = load_base(base)
-    if model.family.objective != "sequence":
+    if model.family.objective not in chosen.objectives:
         raise ModelError(
-            f"base: expected a Whisper, got a {model.family.name}; exporting CTC families is not "
-            "available yet"
+            f"base: expected a Whisper, got a {model.family.name}, which --to {chosen.name} does "
+            "not take; export it to onnx"
         )
     ours = int8 and chosen.int8 == "ours"
     if live:

@@ -90,6 +90,8 @@ class Target:
     int8 : {"ours", "own", None}
         Whether INT8 means this package's quantized layers, the target's own quantization, or is
         not there.
+    objectives : tuple of str
+        Of the families that it takes.
     packages : tuple of str
         Importable names that it needs.
     extra : str
@@ -107,6 +109,7 @@ class Target:
     open: Callable[[Path], Recognizer]
     live: bool
     int8: Literal["ours", "own"] | None
+    objectives: tuple[str, ...] = ("sequence",)
     packages: tuple[str, ...] = ()
     extra: str = "export"
     options: Mapping[str, str] = field(default_factory=dict)

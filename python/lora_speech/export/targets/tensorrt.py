@@ -16,8 +16,9 @@ import torch
 
 from lora_speech.errors import SpeechError
 from lora_speech.export.companions import decoding_of, write_adapters, write_companions
-from lora_speech.export.graphs import Graph, PrefillGraph
-from lora_speech.export.onnx_graphs import GRAPHS, make_graph, write_onnx
+from lora_speech.export.graph_inputs import make_graphs
+from lora_speech.export.graphs import Graph
+from lora_speech.export.onnx_graphs import write_onnx
 from lora_speech.export.target import Plan, Recognizer, Say, Target
 from lora_speech.export.targets.onnx import open_graphs
 
@@ -58,24 +59,14 @@ def _number(options: Mapping[str, str], name: str) -> int:
 
 def _profile(plan: Plan, graph: Graph) -> dict[str, Any]:
     """Least, usual and most sizes of each input; ranks are those of all adapters together."""
-    decoding, batch = decoding_of(plan), _number(plan.options, "max_batch")
-    most = _number(plan.options, "max_rank")
-    caches = (decoding.heads, decoding.positions, decoding.head_size)
-    cross = (decoding.heads, decoding.cross_positions, decoding.head_size)
-    window = decoding.window_samples // decoding.hop_length
+    batch, most = _number(plan.options, "max_batch"), _number(plan.options, "max_rank")
+    decoding = decoding_of(plan)
     profile: dict[str, Any] = {}
-    for name in graph.inputs:
-        rest: tuple[int, ...] = cross if name.startswith("cross") else caches
-        if name == "features":
-            rest = (decoding.mel_bands, window)
-        elif name == "tokens":
-            rest = (1,)
-        elif name == "lengths":
-            rest = ()
-        profile[name] = ((1, *rest), (1, *rest), (batch, *rest))
-        if name == "tokens" and isinstance(graph, PrefillGraph):
-            profile[name] = ((1, 1), (1, len(decoding.prompt)), (batch, decoding.positions // 2))
-    linears = dict(graph.model.named_modules())
+    least = graph.sizes(1, 1)
+    usual = graph.sizes(1, len(decoding.prompt) if graph.open_sizes else 1)
+    largest = graph.sizes(batch, decoding.positions // 2 if graph.open_sizes else 1)
+    for name, *sizes in zip(graph.inputs, least, usual, largest, strict=True):
+        profile[name] = tuple(shape for shape, _ in sizes)
     for name in graph.adapter_inputs:
         linear, _, kind = name.rpartition(".")
         if not linear:
@@ -83,8 +74,7 @@ def _profile(plan: Plan, graph: Graph) -> dict[str, Any]:
         elif kind == "offsets":
             profile[name] = ((2,), (1 + len(plan.live),), (1 + max(64, len(plan.live)),))
         else:
-            module: Any = linears[linear]
-            width = module.in_features if kind == "lora_a" else module.out_features
+            width = graph.width(linear, kind)
             profile[name] = ((1, width), (min(most, 16 * len(plan.live)), width), (most, width))
     return profile
 
@@ -95,11 +85,12 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
     precision = plan.options.get("precision", "fp16")
     whisper = copy.deepcopy(plan.model.model).to(_PRECISIONS[precision])
     (folder / ONNX).mkdir()
-    write_onnx(plan, folder / ONNX, say, whisper)
+    graphs, decoding = make_graphs(plan, model=whisper)
+    write_onnx(graphs, folder / ONNX, say)
     write_adapters(plan, folder / ONNX)
-    write_companions(plan, folder / ONNX)
+    write_companions(plan, folder / ONNX, decoding)
     lines = []
-    for name in GRAPHS:
+    for name, graph in graphs.items():
 
         def progress(phase: str, step: int, steps: int, name: str = name) -> None:
             say(f"building {name}: {phase} {step}/{steps}")
@@ -108,7 +99,7 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
         report = build_engine(
             folder / ONNX / f"{name}.onnx",
             folder / f"{name}.engine",
-            profiles=_profile(plan, make_graph(plan, name)),
+            profiles=_profile(plan, graph),
             precision=precision,
             target=plan.options.get("arch"),
             timing_cache=plan.options.get("timing_cache"),
