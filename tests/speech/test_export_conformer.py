@@ -38,7 +38,9 @@ def parakeet(**encoder: Any) -> nn.Module:
             if "running" in name:
                 tensor.uniform_(0.5, 1.5)
             elif "bias" in name:
-                tensor.normal_(0.0, 0.3)
+                tensor.normal_(0.0, 0.1)
+            elif tensor.dim() > 1:  # wide enough for the frames to matter
+                tensor.normal_(0.0, 2.0 / tensor[0].numel() ** 0.5)
         model.ctc_head.weight.normal_(0.0, 1.0)
     return model
 
