@@ -193,7 +193,7 @@ def _recordings(plan: Plan, given: Sequence[Any]) -> tuple[list[str], list[np.nd
         ]
     except SynthesisUnavailable as error:
         raise SpeechError(f"check: {error}, or name recordings with --check FILE") from error
-    return [f"synthesised: {text}" for text in texts], recordings
+    return [f"synthesised {number}" for number in range(1, 1 + len(texts))], recordings
 
 
 def _refuse_output(output: Path, overwrite: bool) -> None:
