@@ -278,13 +278,9 @@ class KvAttend {
     }
   }
 
-  // The same for query `only` alone, which sees the first `visible` positions of the tile.
+  // The same for query `only` alone, which sees the first `visible` positions of the tile. Its sums are the same bits
+  // then: a row of a product does not depend on the others, but a zero weight would not keep NaN from them.
   __device__ void add_values_of(int only, int visible, const float (&weights)[2][4]) {
-    float own[2][4];
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) own[n][e] = g_ + 8 * (e / 2) == only ? weights[n][e] : 0.0f;
 #pragma unroll
     for (int c = 0; c < kGroups; ++c) {
       KvEight<T> v[4];
@@ -295,7 +291,17 @@ class KvAttend {
 #pragma unroll
         for (int w = 0; w < KvEight<T>::kWords; ++w) v[i].w[w] = seen ? v[i].w[w] : 0;
       }
-      multiply(c, own, v);
+      float kept[8][4];
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) kept[j][e] = sums_[c * 8 + j][e];
+      multiply(c, weights, v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (g_ + 8 * (e / 2) != only) sums_[c * 8 + j][e] = kept[j][e];
     }
   }
   __device__ float v_scale(int i) const { return kInt8 && p_.scales == KvScales::kPerPosition ? v_scale_[i] : 1.0f; }
