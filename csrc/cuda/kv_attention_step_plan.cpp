@@ -16,6 +16,8 @@ namespace {
 constexpr double kEdgesUs = 2.0;
 // Of what a warp's registers hold of K and V, the part that is on its way at any time.
 constexpr double kOnItsWay = 0.5;
+// More splits have to gain a little more than predictions err by.
+constexpr double kWorthwhile = 0.97;
 // A growing cache of at most so many positions is not split: decoders want one launch for append and attention.
 constexpr int64_t kMostUnsplit = 512;
 
@@ -23,24 +25,27 @@ int64_t element_size(DType type) { return static_cast<int64_t>(size_of(type)); }
 
 int64_t units_of(const KvAttentionStepProblem& p, bool grouped) { return grouped ? p.cache_rows : p.rows; }
 
-// Blocks share a multiprocessor by their registers: about 128 per thread, twice as many where products are tf32.
+// Blocks share a multiprocessor by their registers: about 150 of a thread, 120 over blocked caches, more than 200 where
+// products are tf32 or heads have more than 64 channels.
 double resident(const KvAttentionStepProblem& p) {
-  return p.dtype == DType::kFloat32 && p.layout == KvLayout::kRowMajor ? 2 : 4;
+  if (p.head_size > 64 || (p.dtype == DType::kFloat32 && p.layout == KvLayout::kRowMajor)) return 2;
+  return p.layout == KvLayout::kBlocked ? 4 : 3;
 }
 
 double time_of(const Machine& machine, const KvAttentionStepProblem& p, const CudaKvAttentionStepPlan& c, int splits) {
   const double size = static_cast<double>(element_size(p.cache_dtype)), D = static_cast<double>(p.head_size);
   const double units = static_cast<double>(std::min(units_of(p, c.grouped), p.rows)), H = static_cast<double>(p.heads);
-  const double vectors = static_cast<double>(p.rows * p.tokens) * H;
-  const double bytes = 2 * units * H * static_cast<double>(p.capacity) * D * size * c.chunks +
-                       (p.append ? 6 : 2) * vectors * D * static_cast<double>(element_size(p.dtype));
-  const double blocks = units * H * c.chunks * splits, of_one = blocks / machine.multiprocessors;
-  const double tile = p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile;
-  const double in_flight = kOnItsWay * kKvWarps * 2 * tile * D * size;
-  const double together = std::min(blocks, resident(p) * machine.multiprocessors) * in_flight;
-  const double busy = std::min(1.0, together / (machine.bytes * kLatencySeconds));
-  const double even = of_one / static_cast<double>(static_cast<int64_t>(of_one + 0.999999));
-  double us = machine.memory_us(bytes) / (busy * even) + kEdgesUs + kLaunchUs;
+  const double vectors = static_cast<double>(p.rows * p.tokens) * H, blocks = units * H * c.chunks * splits;
+  const double bytes = 2 * static_cast<double>(p.capacity) * D * size / splits;  // of a block
+  const double in_flight = kOnItsWay * kKvWarps * 2 * (p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile) * D * size;
+  // As many blocks as there is room for share the memory, then the rest: few of them cannot keep it busy.
+  const double room = resident(p) * machine.multiprocessors, needed = machine.bytes * kLatencySeconds;
+  const auto wave_us = [&](double count) {
+    return count > 0 ? machine.memory_us(count * bytes) / std::min(1.0, count * in_flight / needed) : 0;
+  };
+  const auto full = static_cast<double>(static_cast<int64_t>(blocks / room));
+  double us = full * wave_us(room) + wave_us(blocks - full * room) + kEdgesUs + kLaunchUs;
+  us += machine.memory_us((p.append ? 6 : 2) * vectors * D * static_cast<double>(element_size(p.dtype)));
   if (splits > 1) us += machine.memory_us(2 * splits * vectors * (D + 2) * 4) / kL2 + machine.next_launch_us();
   if (p.append && !c.fused) us += machine.next_launch_us();
   if (p.weight_heads) us += machine.next_launch_us();
@@ -124,7 +129,7 @@ void configure(const DeviceInfo& device, KvAttentionStepPlan* plan) {
       if (wish < least) continue;
       const int splits = splits_of(split_of(wish));  // steps are rounded up, so that fewer may do
       const double us = time_of(machine, p, c, splits);
-      if (us < c.predicted_us) {
+      if (us < kWorthwhile * c.predicted_us) {
         c.splits = splits;
         c.predicted_us = us;
       }

@@ -50,11 +50,16 @@ def step_of(shape: dict, dtype, cache_dtype, append: bool, slots: str, seed: int
 
 
 def check(emulated: EmulatedKv, step: Step, what: str = "") -> None:
-    """Result, weights and what was written, against the reference."""
-    ours, theirs = step.clone(), step.clone()
+    """One call of the kernels, against the reference."""
+    ours = step.clone()
     got, weights = ours.run(emulated.step)
+    check_against(step, ours, got, weights, f"kv {what} {emulated.plan}")
+
+
+def check_against(step: Step, ours: Step, got: torch.Tensor, weights: torch.Tensor, what: str):
+    """Result, weights and what was written to the caches of ``ours``, against the reference."""
+    theirs = step.clone()
     exact, exact_weights = theirs.run(reference.kv_attention_step)
-    what = f"kv {what} {emulated.plan}"
     if step.k_cache.dim() == 6:
         units = step.v_scales.nan_to_num(posinf=0).flatten().tolist()
         averaged = max(units) * 127 / 10
