@@ -46,7 +46,7 @@ def microseconds(text: str) -> float:
 
 
 def int8_predicted(device: raw.DeviceInfo, rows: int, k: int, n: int) -> tuple[float, float]:
-    """µs with a live adapter of rank 16, and over the fewest bytes: the part of the memory's peak."""
+    """µs with a live adapter of rank 16, and the fewest bytes in it over the memory's peak."""
     dtype = raw.DType.float16
     problem = raw.Int8LoraLinearProblem(rows=rows, in_features=k, out_features=n, dtype=dtype)
     problem.lora = raw.LoraShape(adapters=1, total_rank=16, max_rank=16, dtype=dtype)

@@ -87,8 +87,8 @@ Status validate(const KvAttentionStepProblem& p, const DeviceInfo& device) {
   Status status = validate(p);
   if (!status.ok() || !device.cuda.arch) return status;
   if (p.append && p.tokens > p.capacity)
-    return fault("k, v: expected at most as many new tokens as the cache has positions, ", p.capacity, ", got ", p.tokens,
-                 "; give a cache with a greater capacity or fewer tokens");
+    return fault("k, v: expected at most as many new tokens as the cache has positions, ", p.capacity, ", got ",
+                 p.tokens, "; give a cache with a greater capacity or fewer tokens");
   if (p.rows > 0 && p.cache_rows == 0)
     return fault("slots: expected rows of k_cache for the ", p.rows, " rows of q, got a cache without any");
   return cuda::supported(p, device.cuda);

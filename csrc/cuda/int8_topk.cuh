@@ -38,7 +38,6 @@ struct Top {
 };
 constexpr int kNoColumn = 0x7FFFFFFF;
 
-
 // The best of a warp, in all its lanes.
 __device__ inline Top best_of_warp(Top top) {
 #pragma unroll

@@ -13,8 +13,8 @@ namespace lora_kernels::cuda {
 
 struct KvAppendParams {
   KvRows rows;
-  const void *k = nullptr, *v = nullptr;        // [rows, T, H, D]
-  void *k_cache = nullptr, *v_cache = nullptr;  // [S, H, C, D]
+  const void *k = nullptr, *v = nullptr;           // [rows, T, H, D]
+  void *k_cache = nullptr, *v_cache = nullptr;     // [S, H, C, D]
   float *k_scales = nullptr, *v_scales = nullptr;  // [S, H, C], of INT8
   int heads = 0, head_size = 0;
 };

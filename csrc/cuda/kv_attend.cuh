@@ -26,8 +26,8 @@ namespace lora_kernels::cuda {
 
 struct KvAttendParams {
   KvRows rows;
-  const void* q = nullptr;           // [rows, T, H, D]
-  const void *k = nullptr, *v = nullptr;  // fused: the new tokens, as q; else null
+  const void* q = nullptr;                      // [rows, T, H, D]
+  const void *k = nullptr, *v = nullptr;        // fused: the new tokens, as q; else null
   void *k_cache = nullptr, *v_cache = nullptr;  // [S, H, C, D]
   const float *k_scales = nullptr, *v_scales = nullptr;
   KvScales scales = KvScales::kNone;
@@ -108,9 +108,8 @@ class KvAttend {
     __syncthreads();
     const bool channels = kInt8 && p_.scales == KvScales::kPerChannel;
     const int64_t at_channel = channels ? vector_ / p_.rows.capacity * p_.result.head_size : 0;
-    parts_.template finish<Q>(p_.result, list, head_, split_, [&](int d) {
-      return channels ? kv_usable(p_.v_scales[at_channel + d]) : 1.0f;
-    });
+    parts_.template finish<Q>(p_.result, list, head_, split_,
+                              [&](int d) { return channels ? kv_usable(p_.v_scales[at_channel + d]) : 1.0f; });
   }
 
   // The vector of a position, in k or v or in the cache; null: nowhere.
@@ -119,7 +118,8 @@ class KvAttend {
     if constexpr (kPlaces) {
       const int place = places_[position - begin_];
       if (place == kKvNowhere) return nullptr;
-      if (place < 0) return static_cast<const Q*>(fresh) + ((-2 - static_cast<int64_t>(place)) * p_.result.heads + head_) * size;
+      if (place < 0)
+        return static_cast<const Q*>(fresh) + ((-2 - static_cast<int64_t>(place)) * p_.result.heads + head_) * size;
       return static_cast<const S*>(cache) + (scale_at(place) + position) * size;
     }
     return static_cast<const S*>(cache) + (vector_ + position) * size;
@@ -156,8 +156,7 @@ class KvAttend {
       const Q* from = static_cast<const Q*>(p_.q) + (query < 0 ? 0 : query * p_.result.heads + head_) * size;
       KvRaw<Q> raw[kEights];
 #pragma unroll
-      for (int c = 0; c < kEights; ++c)
-        raw[c] = load_eight<Q>(from, c * 32 + t_ * 8, query < 0 ? 0 : size, p_.aligned);
+      for (int c = 0; c < kEights; ++c) raw[c] = load_eight<Q>(from, c * 32 + t_ * 8, query < 0 ? 0 : size, p_.aligned);
       if (kInt8 && p_.scales == KvScales::kPerChannel) {
         const float* scales = p_.k_scales + vector_ / p_.rows.capacity * size;
         float most = 0;

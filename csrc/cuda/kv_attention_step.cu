@@ -1,6 +1,5 @@
 // Which type's kernels a call of kv_attention_step or kv_pack takes, and the plan in the message if a launch fails.
 #include "cuda/kv_attention_step.h"
-
 #include "cuda/kv_pack.h"
 #include "cuda/primitives/platform.h"
 

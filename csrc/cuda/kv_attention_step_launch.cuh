@@ -28,8 +28,8 @@ inline KvRows kv_rows_of(const KvAttentionStepProblem& p, const KvAttentionStepA
 // Vectors begin on 16 bytes (8 of INT8) and are whole eights.
 inline bool kv_aligned(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
   bool aligned = p.head_size % 8 == 0;
-  for (const void* at : {args.q, args.k, args.v, static_cast<const void*>(args.k_cache),
-                         static_cast<const void*>(args.v_cache)})
+  for (const void* at :
+       {args.q, args.k, args.v, static_cast<const void*>(args.k_cache), static_cast<const void*>(args.v_cache)})
     aligned = aligned && reinterpret_cast<uintptr_t>(at) % 16 == 0;
   return aligned;
 }
@@ -65,13 +65,21 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
   const int64_t vectors = p.rows * p.tokens * p.heads;
   const bool apart = p.append && !c.fused;
   if (apart) {
-    const KvAppendParams append{rows,          args.k,        args.v, args.k_cache, args.v_cache, args.k_scales,
-                                args.v_scales, static_cast<int>(p.heads), static_cast<int>(p.head_size)};
+    const KvAppendParams append{rows,
+                                args.k,
+                                args.v,
+                                args.k_cache,
+                                args.v_cache,
+                                args.k_scales,
+                                args.v_scales,
+                                static_cast<int>(p.heads),
+                                static_cast<int>(p.head_size)};
     with_cache_type<Q>(p.cache_dtype, [&](auto tag) {
       s.run<&kv_append<Q, decltype(tag)>>("kv_append", dim3(tiles(vectors, kKvWarps), 2, 1), kKvThreads, 0, append);
     });
   }
-  KvResult result{args.out, w.parts, w.stats, c.splits, static_cast<int>(p.heads), static_cast<int>(p.head_size), vectors};
+  KvResult result{args.out, w.parts, w.stats, c.splits, static_cast<int>(p.heads), static_cast<int>(p.head_size),
+                  vectors};
   KvWeights weights;
   weights.data = p.weight_heads > 0 ? args.weights : nullptr;
   weights.count = static_cast<int>(p.weight_heads);
@@ -133,8 +141,9 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
     s.run<&kv_combine<Q>>("kv_combine", dim3(tiles(vectors * p.head_size, kKvFinishThreads), 1, 1), kKvFinishThreads, 0,
                           KvCombineParams{rows, result}, c.early_start);
   if (weights.data)
-    s.run<&kv_weights<float>>("kv_weights", dim3(static_cast<unsigned>(p.rows * p.tokens), static_cast<unsigned>(weights.count), 1),
-                       kKvFinishThreads, 2 * kKvFinishThreads / 32 * 4, KvWeightsParams{rows, weights}, c.early_start);
+    s.run<&kv_weights<float>>(
+        "kv_weights", dim3(static_cast<unsigned>(p.rows * p.tokens), static_cast<unsigned>(weights.count), 1),
+        kKvFinishThreads, 2 * kKvFinishThreads / 32 * 4, KvWeightsParams{rows, weights}, c.early_start);
   return s.status();
 }
 

@@ -37,7 +37,8 @@ double time_of(const Machine& machine, const KvAttentionStepProblem& p, const Cu
   const double units = static_cast<double>(std::min(units_of(p, c.grouped), p.rows)), H = static_cast<double>(p.heads);
   const double vectors = static_cast<double>(p.rows * p.tokens) * H, blocks = units * H * c.chunks * splits;
   const double bytes = 2 * static_cast<double>(p.capacity) * D * size / splits;  // of a block
-  const double in_flight = kOnItsWay * kKvWarps * 2 * (p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile) * D * size;
+  const double in_flight =
+      kOnItsWay * kKvWarps * 2 * (p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile) * D * size;
   // As many blocks as there is room for share the memory, then the rest: few of them cannot keep it busy.
   const double room = resident(p) * machine.multiprocessors, needed = machine.bytes * kLatencySeconds;
   const auto wave_us = [&](double count) {
@@ -83,9 +84,10 @@ Status supported(const KvAttentionStepProblem& p, const CudaDevice& device) {
   if (p.weight_heads > 0) expect_most("rows of q times tokens, with weights", INT_MAX / 2, p.rows * p.tokens);
   expect_most("capacity", INT_MAX / 2, p.capacity);
   // Bounded apart first, so that their products cannot overflow.
-  for (const auto& [name, value] :
-       {std::pair<const char*, int64_t>{"rows of q", p.rows}, {"tokens", p.tokens}, {"heads", p.heads},
-        {"rows of k_cache", p.cache_rows}})
+  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of q", p.rows},
+                                    {"tokens", p.tokens},
+                                    {"heads", p.heads},
+                                    {"rows of k_cache", p.cache_rows}})
     expect_most(name, 1 << 20, value);
   if (reasons.empty()) {
     expect_most("rows of q times tokens times heads", INT_MAX / 4, p.rows * p.tokens * p.heads);
@@ -110,7 +112,8 @@ void configure(const DeviceInfo& device, KvAttentionStepPlan* plan) {
   c.places = c.fused || p.slots == KvSlots::kPerPosition;
   const int64_t queries = p.layout == KvLayout::kBlocked ? kKvBlockedQueries : kKvQueries;
   // On average; a unit with more goes through them in turns.
-  const int64_t of_unit = c.grouped ? (p.rows * p.tokens + p.cache_rows - 1) / std::max<int64_t>(1, p.cache_rows) : p.tokens;
+  const int64_t of_unit =
+      c.grouped ? (p.rows * p.tokens + p.cache_rows - 1) / std::max<int64_t>(1, p.cache_rows) : p.tokens;
   c.chunks = static_cast<int>(std::clamp<int64_t>((of_unit + queries - 1) / queries, 1, 65535));
 
   const auto split_of = [&](int splits) {

@@ -103,8 +103,8 @@ class KvBlocked {
   __device__ void load_query(const KvQueryList& list, const float* k_scales) {
     const int size = p_.result.head_size;
     const bool there = g_ < list.count();
-    const Q* from =
-        static_cast<const Q*>(p_.q) + (there ? static_cast<int64_t>(list.query(g_)) * p_.result.heads + head_ : 0) * size;
+    const Q* from = static_cast<const Q*>(p_.q) +
+                    (there ? static_cast<int64_t>(list.query(g_)) * p_.result.heads + head_ : 0) * size;
     const auto value = [&](int c, int e) {
       const int d = c * 64 + t_ * 16 + e;
       return there && d < size ? to_float(from[d]) * k_scales[d] : 0.0f;

@@ -79,18 +79,24 @@ __global__ void __launch_bounds__(kKvPackThreads) kv_pack_kernel(const KvPackPar
         const int position = i % kKvPackPositions, step = i / kKvPackPositions;
 #pragma unroll
         for (int e = 0; e < kWordBytes; ++e)
-          word |= static_cast<uint32_t>(static_cast<uint8_t>(tile[position * kTileRow + step * kWordBytes + e])) << 8 * e;
+          word |= static_cast<uint32_t>(static_cast<uint8_t>(tile[position * kTileRow + step * kWordBytes + e]))
+                  << 8 * e;
         if (first / kWordBytes + step < key_steps)
-          reinterpret_cast<uint32_t*>(p.packed_k + at * p.key_bytes)
-              [(static_cast<int64_t>(base / kBlock) * key_steps + first / kWordBytes + step) * kBlock + position] = word;
+          reinterpret_cast<uint32_t*>(
+              p.packed_k +
+              at * p.key_bytes)[(static_cast<int64_t>(base / kBlock) * key_steps + first / kWordBytes + step) * kBlock +
+                                position] = word;
       } else {
         const int column = i % kKvPackChannels, step = i / kKvPackChannels;
 #pragma unroll
         for (int e = 0; e < kWordBytes; ++e)
-          word |= static_cast<uint32_t>(static_cast<uint8_t>(tile[(step * kWordBytes + e) * kTileRow + column])) << 8 * e;
+          word |= static_cast<uint32_t>(static_cast<uint8_t>(tile[(step * kWordBytes + e) * kTileRow + column]))
+                  << 8 * e;
         if (first + column < value_channels && base + step * kWordBytes < p.positions)
-          reinterpret_cast<uint32_t*>(p.packed_v + at * p.value_bytes)
-              [(static_cast<int64_t>(base / kWordBytes) + step) * value_channels + first + column] = word;
+          reinterpret_cast<uint32_t*>(
+              p.packed_v +
+              at * p.value_bytes)[(static_cast<int64_t>(base / kWordBytes) + step) * value_channels + first + column] =
+              word;
       }
     }
     __syncthreads();

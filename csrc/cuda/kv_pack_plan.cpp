@@ -31,9 +31,9 @@ void configure(const DeviceInfo& device, KvPackPlan* plan) {
   plan->cuda.arch = device.cuda.arch;
   const double vectors = 2 * static_cast<double>(p.cache_rows * p.heads);
   const double read = vectors * static_cast<double>(p.positions * p.head_size) * static_cast<double>(size_of(p.dtype));
-  const double written = vectors / 2 *
-                         static_cast<double>(kv_key_bytes(p.positions, p.head_size) +
-                                             kv_value_bytes(p.positions, p.head_size));
+  const double written =
+      vectors / 2 *
+      static_cast<double>(kv_key_bytes(p.positions, p.head_size) + kv_value_bytes(p.positions, p.head_size));
   // The second pass finds in L2 what the blocks at work have read, if that is no more than half of it.
   const double at_work = 4 * machine.multiprocessors * static_cast<double>(p.positions * kKvPackChannels) *
                          static_cast<double>(size_of(p.dtype));

@@ -19,7 +19,8 @@ namespace {
 // tests/cuda/emulated_kv.py has its twin.
 struct Call {
   int64_t rows, tokens, heads, head_size, cache_rows, capacity, dtype, cache_dtype, scales, slot_kind, layout, append;
-  int64_t weight_heads, arch, apart, split_positions, chunks;  // apart, split_positions, chunks 0: the plan's own choice
+  int64_t weight_heads, arch, apart, split_positions,
+      chunks;  // apart, split_positions, chunks 0: the plan's own choice
   double scale;
   const void *q, *k, *v;
   void *k_cache, *v_cache, *k_scales, *v_scales;

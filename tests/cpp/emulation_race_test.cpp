@@ -1,6 +1,6 @@
 // Races, for ThreadSanitizer: built with LORA_KERNELS_SANITIZE=thread. "kernels" runs every path of lora_linear, and
-// attention with what belongs to it, in drawn order and is expected to be silent; "race" runs a kernel whose threads write the same value to the same word,
-// which changes no result and which nothing but the sanitizer sees.
+// attention with what belongs to it, in drawn order and is expected to be silent; "race" runs a kernel whose threads
+// write the same value to the same word, which changes no result and which nothing but the sanitizer sees.
 #include <cstdlib>
 #include <cstring>
 

@@ -325,9 +325,7 @@ def test_a_decoder_layer_by_its_calls() -> None:
         return y, topk(y, weights["words"], words, 1, norm=norm)[0]
 
     got = run(int8.forward, int8.topk, kv.step, kv.pack)
-    want = run(
-        ops.int8_lora_linear, ops.int8_lora_topk, ops.kv_attention_step, ops.kv_pack
-    )
+    want = run(ops.int8_lora_linear, ops.int8_lora_topk, ops.kv_attention_step, ops.kv_pack)
     for mine, cpu in zip(got, want, strict=True):
         # A value that rounds to another integer in one quantization shifts those behind it.
         assert_close(mine.float(), cpu.double(), extra=2e-2, what="decoder layer")

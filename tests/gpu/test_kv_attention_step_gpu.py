@@ -1,5 +1,4 @@
-"""kv_attention_step and kv_pack on a GPU: against the reference and the CPU, in graphs, with bad
-indices."""
+"""kv_attention_step and kv_pack on a GPU: against the reference and the CPU, and in graphs."""
 
 from __future__ import annotations
 

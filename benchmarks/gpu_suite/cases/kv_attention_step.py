@@ -1,4 +1,4 @@
-"""kv_attention_step against torch's SDPA, and FlashAttention's step over a cache where installed."""
+"""kv_attention_step against torch's SDPA, and FlashAttention's cached step where installed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 // kv_attention_step: append the new tokens' k, v to a cache and attend over it: one decoding step of self-attention
 // (growing; beams reordered by an index table, never by copying) or of cross-attention (fixed K/V, shared by the beams
-// of an utterance). On a CUDA device lengths, slots and scales are in its memory and cannot be refused before the launch:
-// a row whose length or slot is out of range, or whose scale per channel is no positive finite number, becomes NaN.
+// of an utterance). On a CUDA device lengths, slots and scales are in its memory and cannot be refused before the
+// launch: a row whose length or slot is out of range, or whose scale per channel is no positive finite number, becomes
+// NaN.
 //   out[i, t, h] = sum_p softmax_p(scale * q[i, t, h] . K[p, h]) V[p, h]; softmax and sums in fp32.
 //   FLOPs 4 rows T H D positions; bytes 2 rows H positions D * element size (shared rows are read once): bound by
 //   memory.
