@@ -40,12 +40,14 @@ MOST_SHARED = {
 ARCHITECTURES = tuple(MOST_SHARED)
 # sm_75 multiplies fp16 alone on its tensor cores, and INT8.
 TYPES = {"f16": ARCHITECTURES, "bf16": ARCHITECTURES[1:], "f32": ARCHITECTURES[1:]}
-OPERATORS = ("lora_linear", "int8_lora_linear")
+OPERATORS = ("lora_linear", "int8_lora_linear", "kv_attention_step", "kv_pack")
 
 # The sizes of dynamic shared memory are constants of the kernels' headers.
 SHARED_SIZES = """
 #include <cstdio>
 #include "cuda/int8_lora_linear_launch.cuh"
+#include "cuda/kv_attention_step_launch.cuh"
+#include "cuda/kv_pack_launch.cuh"
 #include "cuda/lora_linear_launch.cuh"
 using namespace lora_kernels::cuda;
 template <class T, class S, Product P> void gemm_of(const char* name) {
@@ -74,11 +76,23 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   INT8_GEMM(T, LargeShape) INT8_GEMM(T, SmallShape)
 #define INT8_GEMM(T, S)                                                   \\
   SIZE("int8_gemm<" #T ", " #S ">", (Int8GemmLayout<T, S>::kSharedBytes))
+#define KV_CACHE(Q, S)                                                    \\
+  SIZE("kv_attend<" #Q ", " #S ", 1, false>", kv_shared_bytes(1, kKvQueries, 0))  \\
+  SIZE("kv_attend<" #Q ", " #S ", 2, false>", kv_shared_bytes(2, kKvQueries, 0))  \\
+  SIZE("kv_attend<" #Q ", " #S ", 1, true>", kv_shared_bytes(1, kKvQueries, kKvMostPlaces)) \\
+  SIZE("kv_attend<" #Q ", " #S ", 2, true>", kv_shared_bytes(2, kKvQueries, kKvMostPlaces))
+#define KV(Q)                                                             \\
+  KV_CACHE(Q, Q) KV_CACHE(Q, signed char)                                 \\
+  SIZE("kv_blocked<" #Q ", 1>", kv_shared_bytes(1, kKvBlockedQueries, 0)) \\
+  SIZE("kv_blocked<" #Q ", 2>", kv_shared_bytes(2, kKvBlockedQueries, 0)) \\
+  SIZE("kv_pack_kernel<" #Q ">", kKvPackSharedBytes)
 int main() {
   ALL(__half, LargeShape) ALL(__half, SmallShape) SKINNY(__half)
   ALL(__nv_bfloat16, LargeShape) ALL(__nv_bfloat16, SmallShape) SKINNY(__nv_bfloat16)
   ALL(float, LargeShape) ALL(float, SmallShape) SKINNY(float)
   INT8(__half) INT8(__nv_bfloat16) INT8(float)
+  KV(__half) KV(__nv_bfloat16) KV(float) KV_CACHE(float, __half) KV_CACHE(float, __nv_bfloat16)
+  SIZE("kv_weights<float>", 2 * kKvFinishThreads / 32 * 4)
   std::printf("top_parts<float>\\t%zu\\n", kTopSharedBytes);
 }
 """
@@ -174,7 +188,10 @@ def compile_one(
 
 def expected(name: str, kind: str, arch: int) -> list[str]:
     """The instructions that a kernel must have."""
-    if not name.startswith(("gemm<", "down<", "few_rows<", "int8_gemm<", "int8_few", "int8_rows<")):
+    if name.startswith("kv_blocked<"):
+        return ["IMMA.8816" if arch < 80 else "IMMA.16832"]
+    products = ("gemm<", "down<", "few_rows<", "int8_gemm<", "int8_few", "int8_rows<", "kv_attend<")
+    if not name.startswith(products):
         return []
     if kind == "f32":
         wanted = ["HMMA.1688.F32.TF32"]

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import test_emulated_int8_lora_linear as int8  # noqa: E402
+import test_emulated_kv_attention_step as kv  # noqa: E402
 import torch  # noqa: E402
 from emulated import Emulated, EmulationError  # noqa: E402
 from emulated_int8 import EmulatedInt8  # noqa: E402
@@ -76,10 +77,21 @@ def main(dtypes: list[torch.dtype]) -> int:
                     except (AssertionError, EmulationError) as error:
                         print(f"WRONG: int8 {path} {mode} {order}: {error}")
                         wrong += 1
+            for wishes in ({}, {"split_positions": 128, "apart": True}):
+                try:
+                    kv.check_steps(dtype, order, **wishes)
+                    kv.check_blocked(dtype, order, **wishes)
+                    kv.check_pack(dtype, order)
+                except (AssertionError, EmulationError) as error:
+                    print(f"WRONG: {order} {wishes}: {error}")
+                    wrong += 1
     for name, check in (
         ("same bits", same_bits),
         ("int8 choice", lambda: int8.check_topk("few_rows", dtypes[0])),
         ("int8 unpack", int8.test_unpack),
+        ("kv: others' new tokens", kv.test_new_tokens_of_other_rows_are_seen),
+        ("kv: what a query does not see", kv.test_what_a_query_does_not_see_stays_away),
+        ("kv: bad indices", lambda: kv.test_bad_indices_make_their_row_nan_and_write_nothing(0)),
     ):
         try:
             check()

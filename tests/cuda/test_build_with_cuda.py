@@ -24,6 +24,7 @@ assert build.without_cuda == "", build.without_cuda
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 assert has("lora_kernels::lora_linear", "CUDA")
 assert has("lora_kernels::lora_linear_backward", "CUDA")
+assert ops.Composite.runs_on(torch.device("cuda"))
 row = next(r for r in rows if r.op == "lora_linear" and r.name == "cuda")
 assert not row.available and "could not be asked" in row.reason, row  # there is no driver here
 x, w = torch.randn(3, 5), torch.randn(4, 5)

@@ -7,6 +7,8 @@
 #include <stdexcept>
 
 #include "lora_kernels/implementations.h"
+#include "lora_kernels/int8_lora_linear.h"
+#include "lora_kernels/kv_attention_step.h"
 #include "lora_kernels/lora_linear.h"
 
 namespace py = pybind11;
@@ -66,7 +68,8 @@ PYBIND11_MODULE(_raw, m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::kFloat32)
       .value("float16", DType::kFloat16)
-      .value("bfloat16", DType::kBFloat16);
+      .value("bfloat16", DType::kBFloat16)
+      .value("int8", DType::kInt8);
   py::enum_<Activation>(m, "Activation")
       .value("none", Activation::kNone)
       .value("gelu", Activation::kGelu)
@@ -117,6 +120,47 @@ PYBIND11_MODULE(_raw, m) {
       .def_readwrite("needs_dweight", &LoraLinearBackwardProblem::needs_dweight)
       .def_readwrite("needs_dbias", &LoraLinearBackwardProblem::needs_dbias)
       .def_readwrite("needs_dlora", &LoraLinearBackwardProblem::needs_dlora);
+
+  // Of these operators plans alone, for predictions; torch and TensorRT run them.
+  plain<Int8LoraLinearProblem>(m, "Int8LoraLinearProblem")
+      .def_readwrite("rows", &Int8LoraLinearProblem::rows)
+      .def_readwrite("in_features", &Int8LoraLinearProblem::in_features)
+      .def_readwrite("out_features", &Int8LoraLinearProblem::out_features)
+      .def_readwrite("dtype", &Int8LoraLinearProblem::dtype)
+      .def_readwrite("lora", &Int8LoraLinearProblem::lora)
+      .def_readwrite("top_k", &Int8LoraLinearProblem::top_k);
+  py::enum_<KvScales>(m, "KvScales")
+      .value("none", KvScales::kNone)
+      .value("per_position", KvScales::kPerPosition)
+      .value("per_channel", KvScales::kPerChannel);
+  py::enum_<KvSlots>(m, "KvSlots")
+      .value("identity", KvSlots::kIdentity)
+      .value("per_row", KvSlots::kPerRow)
+      .value("per_position", KvSlots::kPerPosition);
+  py::enum_<KvLayout>(m, "KvLayout").value("row_major", KvLayout::kRowMajor).value("blocked", KvLayout::kBlocked);
+  plain<KvAttentionStepProblem>(m, "KvAttentionStepProblem")
+      .def_readwrite("rows", &KvAttentionStepProblem::rows)
+      .def_readwrite("tokens", &KvAttentionStepProblem::tokens)
+      .def_readwrite("heads", &KvAttentionStepProblem::heads)
+      .def_readwrite("head_size", &KvAttentionStepProblem::head_size)
+      .def_readwrite("cache_rows", &KvAttentionStepProblem::cache_rows)
+      .def_readwrite("capacity", &KvAttentionStepProblem::capacity)
+      .def_readwrite("dtype", &KvAttentionStepProblem::dtype)
+      .def_readwrite("cache_dtype", &KvAttentionStepProblem::cache_dtype)
+      .def_readwrite("scales", &KvAttentionStepProblem::scales)
+      .def_readwrite("slots", &KvAttentionStepProblem::slots)
+      .def_readwrite("layout", &KvAttentionStepProblem::layout)
+      .def_readwrite("append", &KvAttentionStepProblem::append);
+  m.def("describe_plan", [](const Int8LoraLinearProblem& problem, const DeviceInfo& device) {
+    Int8LoraLinearPlan chosen;
+    raise_if_failed(plan(problem, device, &chosen));
+    return to_string(chosen);
+  });
+  m.def("describe_plan", [](const KvAttentionStepProblem& problem, const DeviceInfo& device) {
+    KvAttentionStepPlan chosen;
+    raise_if_failed(plan(problem, device, &chosen));
+    return to_string(chosen);
+  });
 
   py::class_<LoraLinearPlan>(m, "LoraLinearPlan")
       .def_property_readonly("workspace_bytes", [](const LoraLinearPlan& p) { return workspace_bytes(p); })

@@ -56,4 +56,24 @@ struct CudaInt8LoraLinearPlan {
 };
 std::string to_string(const CudaInt8LoraLinearPlan& plan);
 
+struct CudaKvAttentionStepPlan {
+  int arch = 0;              //
+  int groups = 1;            // of 64 channels of a head
+  bool fused = false;        // new tokens are appended by the kernel that attends; else by one before it
+  bool grouped = false;      // a block has all queries of a cache row, which is read once for them; else those of a row
+  bool places = false;       // the places of positions are looked up beforehand: new tokens, or slots per position
+  int chunks = 1;            // of queries among blocks; more than so many follow in turns
+  int splits = 1;            // of the positions among blocks: partial sums go to the workspace, a kernel adds them up
+  int split_positions = 0;   // of each
+  bool early_start = false;  // kernels behind the first may start before the one before has finished
+  double predicted_us = 0;   // as in CudaLoraLinearPlan, with a cache that is full
+};
+std::string to_string(const CudaKvAttentionStepPlan& plan);
+
+struct CudaKvPackPlan {
+  int arch = 0;             //
+  double predicted_us = 0;  // as in CudaLoraLinearPlan
+};
+std::string to_string(const CudaKvPackPlan& plan);
+
 }  // namespace lora_kernels
