@@ -54,6 +54,11 @@ void check_seed(Check* check, const int64_t* on_device) {
     check->fail("dropout_seed_on_device: expected null on a CPU, got an address; give dropout_seed, the number itself");
 }
 
+Status refuse_null_t(const char* op) {
+  return Status::invalid(std::string(op) + ": t: expected the address of [rows, kept_t_columns] with keeps_t or has_t, "
+                         "got null; give one, or plan without");
+}
+
 }  // namespace
 
 void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
@@ -69,6 +74,7 @@ int64_t workspace_bytes(const LoraLinearPlan& plan) { return plan.workspace; }
 Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor) {
   const LoraLinearProblem& p = plan.problem;
   if (p.rows == 0 || p.out_features == 0) return {};
+  if (p.keeps_t && p.lora.present() && !args.t) return refuse_null_t("lora_linear");
   if (plan.implementation == &kLoraLinearCuda && args.lora.b_stride_block)
     return refuse_blocks("lora_linear", "on CUDA");
   if (plan.implementation == &kLoraLinearCuda) {  // whose bank is not in the CPU's memory: kernels clamp what they read
@@ -94,6 +100,7 @@ int64_t workspace_bytes(const LoraLinearBackwardPlan& plan) { return plan.worksp
 Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& args, const Executor& executor) {
   const LoraLinearProblem& p = plan.problem.forward;
   if (args.lora.b_stride_block) return refuse_blocks("lora_linear_backward", "where gradients are needed");
+  if (plan.problem.has_t && p.lora.present() && p.rows > 0 && !args.t) return refuse_null_t("lora_linear_backward");
   if (plan.implementation == &kLoraLinearCuda) {
     kTable.count_run(plan.implementation);
     return cuda::launch_backward(plan, args, executor);
@@ -116,6 +123,7 @@ std::string to_string(const LoraLinearProblem& p) {
     text << " adapters=" << p.lora.adapters << " rank=" << p.lora.total_rank << " (largest " << p.lora.max_rank << ") "
          << name_of(p.lora.dtype);
   if (p.dropout_p > 0) text << " dropout=" << p.dropout_p;
+  if (p.keeps_t) text << " keeps_t";
   return text.str();
 }
 
@@ -135,7 +143,7 @@ std::string to_string(const LoraLinearBackwardPlan& plan) {
   std::ostringstream text;
   const LoraLinearBackwardProblem& p = plan.problem;
   text << "gradients (" << (p.needs_dx ? "dx " : "") << (p.needs_dweight ? "dweight " : "")
-       << (p.needs_dbias ? "dbias " : "") << (p.needs_dlora ? "dlora " : "") << ") of " << to_string(p.forward)
+       << (p.needs_dbias ? "dbias " : "") << (p.needs_dlora ? "dlora " : "") << ")" << (p.has_t ? " from t" : "") << " of " << to_string(p.forward)
        << " -> " << plan.implementation->name;
   if (plan.implementation == &kLoraLinearCuda)
     text << " " << to_string(plan.cuda);

@@ -1,6 +1,7 @@
 // The launches of lora_linear for one storage type: a plan's kernels in order on one stream.
 #pragma once
 
+#include "cuda/dy_once.cuh"
 #include "cuda/gemm.cuh"
 #include "cuda/helpers.cuh"
 #include "cuda/lora_linear_kernels.h"
@@ -71,6 +72,17 @@ void row_sums(Sequence* s, const char* name, GemmParams p, int64_t out_rows, int
   s->run<&add_parts<float>>("add_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, add);
 }
 
+// u and dB from one reading of dy.
+template <class T>
+void dy_at_once(Sequence* s, const DyOnceParams& p, const CudaLoraLinearBackwardPlan& plan, const JoinPartsParams& to) {
+  s->run<&dy_once<T>>("dy_once",
+                      dim3(static_cast<unsigned>(plan.column_splits), static_cast<unsigned>(plan.row_splits), 1),
+                      kDyOnceThreads, dy_once_bytes<T>(p.row_tiles, p.width), p);
+  const int64_t results = int64_t{p.dy.rows} * p.width + int64_t{p.routing.max_rank} * p.dy.columns;
+  const unsigned blocks = tiles(results, 256);
+  s->run<&join_parts<T>>("join_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, to);
+}
+
 template <class T, int kTiles>
 void few(Sequence* s, const FewRowsParams& p, bool early) {
   s->run<&few_rows<T, kTiles>>("few_rows", dim3(tiles(p.w.rows, kSkinnyRows), static_cast<unsigned>(p.splits), 1),
@@ -89,6 +101,8 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
   Sequence s(stream);
   const bool lora = plan.cuda.path != CudaLoraLinearPath::kBase && problem.lora.present() && K > 0;
   const bool precise = !problem.allow_tf32;
+  void* t = problem.keeps_t ? args.t : w.t;
+  const int64_t stride = problem.keeps_t ? kept_t_columns(problem.lora) : t_stride(problem.lora);
 
   Routing routing;
   Matrix a;
@@ -120,8 +134,8 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     p.routing = routing;
     p.dropout = dropout_of(problem, args);
     p.factor = dropout_factor(problem);
-    p.t = w.t;
-    p.t_stride = t_stride(problem.lora);
+    p.t = t;
+    p.t_stride = stride;
     p.precise = precise;
     down_all<T>(&s, p);
   }
@@ -131,7 +145,7 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     FewRowsParams p;
     p.w = weight;
     p.x = x;
-    p.branch = {w.t, t_stride(problem.lora), up, routing};
+    p.branch = {t, stride, up, routing};
     p.epilogue = epilogue;
     p.splits = plan.cuda.splits;
     p.sums = w.sums;
@@ -158,7 +172,7 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
   p.columns = static_cast<int>(N);
   p.depth = static_cast<int>(K);
   p.precise = precise;
-  p.t = matrix<T>(w.t, t_stride(problem.lora), M, problem.lora.max_rank);
+  p.t = matrix<T>(t, stride, M, problem.lora.max_rank);
   p.up = up;
   p.down = a;
   p.routing = routing;
@@ -186,11 +200,14 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
   const BackwardWorkspace w(memory, plan);
   Sequence s(stream);
   const bool lora = problem.lora.present() && (b.needs_dx || b.needs_dlora);
+  const bool once = lora && b.needs_dlora && plan.cuda.dy_once;
   const int64_t stride = t_stride(problem.lora);
   const bool precise = !problem.allow_tf32;
   const Matrix x = matrix<T>(args.x, args.x_stride, M, K), dy = matrix<T>(args.dy, N, M, N);
-  const Matrix t = matrix<T>(w.t, stride, M, problem.lora.max_rank),
-               u = matrix<T>(w.u, stride, M, problem.lora.max_rank);
+  const bool has_t = t_is_there(b);
+  const Matrix t = has_t ? matrix<T>(args.t, kept_t_columns(problem.lora), M, problem.lora.max_rank)
+                         : matrix<T>(w.t, stride, M, problem.lora.max_rank);
+  const Matrix u = matrix<T>(w.u, stride, M, problem.lora.max_rank);
   const Dropout dropout = dropout_of(problem, args);
   Routing routing;
   Matrix a;
@@ -207,18 +224,34 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
     p.factor = dropout_factor(problem);
     p.t_stride = stride;
     p.precise = precise;
-    if (b.needs_dlora) {
+    if (b.needs_dlora && !has_t) {
       p.x = x;
       p.a = a;
       p.dropout = dropout;
       p.t = w.t;
       down_all<T>(&s, p);
     }
-    p.x = dy;
-    p.a = matrix<T>(w.b, N, R, N);
-    p.dropout = Dropout();
-    p.t = w.u;
-    down_all<T>(&s, p);
+    if (once) {
+      DyOnceParams both;
+      both.dy = dy;
+      both.b = matrix<T>(w.b, N, R, N);
+      both.t = t;
+      both.routing = routing;
+      both.row_tiles = plan.cuda.row_tiles;
+      both.row_splits = plan.cuda.row_splits;
+      both.column_splits = plan.cuda.column_splits;
+      both.width = static_cast<int>(stride);
+      both.u_parts = w.u_parts;
+      both.b_parts = w.b_parts;
+      both.precise = precise;
+      dy_at_once<T>(&s, both, plan.cuda, {both, p.factor, w.u, stride, args.dlora_b});
+    } else {
+      p.x = dy;
+      p.a = matrix<T>(w.b, N, R, N);
+      p.dropout = Dropout();
+      p.t = w.u;
+      down_all<T>(&s, p);
+    }
   }
   if (b.needs_dx) {
     GemmParams p;
@@ -250,11 +283,13 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
   p.precise = precise;
   if (b.needs_dlora && lora) {
     p.routing = routing;
-    p.a = t;
-    p.b = dy;
-    p.columns = static_cast<int>(N);
-    p.splits = plan.cuda.b_splits;
-    row_sums<T, SmallShape>(&s, "gemm<dB>", p, R, routing.max_rank, args.dlora_b, w.b_sums);
+    if (!once) {
+      p.a = t;
+      p.b = dy;
+      p.columns = static_cast<int>(N);
+      p.splits = plan.cuda.b_splits;
+      row_sums<T, SmallShape>(&s, "gemm<dB>", p, R, routing.max_rank, args.dlora_b, w.b_sums);
+    }
     p.a = u;
     p.b = x;
     p.dropout = dropout;

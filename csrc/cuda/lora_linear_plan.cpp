@@ -42,6 +42,44 @@ int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
   return static_cast<int>(std::max<int64_t>(1, std::min({wanted, rows / 256, int64_t{64}})));
 }
 
+// u and dB from one reading of dy, or from one each. The kernels apart read dy twice, and from L2 the second time where
+// it fits; together they write and read parts of both instead, and save a launch. Both ways multiply as much, so
+// together they are faster exactly where memory is the bound: at most 32 ranks, and for fp32, of six times the
+// arithmetic, fewer. Not for several adapters: a block would meet them in every order of rows, and rank rows of all of
+// them do not fit its registers.
+struct Readings {
+  bool once = false;
+  int row_tiles = 1, row_splits = 1, column_splits = 1;
+  double us = 0;
+};
+Readings readings_of_dy(const Machine& machine, const LoraLinearProblem& p, int64_t shared_bytes, int64_t l2_bytes) {
+  constexpr int64_t kTile = 64, kMostTiles = 8;
+  const double size = static_cast<double>(size_of(p.dtype)), M = static_cast<double>(p.rows),
+               N = static_cast<double>(p.out_features), R = static_cast<double>(p.lora.total_rank);
+  const double dy_us = machine.memory_us(M * N * size);
+  const double second_us = dy_us / (M * N * size < 0.5 * static_cast<double>(l2_bytes) ? kL2 : 1.0);
+  // Products of sixteen or 32 ranks, of which each result is one.
+  const double width = static_cast<double>(t_stride(p.lora));
+  const double products_us = 4 * M * N * width / (machine.multiprocessors * machine.operations * kSmallTiles) * 1e6;
+  Readings r;
+  r.us = std::max(dy_us + second_us, products_us) + 3 * kLaunchUs;
+  const int64_t stages = p.dtype == DType::kFloat32 ? 2 : 3;
+  const int64_t staged = stages * 64 * (64 + 32 + 32) * static_cast<int64_t>(size_of(p.dtype));
+  const int64_t left = (shared_bytes > 0 ? shared_bytes : 48 << 10) - staged;
+  const int64_t tile_bytes = kTile * t_stride(p.lora) * 4;
+  if (p.lora.adapters != 1 || p.lora.max_rank > 32 || p.rows == 0 || p.out_features == 0 || left < tile_bytes) return r;
+  // As many rows in a block as fit, since dB is written once for each block of rows; columns then give the blocks, two
+  // for each multiprocessor.
+  const int64_t rows = (p.rows + kTile - 1) / kTile, columns = (p.out_features + kTile - 1) / kTile;
+  const int64_t tiles = std::min({rows, kMostTiles, left / tile_bytes}), row_splits = (rows + tiles - 1) / tiles;
+  const auto wanted = static_cast<int64_t>(2 * machine.multiprocessors) / row_splits;
+  const int64_t column_splits = std::max<int64_t>(1, std::min(columns, wanted));
+  const double parts = (static_cast<double>(column_splits) * M * width + static_cast<double>(row_splits) * R * N) * 4;
+  const double us = std::max(dy_us + machine.memory_us(2 * parts), products_us) + 2 * kLaunchUs;
+  if (us >= r.us) return r;
+  return {true, static_cast<int>(tiles), static_cast<int>(row_splits), static_cast<int>(column_splits), us};
+}
+
 }  // namespace
 
 int64_t t_stride(const LoraShape& lora) { return round_up(std::max<int64_t>(lora.max_rank, 1), 16); }
@@ -52,7 +90,7 @@ ForwardWorkspace::ForwardWorkspace(Workspace& w, const LoraLinearPlan& plan) {
   const bool separate = plan.cuda.path == CudaLoraLinearPath::kTwoSteps ||
                         (plan.cuda.path == CudaLoraLinearPath::kFewRows && !plan.cuda.t_in_blocks);
   a = w.take(plan.cuda.convert_a ? p.lora.total_rank * p.in_features * size : 0);
-  t = w.take(separate && p.lora.present() ? p.rows * t_stride(p.lora) * size : 0);
+  t = w.take(separate && p.lora.present() && !p.keeps_t ? p.rows * t_stride(p.lora) * size : 0);
   sums = static_cast<float*>(w.take(plan.cuda.splits > 1 ? plan.cuda.splits * p.rows * p.out_features * 4 : 0));
 }
 
@@ -67,10 +105,13 @@ BackwardWorkspace::BackwardWorkspace(Workspace& w, const LoraLinearBackwardPlan&
   void* converted = w.take(convert_a ? p.lora.total_rank * p.in_features * size : 0);
   a = convert_a ? converted : nullptr;
   b = w.take(lora ? p.lora.total_rank * p.out_features * size : 0);
-  t = w.take(factors ? p.rows * t_stride(p.lora) * size : 0);
+  t = w.take(factors && !t_is_there(plan.problem) ? p.rows * t_stride(p.lora) * size : 0);
   u = w.take(lora ? p.rows * t_stride(p.lora) * size : 0);
+  const bool once = factors && plan.cuda.dy_once;
+  u_parts = static_cast<float*>(w.take(once ? plan.cuda.column_splits * p.rows * t_stride(p.lora) * 4 : 0));
+  b_parts = static_cast<float*>(w.take(once ? plan.cuda.row_splits * p.lora.total_rank * p.out_features * 4 : 0));
   a_sums = parts(factors, plan.cuda.a_splits, p.lora.total_rank, p.in_features);
-  b_sums = parts(factors, plan.cuda.b_splits, p.lora.total_rank, p.out_features);
+  b_sums = parts(factors && !once, plan.cuda.b_splits, p.lora.total_rank, p.out_features);
   w_sums = parts(plan.problem.needs_dweight, plan.cuda.w_splits, p.out_features, p.in_features);
 }
 
@@ -114,7 +155,8 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   c.large_tiles = two.large;
   c.predicted_us = two.us + down_us;
 
-  if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a) {
+  if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a &&
+      !p.keeps_t) {
     const double made = rank <= 16 ? 16 : 32;
     const TiledTime in_tile = tiled(machine, p.rows, p.out_features, base_bytes + total * K * size,
                                     [&](int tile) { return K * (1 + made / tile) + rank; });
@@ -131,7 +173,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
     us += kLaunchUs;
     // t in every block: A comes from L2 for each sixteen columns, beside W's own bytes.
     const bool one =
-        lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 && !c.convert_a;
+        lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 && !c.convert_a && !p.keeps_t;
     const double in_blocks_us = machine.memory_us((N / 16 + 1) * total * K * size) / kL2 + kT;
     const bool t_in_blocks = one && splits == 1 && in_blocks_us < down_us;
     us += t_in_blocks ? in_blocks_us : down_us;
@@ -176,8 +218,18 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   c.b_splits = parts_of_rows(machine, small_b * factors, p.rows);
   c.w_splits = parts_of_rows(machine, ((p.out_features + 127) / 128) * ((p.in_features + 127) / 128), p.rows);
   if (b.needs_dx) c.predicted_us += dx.us;
-  if (lora && (b.needs_dx || b.needs_dlora)) c.predicted_us += machine.memory_us(M * N * size) + 2 * kLaunchUs;
-  if (lora && b.needs_dlora) c.predicted_us += machine.memory_us(M * (2 * K + N) * size) + 5 * kLaunchUs;
+  if (lora && b.needs_dlora) {
+    const Readings r = readings_of_dy(machine, p, device.cuda.shared_bytes, device.cuda.l2_bytes);
+    c.dy_once = r.once;
+    c.row_tiles = r.row_tiles;
+    c.row_splits = r.row_splits;
+    c.column_splits = r.column_splits;
+    // B's conversion, u and dB; dA; t, unless the forward pass has handed it over.
+    c.predicted_us += r.us + machine.memory_us(M * K * size) + 3 * kLaunchUs;
+    if (!t_is_there(b)) c.predicted_us += machine.memory_us(M * K * size) + kLaunchUs;
+  } else if (lora && b.needs_dx) {
+    c.predicted_us += machine.memory_us(M * N * size) + 2 * kLaunchUs;
+  }
   if (b.needs_dweight)
     c.predicted_us +=
         tiled(machine, p.out_features, p.in_features, (M * (K + N)) * size + 4 * N * K, [&](int) { return M; }).us;
@@ -211,6 +263,7 @@ std::string to_string(const CudaLoraLinearBackwardPlan& c) {
   std::ostringstream text;
   text << "sm_" << c.arch << " dx_tile=" << (c.large_tiles ? 128 : 64) << " splits=" << c.a_splits << "," << c.b_splits
        << "," << c.w_splits << (c.early_start ? " early_start" : "");
+  if (c.dy_once) text << " dy_once=" << c.row_splits << "x" << c.column_splits;
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
   text << predicted;

@@ -63,6 +63,11 @@ def main(dtypes: list[torch.dtype]) -> int:
                 emulated = Emulated(*order, path="two_steps", splits=2)
                 check_backward(emulated, (70, 40, 67), dtype, "dropout")
                 check_backward(emulated, (70, 40, 67), dtype, "bank")
+                for keeps_t in (False, True):
+                    emulated = Emulated(
+                        *order, path="two_steps", splits=2, keeps_t=keeps_t, dy_once=True
+                    )
+                    check_backward(emulated, (150, 40, 135), dtype, "dropout", 19)
             except (AssertionError, EmulationError) as error:
                 print(f"WRONG: gradients {order}: {error}")
                 wrong += 1
