@@ -15,14 +15,21 @@ const LoraLinearImplementation kLoraLinearCuda = {
     "cuda", kIsaCuda, cuda::configure, nullptr, cuda::configure_backward, nullptr,
 };
 
+// Not taken unless it is forced: to compare it, or should wgmma be at fault.
+const LoraLinearImplementation kLoraLinearCudaMma = {
+    "cuda_mma", kIsaCuda, cuda::configure_mma, nullptr, cuda::configure_backward, nullptr,
+};
+
+bool on_cuda(const LoraLinearImplementation* row) { return row == &kLoraLinearCuda || row == &kLoraLinearCudaMma; }
+
 const Table<LoraLinearImplementation> kTable = {
     "lora_linear",
 #if defined(__x86_64__)
-    4,
-    {&kLoraLinearCuda, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
+    5,
+    {&kLoraLinearCuda, &kLoraLinearCudaMma, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
 #else
-    2,
-    {&kLoraLinearCuda, &kLoraLinearGeneric},
+    3,
+    {&kLoraLinearCuda, &kLoraLinearCudaMma, &kLoraLinearGeneric},
 #endif
 };
 
@@ -75,9 +82,9 @@ Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executo
   const LoraLinearProblem& p = plan.problem;
   if (p.rows == 0 || p.out_features == 0) return {};
   if (p.keeps_t && p.lora.present() && !args.t) return refuse_null_t("lora_linear");
-  if (plan.implementation == &kLoraLinearCuda && args.lora.b_stride_block)
+  if (on_cuda(plan.implementation) && args.lora.b_stride_block)
     return refuse_blocks("lora_linear", "on CUDA");
-  if (plan.implementation == &kLoraLinearCuda) {  // whose bank is not in the CPU's memory: kernels clamp what they read
+  if (on_cuda(plan.implementation)) {  // whose bank is not in the CPU's memory: kernels clamp what they read
     kTable.count_run(plan.implementation);
     return cuda::launch(plan, args, executor);
   }
@@ -101,7 +108,7 @@ Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& arg
   const LoraLinearProblem& p = plan.problem.forward;
   if (args.lora.b_stride_block) return refuse_blocks("lora_linear_backward", "where gradients are needed");
   if (plan.problem.has_t && p.lora.present() && p.rows > 0 && !args.t) return refuse_null_t("lora_linear_backward");
-  if (plan.implementation == &kLoraLinearCuda) {
+  if (on_cuda(plan.implementation)) {
     kTable.count_run(plan.implementation);
     return cuda::launch_backward(plan, args, executor);
   }
@@ -129,7 +136,7 @@ std::string to_string(const LoraLinearProblem& p) {
 
 std::string to_string(const LoraLinearPlan& plan) {
   std::ostringstream text;
-  if (plan.implementation == &kLoraLinearCuda) {
+  if (on_cuda(plan.implementation)) {
     text << to_string(plan.problem) << " -> " << to_string(plan.cuda) << " workspace=" << plan.workspace;
     return text.str();
   }
@@ -145,7 +152,7 @@ std::string to_string(const LoraLinearBackwardPlan& plan) {
   text << "gradients (" << (p.needs_dx ? "dx " : "") << (p.needs_dweight ? "dweight " : "")
        << (p.needs_dbias ? "dbias " : "") << (p.needs_dlora ? "dlora " : "") << ")" << (p.has_t ? " from t" : "") << " of " << to_string(p.forward)
        << " -> " << plan.implementation->name;
-  if (plan.implementation == &kLoraLinearCuda)
+  if (on_cuda(plan.implementation))
     text << " " << to_string(plan.cuda);
   else
     text << " tasks=" << plan.tasks;

@@ -10,6 +10,8 @@ Status supported(const LoraLinearProblem& problem, const CudaDevice& device);
 
 // Fill the CUDA part and the workspace of a plan whose problem is set, valid and supported.
 void configure(const DeviceInfo& device, LoraLinearPlan* plan);
+// The same without wgmma: what the row "cuda_mma" is.
+void configure_mma(const DeviceInfo& device, LoraLinearPlan* plan);
 void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan);
 
 Status launch(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor);

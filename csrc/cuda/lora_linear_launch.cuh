@@ -3,6 +3,7 @@
 
 #include "cuda/dy_once.cuh"
 #include "cuda/gemm.cuh"
+#include "cuda/gemm_wgmma.cuh"
 #include "cuda/helpers.cuh"
 #include "cuda/lora_linear_kernels.h"
 #include "cuda/sequence.h"
@@ -54,6 +55,14 @@ void tiled(Sequence* s, const char* name, const GemmParams& p, bool early) {
   const unsigned blocks = tiles(p.rows, Shape::kRows) * tiles(p.columns, Shape::kColumns);
   s->run<&gemm<T, Shape, kProduct>>(name, dim3(blocks, 1, 1), Shape::kThreads,
                                     GemmLayout<T, Shape, kProduct>::kSharedBytes, p, early);
+}
+
+template <class T, int kColumns>
+void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early) {
+  using Shape = WgmmaShape<kColumns>;
+  const unsigned blocks = tiles(p.rows, Shape::kRows) * tiles(p.columns, Shape::kColumns);
+  s->run<&gemm_wgmma<T, Shape>>(name, dim3(blocks, 1, 1), Shape::kThreads, WgmmaLayout<T, Shape>::kSharedBytes, p,
+                                early);
 }
 
 // out [out_rows, columns] = sums over rows of at b, split among blocks and added in order.
@@ -178,6 +187,15 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
   p.routing = routing;
   p.epilogue = epilogue;
   const bool in_tile = lora && plan.cuda.path == CudaLoraLinearPath::kInTile;
+  if constexpr (sizeof(T) == 2) {
+    if (plan.cuda.wgmma_columns) {
+      if (plan.cuda.wgmma_columns == 256)
+        tiled_wgmma<T, 256>(&s, "gemm_wgmma<128x256>", p, early);
+      else
+        tiled_wgmma<T, 128>(&s, "gemm_wgmma<128x128>", p, early);
+      return s.status();
+    }
+  }
   if (in_tile && plan.cuda.large_tiles)
     tiled<T, LargeShape, Product::kInTile>(&s, "gemm<in tile, 128x128>", p, false);
   else if (in_tile)

@@ -23,7 +23,8 @@ namespace {
 struct Call {
   int64_t rows, in_features, out_features, dtype, bias_dtype, activation, has_bias, has_residual;
   int64_t adapters, total_rank, max_rank, groups, lora_dtype, allow_tf32;
-  int64_t arch, path, large_tiles, splits;  // path -1: the heuristic's own choice, tiles and splits included
+  // path -1: the heuristic's own choice, tiles and splits included. large_tiles 128 or 256: by wgmma, so wide.
+  int64_t arch, path, large_tiles, splits;
   int64_t x_stride, weight_stride, a_stride, b_stride_rank, b_stride_out, dropout_seed;
   int64_t needs_dx, needs_dweight, needs_dbias, needs_dlora, with_t, dy_once;  // dy_once -1: the heuristic's own choice
   double dropout_p;
@@ -117,6 +118,7 @@ int emulated_forward(const Call* c, char* message, int64_t size) {
   if (c->path >= 0) {
     plan.cuda.path = static_cast<CudaLoraLinearPath>(c->path);
     plan.cuda.large_tiles = c->large_tiles != 0;
+    plan.cuda.wgmma_columns = c->large_tiles > 1 ? static_cast<int>(c->large_tiles) : 0;
     // Few rows have no tiles: the same wish says whether blocks make t.
     plan.cuda.t_in_blocks = plan.cuda.path == CudaLoraLinearPath::kFewRows && c->large_tiles != 0;
     plan.cuda.splits = static_cast<int>(c->splits);

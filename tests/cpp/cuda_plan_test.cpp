@@ -147,6 +147,49 @@ void test_workspaces() {
   check(contains(to_string(chosen), "dx dlora") && contains(to_string(chosen), "cuda sm_90"), to_string(chosen));
 }
 
+void test_one_reading_of_dy() {
+  const auto plan_of_gradients = [](const LoraLinearProblem& p, const CudaDevice& device, bool has_t) {
+    LoraLinearBackwardProblem b;
+    b.forward = p;
+    b.needs_dx = b.needs_dlora = true;
+    b.has_t = has_t;
+    LoraLinearBackwardPlan chosen;
+    const Status status = plan(b, on_cuda(device), &chosen);
+    check(status.ok(), status.text);
+    return chosen;
+  };
+  for (const CudaDevice& d : {kT4, kA100, kL4, kH100, kB200, k5090}) {
+    const LoraLinearProblem p = problem_of(12000, 1280, 5120, 16);
+    const LoraLinearBackwardPlan made = plan_of_gradients(p, d, false), given = plan_of_gradients(p, d, true);
+    check(made.cuda.dy_once && given.cuda.dy_once, "rank 16 is bound by memory: " + to_string(made));
+    const int64_t tiles = (12000 + 63) / 64;
+    check(int64_t{made.cuda.row_splits} * made.cuda.row_tiles >= tiles &&
+              int64_t{made.cuda.row_splits - 1} * made.cuda.row_tiles < tiles,
+          "every row is in a block: " + to_string(made));
+    check(made.workspace - given.workspace == 12000 * 16 * 2, "a t that is handed over takes no room");
+    check(given.cuda.predicted_us < made.cuda.predicted_us && contains(to_string(given), "from t"), to_string(given));
+  }
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 64), kH100, false).cuda.dy_once, "not with many ranks");
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16, 3), kH100, false).cuda.dy_once, "nor with a bank");
+  LoraLinearProblem p = problem_of(12000, 1280, 5120, 32);
+  p.dtype = p.lora.dtype = DType::kFloat32;
+  check(!plan_of_gradients(p, kL4, false).cuda.dy_once, "nor where arithmetic is the bound: fp32 on an L4");
+  CudaDevice unknown;
+  unknown.arch = 130;
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16), unknown, false).cuda.dy_once,
+        "nor on a device that does not say how much shared memory it has");
+  // A t for the gradients has to be in memory: it is made by a kernel of its own.
+  p = problem_of(1500, 384, 384, 16);
+  p.keeps_t = true;
+  check(plan_of(p, kA100).cuda.path == CudaLoraLinearPath::kTwoSteps, "t is not made in tiles");
+  p.rows = 1;
+  check(!plan_of(p, kA100).cuda.t_in_blocks, "nor in blocks");
+  LoraLinearArgs args;
+  const Status refused = run(plan_of(p, kA100), args, serial_executor());
+  check(refused.code == StatusCode::kInvalidArgument && contains(refused.text, "t: expected the address"),
+        refused.text);
+}
+
 void test_refusals() {
   LoraLinearPlan chosen;
   LoraLinearProblem p = problem_of(16, 64, 64, 4);
@@ -260,6 +303,7 @@ int main() {
   test_paths();
   test_unknown_devices();
   test_workspaces();
+  test_one_reading_of_dy();
   test_refusals();
   test_int8_paths();
   if (failures) std::printf("%d checks failed\n", failures);

@@ -133,7 +133,8 @@ class Emulated:
     order, seed
         "forward", "reverse" or "shuffled" (drawn by the seed).
     path, large, splits
-        The plan, chosen by hand; ``path=None``: what the heuristic takes.
+        The plan, chosen by hand; ``path=None``: what the heuristic takes. ``large`` 128 or 256:
+        tiles by wgmma, so wide.
     keeps_t
         The forward pass hands out its t, and the backward pass behind it takes it from there.
     dy_once
@@ -146,7 +147,7 @@ class Emulated:
         seed: int = 1,
         *,
         path: str | None = None,
-        large: bool = False,
+        large: int = False,
         splits: int = 1,
         arch: int = 90,
         allow_tf32: bool = False,

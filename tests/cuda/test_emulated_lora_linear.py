@@ -28,10 +28,14 @@ SHAPES = [
     (130, 96, 260),
     (600, 24, 70),
 ]
-# path, large tiles (in few_rows: t is made in every block), splits of K
+# By wgmma: one row, both sides of a tile and of its step of depth.
+WGMMA_SHAPES = [(1, 64, 64), (33, 40, 16), (129, 257, 191), (130, 136, 260)]
+# path, large tiles (in few_rows: t is made in every block; 128, 256: by wgmma), splits of K
 PLANS = [
     ("two_steps", False, 1),
     ("two_steps", True, 1),
+    ("two_steps", 128, 1),
+    ("two_steps", 256, 1),
     ("in_tile", False, 1),
     ("in_tile", True, 1),
     ("few_rows", False, 1),
@@ -99,10 +103,17 @@ def check_forward(emulated: Emulated, shape, dtype, mode, activation, rank: int 
     assert_close(got, exact, plain.to(dtype), what=f"{rows}x{k}x{n} {activation} {emulated.plan}")
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p[0]}-{'large' if p[1] else p[2]}")
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, bool, int]) -> None:
+def plan_id(plan: tuple[str, int, int]) -> str:
     path, large, splits = plan
+    return f"{path}-{f'wgmma{large}' if large > 1 else 'large' if large else splits}"
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, int, int]) -> None:
+    path, large, splits = plan
+    if large > 1 and dtype == torch.float32:
+        pytest.skip("wgmma is for 16 bits")
     shape = (9, 101, 67) if path == "few_rows" else (70, 101, 67)
     for mode in ("peft", "bank"):
         if possible(path, mode, shape[0], large):
@@ -111,15 +122,17 @@ def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, bool, int]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p[0]}-{'large' if p[1] else p[2]}")
+@pytest.mark.parametrize("plan", PLANS, ids=plan_id)
 @pytest.mark.parametrize("mode", ["none", "peft", "by_rank", "bank", "dropout", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, bool, int]) -> None:
+def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int]) -> None:
     path, large, splits = plan
+    if large > 1 and dtype == torch.float32:
+        pytest.skip("wgmma is for 16 bits")
     orders = itertools.cycle(ORDERS)
     activations = itertools.cycle(["none", "gelu", "silu"])
     ran = 0
-    for shape in SHAPES:
+    for shape in WGMMA_SHAPES if large > 1 else SHAPES:
         if not possible(path, mode, shape[0], large):
             continue
         emulated = Emulated(*next(orders), path=path, large=large, splits=splits)

@@ -16,7 +16,7 @@ std::string describe() {
   std::string text = "isa\t" + isa_names(current_device().isa) + "\n";
   text += "build\t" LORA_KERNELS_BUILD_COMPILER "\t" LORA_KERNELS_BUILD_TYPE "\t" LORA_KERNELS_BUILD_CUDA "\n";
   for (ImplementationReport row : implementations(current_device())) {
-    if (row.name == "cuda") {  // its operands are elsewhere: what matters is whether there is such a device
+    if (row.name.rfind("cuda", 0) == 0) {  // its operands are elsewhere: what matters is whether there is such a device
       DeviceInfo device;
       const Status found = cuda_device(0, &device);
       row.available = found.ok();

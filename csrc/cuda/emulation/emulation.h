@@ -76,6 +76,21 @@ void start_copy(void* to, const void* from, int bytes, int valid, Copy copy);
 void commit_copies();
 void wait_copies(int newest);  // all but the newest groups have landed
 
+// The asynchronous proxy, through which wgmma reads shared memory. A chunk of 16 bytes that a thread wrote is invisible
+// to it until that thread has called fence_proxy().
+void wrote(const void* chunk);
+void fence_proxy();
+void expect_visible(const void* chunk);
+uint32_t shared_offset(const void* p);  // within the block's shared memory, as descriptors have it
+const void* shared_at(uint32_t offset);
+
+// A thread's part of a warpgroup's product. It is made at its wait, at once, or by chance, as copies land.
+using Multiply = void (*)(void* registers, uint64_t a, uint64_t b);
+void fence_products();
+void start_product(void* registers, uint64_t a, uint64_t b, Multiply multiply);
+void commit_products();
+void wait_products(int newest);
+
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arg);
 
 template <class Out, class In>
@@ -106,5 +121,8 @@ void mma_m16n8k8_f16(Slot* slots, uint32_t lanes);
 void mma_m16n8k8_tf32(Slot* slots, uint32_t lanes);
 void mma_m8n8k16_s8(Slot* slots, uint32_t lanes);
 void mma_m16n8k32_s8(Slot* slots, uint32_t lanes);
+void same_operands(Slot* slots, uint32_t lanes);  // of wgmma
+
+const float* half_values();  // fp16 by its bits
 
 }  // namespace lora_kernels::emulation

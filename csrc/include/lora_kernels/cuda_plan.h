@@ -20,6 +20,7 @@ struct CudaLoraLinearPlan {
   int tile_columns = 0;      //
   int splits = 1;            // of K among blocks (kFewRows): partial sums go to the workspace
   bool large_tiles = false;  // which of the two tile shapes
+  int wgmma_columns = 0;     // kBase, kTwoSteps: 128 or 256, of tiles by wgmma; 0: by mma.sync
   bool early_start = false;  // a kernel may start before the one whose result it needs at its end has finished
   bool t_in_blocks = false;  // kFewRows: every block makes t for itself, which saves the kernel before
   bool convert_a = false;    // A is of another type than x: a kernel converts it first
