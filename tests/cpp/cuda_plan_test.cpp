@@ -190,6 +190,38 @@ void test_one_reading_of_dy() {
         refused.text);
 }
 
+void test_wgmma() {
+  CudaDevice with = kH100;
+  with.wgmma = true;
+  for (const int64_t rank : {0, 16, 64}) {
+    const LoraLinearProblem p = problem_of(12000, 1280, 5120, rank);
+    const LoraLinearPlan mma = plan_of(p, kH100), wgmma = plan_of(p, with);
+    check(mma.cuda.wgmma_columns == 0 && !contains(to_string(mma), "wgmma"),
+          "without machine code for sm_90a there is none: " + to_string(mma));
+    check(wgmma.cuda.wgmma_columns > 0 && wgmma.cuda.predicted_us < 0.85 * mma.cuda.predicted_us,
+          "a large product is predicted to be clearly faster: " + to_string(wgmma));
+    check(contains(to_string(wgmma), "wgmma tile=128x" + std::to_string(wgmma.cuda.wgmma_columns)), to_string(wgmma));
+    check(wgmma.cuda.path == (rank ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase), to_string(wgmma));
+  }
+  for (const int64_t rows : {1, 32, 100})
+    check(plan_of(problem_of(rows, 1280, 1280, 16), with).cuda.wgmma_columns == 0, "few rows are bound by memory");
+  LoraLinearProblem p = problem_of(12000, 1280, 5120, 16);
+  p.dtype = p.lora.dtype = DType::kFloat32;
+  check(plan_of(p, with).cuda.wgmma_columns == 0, "fp32 keeps its precision, which wgmma has no products for");
+  check(force_implementation("cuda_mma").ok(), "it can be left out by name");
+  p = problem_of(12000, 1280, 5120, 16);
+  const LoraLinearPlan forced = plan_of(p, with);
+  Int8LoraLinearPlan other;
+  Int8LoraLinearProblem int8;
+  int8.rows = int8.in_features = int8.out_features = 64;
+  int8.dtype = DType::kFloat16;
+  check(plan(int8, on_cuda(with), &other).ok(), "which other operators take for their CUDA kernels");
+  LoraLinearPlan refused;
+  check(!plan(p, DeviceInfo(), &refused).ok(), "and a CPU refuses");
+  force_implementation("");
+  check(forced.cuda.wgmma_columns == 0 && to_string(forced) == to_string(plan_of(p, kH100)), to_string(forced));
+}
+
 void test_refusals() {
   LoraLinearPlan chosen;
   LoraLinearProblem p = problem_of(16, 64, 64, 4);
@@ -304,6 +336,7 @@ int main() {
   test_unknown_devices();
   test_workspaces();
   test_one_reading_of_dy();
+  test_wgmma();
   test_refusals();
   test_int8_paths();
   if (failures) std::printf("%d checks failed\n", failures);
