@@ -163,7 +163,15 @@ def compile_one(
     cubin = folder / f"{operator}.{kind}.{arch}.cubin"
     command = [nvcc, f"-I{CSRC / 'include'}", f"-I{CSRC}", "-std=c++17", "-O3", "-cubin"]
     feature = "a" if arch == 90 else ""  # wgmma is of sm_90a alone
-    command += [f"-arch=sm_{arch}{feature}", "-Xptxas", "-v", "-Werror", "all-warnings", "-o", str(cubin)]
+    command += [
+        f"-arch=sm_{arch}{feature}",
+        "-Xptxas",
+        "-v",
+        "-Werror",
+        "all-warnings",
+        "-o",
+        str(cubin),
+    ]
     run = subprocess.run(
         [*command, str(CSRC / "cuda" / f"{operator}_{kind}.cu")], capture_output=True, text=True
     )

@@ -62,7 +62,8 @@ void check_seed(Check* check, const int64_t* on_device) {
 }
 
 Status refuse_null_t(const char* op) {
-  return Status::invalid(std::string(op) + ": t: expected the address of [rows, kept_t_columns] with keeps_t or has_t, "
+  return Status::invalid(std::string(op) +
+                         ": t: expected the address of [rows, kept_t_columns] with keeps_t or has_t, "
                          "got null; give one, or plan without");
 }
 
@@ -82,8 +83,7 @@ Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executo
   const LoraLinearProblem& p = plan.problem;
   if (p.rows == 0 || p.out_features == 0) return {};
   if (p.keeps_t && p.lora.present() && !args.t) return refuse_null_t("lora_linear");
-  if (on_cuda(plan.implementation) && args.lora.b_stride_block)
-    return refuse_blocks("lora_linear", "on CUDA");
+  if (on_cuda(plan.implementation) && args.lora.b_stride_block) return refuse_blocks("lora_linear", "on CUDA");
   if (on_cuda(plan.implementation)) {  // whose bank is not in the CPU's memory: kernels clamp what they read
     kTable.count_run(plan.implementation);
     return cuda::launch(plan, args, executor);
@@ -150,8 +150,8 @@ std::string to_string(const LoraLinearBackwardPlan& plan) {
   std::ostringstream text;
   const LoraLinearBackwardProblem& p = plan.problem;
   text << "gradients (" << (p.needs_dx ? "dx " : "") << (p.needs_dweight ? "dweight " : "")
-       << (p.needs_dbias ? "dbias " : "") << (p.needs_dlora ? "dlora " : "") << ")" << (p.has_t ? " from t" : "") << " of " << to_string(p.forward)
-       << " -> " << plan.implementation->name;
+       << (p.needs_dbias ? "dbias " : "") << (p.needs_dlora ? "dlora " : "") << ")" << (p.has_t ? " from t" : "")
+       << " of " << to_string(p.forward) << " -> " << plan.implementation->name;
   if (on_cuda(plan.implementation))
     text << " " << to_string(plan.cuda);
   else

@@ -1,6 +1,6 @@
-// Gradients of lora_linear. With g = dy, t = s dropout(x) At (of the forward pass, or made again) and u = s g Bt. To have
-// t takes 0.97 to 0.99 of the time of a step, forward and backward, and 0.84 to 0.92 with dropout, whose numbers are then
-// not drawn once more (rank 16, 1500 x 512 x 512 to 1500 x 2048 x 512, fp32, AVX-512, one core):
+// Gradients of lora_linear. With g = dy, t = s dropout(x) At (of the forward pass, or made again) and u = s g Bt. To
+// have t takes 0.97 to 0.99 of the time of a step, forward and backward, and 0.84 to 0.92 with dropout, whose numbers
+// are then not drawn once more (rank 16, 1500 x 512 x 512 to 1500 x 2048 x 512, fp32, AVX-512, one core):
 //   dx = g W + mask (u A) / (1 - p)     a panel product like the forward pass, W read along the other axis
 //   dB = tt g      [R, N]               sums over rows, in row order: the same bits every time
 //   dA = ut dropout(x)  [R, K]

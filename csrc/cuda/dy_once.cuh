@@ -3,8 +3,8 @@
 //   dy_once     dy [M, N], B [r, N], t [M, r]: sums of u over a range of columns, of dB over a range of rows
 //   join_parts  adds both in order: u [M, r] in the type of dy, dB [r, N] fp32
 //
-// Bytes: M N * element size for dy, and the parts, (column splits * M + row splits * N) * r * 4, written and read. FLOPs
-// 4 M N r: at rank 16, 32 to a byte of fp16, far below what a device has, so memory is the bound; the plan
+// Bytes: M N * element size for dy, and the parts, (column splits * M + row splits * N) * r * 4, written and read.
+// FLOPs 4 M N r: at rank 16, 32 to a byte of fp16, far below what a device has, so memory is the bound; the plan
 // (lora_linear_plan.cpp) says where it is not. A block goes through its columns 64 at a time and for each of these
 // through all of its rows, so dB of 64 columns is in registers, and u of its rows in shared memory, each element in the
 // hands of one thread. Not measured: no GPU has run this.

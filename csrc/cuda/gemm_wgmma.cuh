@@ -1,12 +1,13 @@
-// The tiled forward product on the tensor cores of sm_90a: y = act(x Wt + bias + t B) + residual, fp16 and bf16, for many
-// rows. What gemm.cuh does by mma.sync, of which Hopper does about 60 % as many as of wgmma.
+// The tiled forward product on the tensor cores of sm_90a: y = act(x Wt + bias + t B) + residual, fp16 and bf16, for
+// many rows. What gemm.cuh does by mma.sync, of which Hopper does about 60 % as many as of wgmma.
 //
 // Two warpgroups make 128 x 256 of y (or 128 x 128), 64 rows each, in steps of 64 of depth. Operands come by cp.async
 // into tiles in the 128-byte swizzle that wgmma reads, four (six) steps of 48 (32) KB: two (four) steps are in flight
 // from memory while one is multiplied and one is being finished. t beside x and B beside W are more steps on the same
 // sums, of which only as many ranks as there are, in sixteens, are multiplied; they need the rows' adapters, which no
 // tensor map could say, and W and x may have any alignment: so copies rather than TMA, for which 256 threads issue
-// twelve (eight) copies each in the time of 1,024 (512) clocks that a step multiplies. Sums leave through shared memory.
+// twelve (eight) copies each in the time of 1,024 (512) clocks that a step multiplies. Sums leave through shared
+// memory.
 //
 // FLOPs 2 M N (K + r); a step reads 48 KB for 2 * 128 * 256 * 64 FLOPs: 85 to a byte of L2. Bound by arithmetic. Not
 // measured: no GPU has run this. Not tried: TMA, a warpgroup for copies alone, stores beside the next tile's products.
@@ -91,8 +92,7 @@ class WgmmaTile {
     for (int i = thread; i < Shape::kRows * kPairs; i += kThreads) {
       const int r = i / kPairs, column = i % kPairs * 2;
       const float2 two = *reinterpret_cast<const float2*>(sums + r * Layout::kSumsStride + column);
-      if (m_ + r < p_.rows && n_ + column < p_.columns)
-        p_.epilogue.store_two<T>(two.x, two.y, m_ + r, n_ + column);
+      if (m_ + r < p_.rows && n_ + column < p_.columns) p_.epilogue.store_two<T>(two.x, two.y, m_ + r, n_ + column);
     }
   }
 
@@ -136,7 +136,8 @@ class WgmmaTile {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)
-      wgmma<T, Shape::kColumns>(c_, a + static_cast<uint64_t>(i) * kWgmmaStep, b + static_cast<uint64_t>(i) * kWgmmaStep);
+      wgmma<T, Shape::kColumns>(c_, a + static_cast<uint64_t>(i) * kWgmmaStep,
+                                b + static_cast<uint64_t>(i) * kWgmmaStep);
     commit_products();
   }
 

@@ -42,8 +42,8 @@ struct ForwardWorkspace {
 };
 
 struct BackwardWorkspace {
-  void *a, *b;  // the factors in the type of x, [R, K] and [R, N]
-  void *t, *u;  // [M, t_stride]; t only if it was not handed over
+  void *a, *b;               // the factors in the type of x, [R, K] and [R, N]
+  void *t, *u;               // [M, t_stride]; t only if it was not handed over
   float *u_parts, *b_parts;  // of dy_once: [column_splits, M, t_stride] and [row_splits, R, N]
   float *a_sums, *b_sums, *w_sums;
   BackwardWorkspace(Workspace& w, const LoraLinearBackwardPlan& plan);

@@ -202,8 +202,8 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
                                        base_bytes, &us);
     us += kLaunchUs;
     // t in every block: A comes from L2 for each sixteen columns, beside W's own bytes.
-    const bool one =
-        lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 && !c.convert_a && !p.keeps_t;
+    const bool one = lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 &&
+                     !c.convert_a && !p.keeps_t;
     const double in_blocks_us = machine.memory_us((N / 16 + 1) * total * K * size) / kL2 + kT;
     const bool t_in_blocks = one && splits == 1 && in_blocks_us < down_us;
     us += t_in_blocks ? in_blocks_us : down_us;
@@ -294,8 +294,8 @@ std::string to_string(const CudaLoraLinearPlan& c) {
            : c.path == CudaLoraLinearPath::kTwoSteps ? "two_steps"
            : c.path == CudaLoraLinearPath::kInTile   ? "in_tile"
                                                      : "few_rows")
-       << (c.wgmma_columns ? " wgmma" : "") << " tile=" << c.tile_rows << "x" << c.tile_columns << " splits=" << c.splits
-       << (c.t_in_blocks ? " t_in_blocks" : "") << (c.early_start ? " early_start" : "")
+       << (c.wgmma_columns ? " wgmma" : "") << " tile=" << c.tile_rows << "x" << c.tile_columns
+       << " splits=" << c.splits << (c.t_in_blocks ? " t_in_blocks" : "") << (c.early_start ? " early_start" : "")
        << (c.convert_a ? " convert_a" : "");
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);

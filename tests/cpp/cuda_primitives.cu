@@ -74,8 +74,8 @@ __global__ void primitive(const Registers p) {
   }
 }
 
-// Tiles of 64 and kColumns rows and 64 of depth, filled with the 1024 halves of `in` in two different orders; two of each
-// thread's sums, which ones the first word says.
+// Tiles of 64 and kColumns rows and 64 of depth, filled with the 1024 halves of `in` in two different orders; two of
+// each thread's sums, which ones the first word says.
 template <class T, int kColumns>
 __global__ void __launch_bounds__(128) warpgroup(const Registers p) {
   using A = Tile<T, 64, 64>;
@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(128) warpgroup(const Registers p) {
   Shared shared;
   char* tiles = shared.take<char>(A::kBytes + B::kBytes);
   const int thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < 64 * 8; i += 128)
-    copy16_async(tiles + A::offset(i / 8, i % 8), p.in + i * 4 % 512, 16);
+  for (int i = thread; i < 64 * 8; i += 128) copy16_async(tiles + A::offset(i / 8, i % 8), p.in + i * 4 % 512, 16);
   for (int i = thread; i < kColumns * 8; i += 128)
     copy16_async(tiles + A::kBytes + B::offset(i / 8, i % 8), p.in + (i * 12 + i / 128 * 4) % 512, 16);
   commit_copies();

@@ -64,8 +64,7 @@ __global__ void warpgroup(const Params p) {
     wait_products<0>();
   const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane_of_warp() / 4;
   for (int j = 0; j < kColumns / 8; ++j)
-    for (int e = 0; e < 4; ++e)
-      p.c[(row + e / 2 * 8) * kColumns + j * 8 + lane_of_warp() % 4 * 2 + e % 2] = c[j][e];
+    for (int e = 0; e < 4; ++e) p.c[(row + e / 2 * 8) * kColumns + j * 8 + lane_of_warp() % 4 * 2 + e % 2] = c[j][e];
 }
 
 // Runs it on small integers; how many of the sums are wrong, or the refusal.

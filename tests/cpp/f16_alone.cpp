@@ -1,5 +1,5 @@
-// In the place of the kernels of other types than fp16, for builds that look for planted faults: these compile anew each
-// time, and one type shows them.
+// In the place of the kernels of other types than fp16, for builds that look for planted faults: these compile anew
+// each time, and one type shows them.
 #include "cuda/int8_lora_linear.h"
 #include "cuda/lora_linear_kernels.h"
 #include "cuda/primitives/platform.h"

@@ -25,8 +25,8 @@ adapters total_rank max_rank groups lora_dtype allow_tf32 arch path large_tiles 
 weight_stride
 a_stride b_stride_rank b_stride_out dropout_seed needs_dx needs_dweight needs_dbias
 needs_dlora with_t dy_once"""
-_POINTERS = """x weight bias lora_a lora_b scales offsets adapter_ids residual dy t y dx dweight dbias
-dlora_a dlora_b"""
+_POINTERS = """x weight bias lora_a lora_b scales offsets adapter_ids residual dy t y dx dweight
+dbias dlora_a dlora_b"""
 
 
 class Call(ctypes.Structure):

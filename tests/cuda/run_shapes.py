@@ -65,7 +65,9 @@ def main(dtypes: list[torch.dtype]) -> int:
                     try:
                         check_forward(emulated, shape, dtype, mode, "silu")
                     except (AssertionError, EmulationError) as error:
-                        print(f"WRONG: {path} {'wgmma ' if large > 1 else ''}{mode} {order}: {error}")
+                        print(
+                            f"WRONG: {path} {'wgmma ' if large > 1 else ''}{mode} {order}: {error}"
+                        )
                         wrong += 1
             try:
                 emulated = Emulated(*order, path="two_steps", splits=2)

@@ -175,8 +175,8 @@ PYBIND11_MODULE(_raw, m) {
       [](const LoraLinearBackwardPlan& chosen, uintptr_t dy, uintptr_t x, int64_t x_stride, uintptr_t weight,
          int64_t weight_stride, uintptr_t lora_a, int64_t a_stride, uintptr_t lora_b, int64_t b_stride_rank,
          int64_t b_stride_out, int64_t b_stride_block, uintptr_t scales, uintptr_t offsets, uintptr_t adapter_ids,
-         uintptr_t t, uint64_t dropout_seed, uintptr_t dropout_seed_on_device, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
-         uintptr_t dlora_a, uintptr_t dlora_b, uintptr_t workspace, uintptr_t stream) {
+         uintptr_t t, uint64_t dropout_seed, uintptr_t dropout_seed_on_device, uintptr_t dx, uintptr_t dweight,
+         uintptr_t dbias, uintptr_t dlora_a, uintptr_t dlora_b, uintptr_t workspace, uintptr_t stream) {
         LoraLinearBackwardArgs args;
         args.dy = pointer<void>(dy);
         args.x = pointer<void>(x);

@@ -36,7 +36,8 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
       "Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, float dropout_p, "
       "Tensor? dropout_seed) -> Tensor");
-  // The same, and t = s (dropout(x) At), which lora_linear_backward takes. Its rows and their type are the device's own.
+  // The same, and t = s (dropout(x) At), which lora_linear_backward takes. Its rows and their type are the device's
+  // own.
   m.def(
       "lora_linear_keeping_t(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
       "Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, float dropout_p, "
@@ -44,7 +45,8 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
   m.def(
       "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
       "Tensor? offsets, Tensor? adapter_ids, float dropout_p, Tensor? dropout_seed, bool needs_dx, "
-      "bool needs_dweight, bool needs_dbias, bool needs_dlora, Tensor? t=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool needs_dweight, bool needs_dbias, bool needs_dlora, Tensor? t=None) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "int8_lora_linear(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? lora_a, "
       "Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, "

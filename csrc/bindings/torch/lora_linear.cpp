@@ -107,11 +107,12 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
                  dropout_p, dropout_seed, nullptr);
 }
 
-std::tuple<Tensor, Tensor> lora_linear_keeping_t(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& lora_a,
-    const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
-    const OptionalTensor& adapter_ids, const OptionalTensor& residual, const std::string activation, double dropout_p,
-    const OptionalTensor& dropout_seed) {
+std::tuple<Tensor, Tensor> lora_linear_keeping_t(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                 const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+                                                 const OptionalTensor& scales, const OptionalTensor& offsets,
+                                                 const OptionalTensor& adapter_ids, const OptionalTensor& residual,
+                                                 const std::string activation, double dropout_p,
+                                                 const OptionalTensor& dropout_seed) {
   Tensor t;
   Tensor y = forward("lora_linear_keeping_t", x, weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual,
                      activation, dropout_p, dropout_seed, &t);

@@ -8,8 +8,8 @@
 //   commit_products  ends a group of them
 //   wait_products    all but the newest groups are done: only now are their sums there, and their operands free
 //
-// An operand is a tile of rows of 128 bytes of depth (64 elements), from a multiple of 1024 bytes on, whose chunks of 16
-// bytes are exchanged by bits 7 to 9 of their address (the 128-byte swizzle): Tile<T, rows, 64> of tile.h.
+// An operand is a tile of rows of 128 bytes of depth (64 elements), from a multiple of 1024 bytes on, whose chunks of
+// 16 bytes are exchanged by bits 7 to 9 of their address (the 128-byte swizzle): Tile<T, rows, 64> of tile.h.
 #pragma once
 
 #include "cuda/primitives/shared.h"
@@ -94,8 +94,8 @@ void read_operand(float (&out)[16], uint64_t operand, int row) {
     memcpy(bits, chunk, sizeof bits);
     for (int i = 0; i < 8; ++i)
       out[half * 8 + static_cast<uint32_t>(i)] = std::is_same_v<T, __half>
-                                                      ? emulation::half_values()[bits[i]]
-                                                      : __uint_as_float(static_cast<uint32_t>(bits[i]) << 16);
+                                                     ? emulation::half_values()[bits[i]]
+                                                     : __uint_as_float(static_cast<uint32_t>(bits[i]) << 16);
   }
 }
 
@@ -124,24 +124,28 @@ void multiply_operands(void* registers, uint64_t a, uint64_t b) {
 #define LORA_KERNELS_4_SUMS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define LORA_KERNELS_16_SUMS(j) \
   LORA_KERNELS_4_SUMS(j), LORA_KERNELS_4_SUMS(j + 1), LORA_KERNELS_4_SUMS(j + 2), LORA_KERNELS_4_SUMS(j + 3)
-#define LORA_KERNELS_WGMMA_N128(types) \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types " " \
-               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-               "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
-               "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, " \
-               "%64, %65, 1, 1, 1, 0, 0;" \
+#define LORA_KERNELS_WGMMA_N128(types)                                                                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                                  \
+               " "                                                                                                   \
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"     \
+               "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,"        \
+               "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "                                      \
+               "%64, %65, 1, 1, 1, 0, 0;"                                                                            \
                : LORA_KERNELS_16_SUMS(0), LORA_KERNELS_16_SUMS(4), LORA_KERNELS_16_SUMS(8), LORA_KERNELS_16_SUMS(12) \
                : "l"(a), "l"(b))
-#define LORA_KERNELS_WGMMA_N256(types) \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." types " " \
-               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-               "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
-               "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71," \
-               "%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94," \
-               "%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
-               "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, " \
-               "%128, %129, 1, 1, 1, 0, 0;" \
-               : LORA_KERNELS_16_SUMS(0), LORA_KERNELS_16_SUMS(4), LORA_KERNELS_16_SUMS(8), LORA_KERNELS_16_SUMS(12), LORA_KERNELS_16_SUMS(16), LORA_KERNELS_16_SUMS(20), LORA_KERNELS_16_SUMS(24), LORA_KERNELS_16_SUMS(28) \
+#define LORA_KERNELS_WGMMA_N256(types)                                                                                \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." types                                                   \
+               " "                                                                                                    \
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"      \
+               "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,"         \
+               "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,"         \
+               "%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,"         \
+               "%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,"      \
+               "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "                                  \
+               "%128, %129, 1, 1, 1, 0, 0;"                                                                           \
+               : LORA_KERNELS_16_SUMS(0), LORA_KERNELS_16_SUMS(4), LORA_KERNELS_16_SUMS(8), LORA_KERNELS_16_SUMS(12), \
+                 LORA_KERNELS_16_SUMS(16), LORA_KERNELS_16_SUMS(20), LORA_KERNELS_16_SUMS(24),                        \
+                 LORA_KERNELS_16_SUMS(28)                                                                             \
                : "l"(a), "l"(b))
 #endif
 

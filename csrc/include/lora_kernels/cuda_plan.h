@@ -35,11 +35,11 @@ struct CudaLoraLinearBackwardPlan {
   int a_splits = 1;          // of the rows, in the sums over rows: partial sums go to the workspace and are
   int b_splits = 1;          // added in order by a last kernel
   int w_splits = 1;          //
-  // u = s dy Bt and dB = tt dy in one kernel that reads dy once; blocks take so many tiles of 64 rows, and split rows and
-  // columns among them. Parts of both are added by a second kernel.
+  // u = s dy Bt and dB = tt dy in one kernel that reads dy once; blocks take so many tiles of 64 rows, and split rows
+  // and columns among them. Parts of both are added by a second kernel.
   bool dy_once = false;
   int row_tiles = 1, row_splits = 1, column_splits = 1;
-  double predicted_us = 0;   //
+  double predicted_us = 0;  //
 };
 std::string to_string(const CudaLoraLinearBackwardPlan& plan);
 

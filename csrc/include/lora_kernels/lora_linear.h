@@ -49,8 +49,8 @@ struct LoraLinearArgs {
   void* workspace = nullptr;                        // workspace_bytes(plan), aligned to 64 bytes (256 on a CUDA device)
 };
 
-// t of row m holds the ranks of m's own adapter, from column 0 on; what else is in a row, and in rows of the base alone,
-// is for nobody to read. Its width follows from the sum of the ranks alone: offsets may be on a device.
+// t of row m holds the ranks of m's own adapter, from column 0 on; what else is in a row, and in rows of the base
+// alone, is for nobody to read. Its width follows from the sum of the ranks alone: offsets may be on a device.
 inline int64_t kept_t_columns(const LoraShape& lora) { return round_up(lora.total_rank, 16); }
 inline DType kept_t_dtype(const LoraLinearProblem& p, const DeviceInfo& device) {
   return device.cuda.arch ? p.dtype : DType::kFloat32;
