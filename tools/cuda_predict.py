@@ -34,9 +34,9 @@ def predicted(device: raw.DeviceInfo, rows: int, k: int, n: int, rank: int) -> t
     if rank:
         problem.lora = raw.LoraShape(adapters=1, total_rank=rank, max_rank=rank, dtype=dtype)
     text = str(raw.plan(problem, device))
-    found = re.search(r"cuda sm_\d+ (\w+) .*predicted=([\d.]+)us", text)
+    found = re.search(r"cuda sm_\d+ (\w+) (wgmma)?.*predicted=([\d.]+)us", text)
     assert found, text
-    return float(found[2]), found[1]
+    return float(found[3]), found[2] or found[1]
 
 
 def main() -> None:
@@ -49,6 +49,7 @@ def main() -> None:
                 multiprocessors=multiprocessors,
                 clock_hz=clock,
                 memory_bytes_per_second=memory,
+                wgmma=arch == 90,
             )
         )
         cells = []
