@@ -60,8 +60,15 @@ void tiled(Sequence* s, const char* name, const GemmParams& p, bool early) {
 template <class T, int kColumns>
 void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early) {
   using Shape = WgmmaShape<kColumns>;
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  const auto map = [&](TensorMap* to, const Matrix& m, int box_rows) {
+    return make_tensor_map(to, m.data, kBf16, m.rows, m.columns, m.stride * static_cast<int64_t>(sizeof(T)), box_rows);
+  };
+  WgmmaParams w{};
+  w.gemm = p;
+  w.boxes = map(&w.a, p.a, Shape::kRows) && map(&w.b, p.b, Shape::kColumns);
   const unsigned blocks = tiles(p.rows, Shape::kRows) * tiles(p.columns, Shape::kColumns);
-  s->run<&gemm_wgmma<T, Shape>>(name, dim3(blocks, 1, 1), Shape::kThreads, WgmmaLayout<T, Shape>::kSharedBytes, p,
+  s->run<&gemm_wgmma<T, Shape>>(name, dim3(blocks, 1, 1), Shape::kThreads, WgmmaLayout<T, Shape>::kSharedBytes, w,
                                 early);
 }
 

@@ -107,6 +107,13 @@ uint64_t emulated_bank_conflicts() {
   return count;
 }
 
+// Boxes that TMA would have loaded since the last call.
+uint64_t emulated_boxes() {
+  const uint64_t count = emulation::boxes;
+  emulation::boxes = 0;
+  return count;
+}
+
 // 0: ran, and message is the plan; else message is the error.
 int emulated_forward(const Call* c, char* message, int64_t size) {
   const DeviceInfo device = device_of(c->arch);

@@ -143,6 +143,19 @@ def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int]) -> N
         pytest.skip("this path does not take such operands")
 
 
+def test_operands_of_wgmma_come_by_tma_where_their_alignment_allows_it() -> None:
+    emulated = Emulated(path="two_steps", large=128)
+    emulated.lib.emulated_boxes()
+    check_forward(emulated, (130, 520, 136), torch.float16, "peft", "none")
+    # Two tiles of rows and two of columns, nine steps of x and W each.
+    assert emulated.lib.emulated_boxes() == 2 * 2 * 9 * 2
+    check_forward(emulated, (130, 521, 136), torch.float16, "peft", "none")
+    x, weight = torch.randn(40, 71).half()[:, 3:67], torch.randn(30, 64).half()
+    got = emulated.forward(x, weight)
+    assert_close(got, x.double() @ weight.double().T, x @ weight.T)
+    assert emulated.lib.emulated_boxes() == 0
+
+
 def gradients(x, weight, operands, dy, dtype) -> dict[str, torch.Tensor]:
     leaves = {"dx": x, "dweight": weight}
     if "lora_a" in operands:

@@ -195,6 +195,13 @@ FAULTS = [
         ("wgmma",),
     ),
     Fault(
+        "boxes that are not waited for",
+        "gemm_wgmma.cuh",
+        "wait_for_bytes(landed_ + k % kStages, k / kStages & 1);",
+        "wait_copies<0>();",
+        ("wgmma",),
+    ),
+    Fault(
         "products without their fence",
         "gemm_wgmma.cuh",
         "    wgmma_fence();\n",

@@ -91,6 +91,19 @@ void start_product(void* registers, uint64_t a, uint64_t b, Multiply multiply);
 void commit_products();
 void wait_products(int newest);
 
+// A box of a matrix in global memory, in bytes but for rows, and barriers that count its bytes. A box lands when somebody
+// waits for it, at once, or by chance. Who waits for a phase that nothing on its way can end is refused.
+struct Box {
+  const char* data;
+  int64_t rows, row_bytes, stride;
+  int box_rows, row, column;
+};
+extern uint64_t boxes;  // that were loaded; counted until the caller sets it back
+void init_arrivals(const void* barrier);
+void expect_bytes(const void* barrier, int bytes);
+void load_box(void* to, const Box& box, const void* barrier);
+void wait_for_bytes(const void* barrier, int parity);
+
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arg);
 
 template <class Out, class In>

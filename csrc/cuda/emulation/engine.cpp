@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <vector>
 
 #include "cuda/emulation/emulation.h"
@@ -62,7 +63,7 @@ lora_kernels_switch_fiber:
 namespace lora_kernels::emulation {
 
 Options options;
-uint64_t bank_conflicts = 0;
+uint64_t bank_conflicts = 0, boxes = 0;
 
 namespace {
 
@@ -88,6 +89,20 @@ struct PendingProduct {
   uint64_t a, b;
   int group;
   Multiply multiply;
+};
+struct Arrivals {  // of one phase at a time: one arrival, and bytes that are still to come
+  int phase, arrived;
+  int64_t bytes;
+  void look() {
+    if (arrived == 0 || bytes != 0) return;
+    ++phase;
+    arrived = 0;
+  }
+};
+struct PendingBox {
+  void* to;
+  Box box;
+  uint32_t barrier;
 };
 enum class State { kReady, kBarrier, kWarp, kDone };
 struct Fiber : Context {
@@ -125,6 +140,8 @@ struct Block {
   char* shared;
   size_t shared_bytes, shared_capacity;  // what the launch asked for, and with gaps
   std::vector<uint16_t> writers;         // of each chunk: a thread's index + 1, until it has fenced what it wrote
+  std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
+  std::vector<PendingBox> boxes;
   std::string error;
   std::exception_ptr thrown;
   uint64_t random;
@@ -199,6 +216,33 @@ void land(const PendingCopy& c) {
   wrote(c.to);
 }
 
+constexpr int kBoxWidth = 128;  // bytes
+
+void land(const PendingBox& p) {
+  const Box& box = p.box;
+  const uint32_t begin = shared_offset(p.to);
+  for (int r = 0; r < box.box_rows; ++r)
+    for (int chunk = 0; chunk < kBoxWidth / 16; ++chunk) {
+      uint32_t at = begin + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
+      at ^= (at >> 7 & 7) << 4;
+      const int64_t row = box.row + r, column = box.column + chunk * 16;
+      int64_t inside = row < box.rows ? box.row_bytes - column : 0;
+      inside = inside < 0 ? 0 : inside > 16 ? 16 : inside;
+      memset(b.shared + at, 0, 16);
+      if (inside) memcpy(b.shared + at, box.data + row * box.stride + column, static_cast<size_t>(inside));
+      b.writers[at / 16] = 0;  // written through the proxy that wgmma reads by
+    }
+  Arrivals& a = b.arrivals[p.barrier];
+  a.bytes -= box.box_rows * kBoxWidth;
+  a.look();
+}
+
+Arrivals& arrivals_at(uint32_t place) {
+  const auto found = b.arrivals.find(place);
+  if (found == b.arrivals.end()) refuse("a barrier of bytes that nobody has made");
+  return found->second;
+}
+
 // The first code of a fiber, and its last.
 void enter() {
   ASAN(const void* low; size_t size; __sanitizer_finish_switch_fiber(nullptr, &low, &size);
@@ -254,6 +298,8 @@ void run_block(uint3 block, dim3 size, dim3 grid) {
   memset(b.shared, 0xFF, b.shared_capacity);
   ASAN(__asan_poison_memory_region(b.shared, b.shared_capacity);)
   memset(static_cast<void*>(b.warps), 0, sizeof(Warp) * static_cast<size_t>((b.threads + 31) / 32));
+  b.arrivals.clear();
+  b.boxes.clear();
   b.writers.assign(b.shared_capacity / 16, 0);
   b.live = b.threads;
   b.waiting = b.ready_count = 0;
@@ -423,6 +469,43 @@ void wait_products(int newest) {
   for (; i < f.products.size() && f.products[i].group < f.product_group - newest; ++i)
     f.products[i].multiply(f.products[i].registers, f.products[i].a, f.products[i].b);
   f.products.erase(f.products.begin(), f.products.begin() + static_cast<ptrdiff_t>(i));
+}
+
+void init_arrivals(const void* barrier) { b.arrivals[shared_offset(barrier)] = {0, 0, 0}; }
+
+void expect_bytes(const void* barrier, int bytes) {
+  Arrivals& a = arrivals_at(shared_offset(barrier));
+  if (a.arrived) refuse("a second arrival in one phase of a barrier of bytes");
+  a.arrived = 1;
+  a.bytes += bytes;
+  a.look();
+}
+
+void load_box(void* to, const Box& box, const void* barrier) {
+  const uint32_t place = shared_offset(barrier);
+  arrivals_at(place);
+  if (shared_offset(to) % 128) refuse("a box to an address that is no multiple of 128");
+  ++boxes;
+  const PendingBox p{to, box, place};
+  if (options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2)))
+    land(p);
+  else
+    b.boxes.push_back(p);
+}
+
+void wait_for_bytes(const void* barrier, int parity) {
+  const uint32_t place = shared_offset(barrier);
+  Arrivals& a = arrivals_at(place);
+  for (size_t i = 0; i < b.boxes.size() && (a.phase & 1) == parity;) {
+    if (b.boxes[i].barrier != place) {
+      ++i;
+      continue;
+    }
+    const PendingBox p = b.boxes[i];
+    b.boxes.erase(b.boxes.begin() + static_cast<ptrdiff_t>(i));
+    land(p);
+  }
+  if ((a.phase & 1) == parity) refuse("waits for bytes that nothing on its way brings");
 }
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
