@@ -34,9 +34,9 @@ def predicted(device: raw.DeviceInfo, rows: int, k: int, n: int, rank: int) -> t
     if rank:
         problem.lora = raw.LoraShape(adapters=1, total_rank=rank, max_rank=rank, dtype=dtype)
     text = str(raw.plan(problem, device))
-    found = re.search(r"cuda sm_\d+ (\w+) .*predicted=([\d.]+)us", text)
+    found = re.search(r"cuda sm_\d+ (\w+) (wgmma)?.*predicted=([\d.]+)us", text)
     assert found, text
-    return float(found[2]), found[1]
+    return float(found[3]), found[2] or found[1]
 
 
 def microseconds(text: str) -> float:
@@ -50,7 +50,7 @@ def int8_predicted(device: raw.DeviceInfo, rows: int, k: int, n: int) -> tuple[f
     dtype = raw.DType.float16
     problem = raw.Int8LoraLinearProblem(rows=rows, in_features=k, out_features=n, dtype=dtype)
     problem.lora = raw.LoraShape(adapters=1, total_rank=16, max_rank=16, dtype=dtype)
-    us = microseconds(raw.describe_plan(problem, device))
+    us = microseconds(str(raw.plan(problem, device)))
     moved = n * k + (16 * (n + k) + rows * (n + k)) * 2
     return us, moved / (us * 1e-6) / device.cuda.memory_bytes_per_second
 
@@ -72,7 +72,7 @@ def kv_predicted(
         problem.scales, problem.layout = raw.KvScales.per_channel, raw.KvLayout.blocked
     if not append:
         problem.slots = raw.KvSlots.per_row
-    us = microseconds(raw.describe_plan(problem, device))
+    us = microseconds(str(raw.plan(problem, device)))
     moved = 2 * utterances * 20 * positions * 64 * (1 if int8 else 2)
     return us, moved / (us * 1e-6) / device.cuda.memory_bytes_per_second
 
@@ -91,6 +91,7 @@ def main() -> None:
                 multiprocessors=multiprocessors,
                 clock_hz=clock,
                 memory_bytes_per_second=memory,
+                wgmma=arch == 90,
             )
         )
         for name, (arch, multiprocessors, clock, memory) in DEVICES.items()

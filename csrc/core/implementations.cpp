@@ -46,7 +46,7 @@ Status force_implementation(const std::string& name) {
   std::string others;  // of other devices than this process's CPU, after its own
   for (const ImplementationReport& row : implementations(DeviceInfo())) {
     known = known || row.name == name;
-    std::string& list = row.name == "cuda" ? others : names;
+    std::string& list = row.name.rfind("cuda", 0) == 0 ? others : names;
     if (list.find("'" + row.name + "'") == std::string::npos) list += "'" + row.name + "', ";
   }
   names += others;

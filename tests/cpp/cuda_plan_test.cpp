@@ -148,6 +148,81 @@ void test_workspaces() {
   check(contains(to_string(chosen), "dx dlora") && contains(to_string(chosen), "cuda sm_90"), to_string(chosen));
 }
 
+void test_one_reading_of_dy() {
+  const auto plan_of_gradients = [](const LoraLinearProblem& p, const CudaDevice& device, bool has_t) {
+    LoraLinearBackwardProblem b;
+    b.forward = p;
+    b.needs_dx = b.needs_dlora = true;
+    b.has_t = has_t;
+    LoraLinearBackwardPlan chosen;
+    const Status status = plan(b, on_cuda(device), &chosen);
+    check(status.ok(), status.text);
+    return chosen;
+  };
+  for (const CudaDevice& d : {kT4, kA100, kL4, kH100, kB200, k5090}) {
+    const LoraLinearProblem p = problem_of(12000, 1280, 5120, 16);
+    const LoraLinearBackwardPlan made = plan_of_gradients(p, d, false), given = plan_of_gradients(p, d, true);
+    check(made.cuda.dy_once && given.cuda.dy_once, "rank 16 is bound by memory: " + to_string(made));
+    const int64_t tiles = (12000 + 63) / 64;
+    check(int64_t{made.cuda.row_splits} * made.cuda.row_tiles >= tiles &&
+              int64_t{made.cuda.row_splits - 1} * made.cuda.row_tiles < tiles,
+          "every row is in a block: " + to_string(made));
+    check(made.workspace - given.workspace == 12000 * 16 * 2, "a t that is handed over takes no room");
+    check(given.cuda.predicted_us < made.cuda.predicted_us && contains(to_string(given), "from t"), to_string(given));
+  }
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 64), kH100, false).cuda.dy_once, "not with many ranks");
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16, 3), kH100, false).cuda.dy_once, "nor with a bank");
+  LoraLinearProblem p = problem_of(12000, 1280, 5120, 32);
+  p.dtype = p.lora.dtype = DType::kFloat32;
+  check(!plan_of_gradients(p, kL4, false).cuda.dy_once, "nor where arithmetic is the bound: fp32 on an L4");
+  CudaDevice unknown;
+  unknown.arch = 130;
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16), unknown, false).cuda.dy_once,
+        "nor on a device that does not say how much shared memory it has");
+  // A t for the gradients has to be in memory: it is made by a kernel of its own.
+  p = problem_of(1500, 384, 384, 16);
+  p.keeps_t = true;
+  check(plan_of(p, kA100).cuda.path == CudaLoraLinearPath::kTwoSteps, "t is not made in tiles");
+  p.rows = 1;
+  check(!plan_of(p, kA100).cuda.t_in_blocks, "nor in blocks");
+  LoraLinearArgs args;
+  const Status refused = run(plan_of(p, kA100), args, serial_executor());
+  check(refused.code == StatusCode::kInvalidArgument && contains(refused.text, "t: expected the address"),
+        refused.text);
+}
+
+void test_wgmma() {
+  CudaDevice with = kH100;
+  with.wgmma = true;
+  for (const int64_t rank : {0, 16, 64}) {
+    const LoraLinearProblem p = problem_of(12000, 1280, 5120, rank);
+    const LoraLinearPlan mma = plan_of(p, kH100), wgmma = plan_of(p, with);
+    check(mma.cuda.wgmma_columns == 0 && !contains(to_string(mma), "wgmma"),
+          "without machine code for sm_90a there is none: " + to_string(mma));
+    check(wgmma.cuda.wgmma_columns > 0 && wgmma.cuda.predicted_us < 0.85 * mma.cuda.predicted_us,
+          "a large product is predicted to be clearly faster: " + to_string(wgmma));
+    check(contains(to_string(wgmma), "wgmma tile=128x" + std::to_string(wgmma.cuda.wgmma_columns)), to_string(wgmma));
+    check(wgmma.cuda.path == (rank ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase), to_string(wgmma));
+  }
+  for (const int64_t rows : {1, 32, 100})
+    check(plan_of(problem_of(rows, 1280, 1280, 16), with).cuda.wgmma_columns == 0, "few rows are bound by memory");
+  LoraLinearProblem p = problem_of(12000, 1280, 5120, 16);
+  p.dtype = p.lora.dtype = DType::kFloat32;
+  check(plan_of(p, with).cuda.wgmma_columns == 0, "fp32 keeps its precision, which wgmma has no products for");
+  check(force_implementation("cuda_mma").ok(), "it can be left out by name");
+  p = problem_of(12000, 1280, 5120, 16);
+  const LoraLinearPlan forced = plan_of(p, with);
+  Int8LoraLinearPlan other;
+  Int8LoraLinearProblem int8;
+  int8.rows = int8.in_features = int8.out_features = 64;
+  int8.dtype = DType::kFloat16;
+  check(plan(int8, on_cuda(with), &other).ok(), "which other operators take for their CUDA kernels");
+  LoraLinearPlan refused;
+  check(!plan(p, DeviceInfo(), &refused).ok(), "and a CPU refuses");
+  force_implementation("");
+  check(forced.cuda.wgmma_columns == 0 && to_string(forced) == to_string(plan_of(p, kH100)), to_string(forced));
+}
+
 void test_refusals() {
   LoraLinearPlan chosen;
   LoraLinearProblem p = problem_of(16, 64, 64, 4);
@@ -411,6 +486,8 @@ int main() {
   test_paths();
   test_unknown_devices();
   test_workspaces();
+  test_one_reading_of_dy();
+  test_wgmma();
   test_refusals();
   test_int8_paths();
   test_kv_plans();

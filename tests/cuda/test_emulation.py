@@ -74,10 +74,11 @@ def test_races_under_thread_sanitizer(what: str, silent: bool) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_of_sm_75() -> None:
+def test_kernels_of_sm_75(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 in products of eight steps of depth, all that sm_75 has."""
     flags = os.environ.get("CXXFLAGS", "") + " -DLORA_KERNELS_EMULATED_ARCH=75"
     library = build("libcuda_emulated.so", f"-DCMAKE_CXX_FLAGS={flags.strip()}")
+    monkeypatch.setenv("LORA_KERNELS_EMULATED_WITHOUT_WGMMA", "1")
     run = run_shapes(library, "float16", sanitized=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
@@ -164,6 +165,69 @@ FAULTS = [
         "m < row + kStep<T>;",
         "m < row + 1;",
         ("relative error",),
+    ),
+    Fault(
+        "rows of dy read before all are there",
+        "dy_once.cuh",
+        "      __syncthreads();  // step k has landed",
+        "      // step k has landed",
+        ("gradients",),
+    ),
+    Fault(
+        "factor replaced while it is read",
+        "dy_once.cuh",
+        "b_ + k / rows_ % kStages * B::kBytes, b, begin_, column",
+        "b_, b, begin_, column",
+        ("gradients",),
+    ),
+    Fault(
+        "products taken before they are done",
+        "gemm_wgmma.cuh",
+        "    wait_products<0>();\n",
+        "",
+        ("wgmma",),
+    ),
+    Fault(
+        "operands replaced while products read them",
+        "gemm_wgmma.cuh",
+        "wait_products<1>();  // step k - 1",
+        "wait_products<3>();  // step k - 1",
+        ("wgmma",),
+    ),
+    Fault(
+        "boxes that are not waited for",
+        "gemm_wgmma.cuh",
+        "wait_for_bytes(landed_ + k % kStages, k / kStages & 1);",
+        "wait_copies<0>();",
+        ("wgmma",),
+    ),
+    Fault(
+        "products without their fence",
+        "gemm_wgmma.cuh",
+        "    wgmma_fence();\n",
+        "",
+        ("wgmma without wgmma_fence()",),
+    ),
+    Fault(
+        "copies that the products' proxy does not see",
+        "gemm_wgmma.cuh",
+        "      fence_proxy();\n",
+        "",
+        ("has not fenced for its proxy",),
+    ),
+    Fault(
+        "wrong stride in a descriptor",
+        "primitives/wgmma.h",
+        "uint64_t{1024 >> 4} << 32",
+        "uint64_t{512 >> 4} << 32",
+        ("wgmma",),
+    ),
+    Fault(
+        "wrong swizzle in a descriptor",
+        "primitives/wgmma.h",
+        "uint64_t{1} << 62",
+        "uint64_t{2} << 62",
+        ("128-byte swizzle alone",),
     ),
     Fault(
         "more shared memory than asked for",
@@ -331,7 +395,7 @@ def test_planted_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
     source = path.read_text()
     assert source.count(fault.before) == 1, f"{fault.file} no longer has {fault.before!r} once"
     path.write_text(source.replace(fault.before, fault.after))
-    options = [ADDRESS] if fault.sanitized else []
+    options = ["-DLORA_KERNELS_F16_ALONE=ON", *([ADDRESS] if fault.sanitized else [])]
     library = build("libcuda_emulated.so", *options, sources=tmp_path, folder=tmp_path / "build")
     run = run_shapes(library, "float16", sanitized=fault.sanitized)
     text = run.stdout + run.stderr

@@ -20,6 +20,7 @@ struct CudaLoraLinearPlan {
   int tile_columns = 0;      //
   int splits = 1;            // of K among blocks (kFewRows): partial sums go to the workspace
   bool large_tiles = false;  // which of the two tile shapes
+  int wgmma_columns = 0;     // kBase, kTwoSteps: 128 or 256, of tiles by wgmma; 0: by mma.sync
   bool early_start = false;  // a kernel may start before the one whose result it needs at its end has finished
   bool t_in_blocks = false;  // kFewRows: every block makes t for itself, which saves the kernel before
   bool convert_a = false;    // A is of another type than x: a kernel converts it first
@@ -34,7 +35,11 @@ struct CudaLoraLinearBackwardPlan {
   int a_splits = 1;          // of the rows, in the sums over rows: partial sums go to the workspace and are
   int b_splits = 1;          // added in order by a last kernel
   int w_splits = 1;          //
-  double predicted_us = 0;   //
+  // u = s dy Bt and dB = tt dy in one kernel that reads dy once; blocks take so many tiles of 64 rows, and split rows
+  // and columns among them. Parts of both are added by a second kernel.
+  bool dy_once = false;
+  int row_tiles = 1, row_splits = 1, column_splits = 1;
+  double predicted_us = 0;  //
 };
 std::string to_string(const CudaLoraLinearBackwardPlan& plan);
 

@@ -29,6 +29,7 @@ struct CudaDevice {
   int64_t l2_bytes = 0;                //
   double clock_hz = 0;                 // of the multiprocessors
   double memory_bytes_per_second = 0;  // of the data sheet: clock times width
+  bool wgmma = false;                  // sm_90, and this library has machine code for sm_90a
 };
 
 struct DeviceInfo {
