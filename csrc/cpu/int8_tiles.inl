@@ -14,6 +14,11 @@ constexpr int64_t kFewestTileRows = 48;
 constexpr int64_t kMostTileChunkRows = 256;
 constexpr int64_t kTileChunkBytes = 512 * 1024;  // but no more of the second cache
 constexpr int64_t kMacroRows = 32, kMacroColumns = 32;  // of 2 x 2 tiles
+// Weights that stay in the second cache while the strips of a chunk pass over them.
+constexpr int64_t kGroupBytes = 1024 * 1024;
+constexpr int kAheadLines = 32;  // of weights per step: what a step multiplies
+
+constexpr int64_t kRestBytes = kTileSide * kBlockBytesPerStep;
 
 inline LoraPlanes int8_planes(const Int8LoraLinearPlan& plan) { return {plan.bf16_dot ? 1 : kMostPlanes}; }
 
@@ -26,9 +31,10 @@ struct Int8TileScratch {
   uint8_t* q;                        // [rows / 16][steps][16][64]
   float* scales;                     // [rows], s_x
   float* row;                        // [K], a row of x as fp32
-  bf16 *x, *t, *down, *up;           // lora_tiles.inl; x of 16 rows, t of the chunk
-  uint8_t* rest;                     // [16][256], the last weights of a block where K is no multiple of 64
-  float* biases;                     // [2][64], of blocks in turn
+  bf16 *x, *t, *down, *up;           // lora_tiles.inl; x of 16 rows, t of the chunk, up of all blocks
+  int64_t up_stride;                 // of a block
+  uint8_t* rests;                    // [blocks][16][256], last weights of blocks where K is no multiple of 64
+  float* bias;                       // [blocks][64]
   int32_t* sums;                     // [2][32][32]
   float* branches;                   // [2][32][32]
 
@@ -52,9 +58,11 @@ struct Int8TileScratch {
     x = reinterpret_cast<bf16*>(take(lora ? planes.count * x_stride / 2 : 0));
     t = reinterpret_cast<bf16*>(take(lora ? rows / kTileSide * t_stride / 2 : 0));
     down = reinterpret_cast<bf16*>(take(lora ? planes.count * down_tiles(p.lora.max_rank, p.in_features) * 256 : 0));
-    up = reinterpret_cast<bf16*>(take(lora ? planes.depth(p.lora.max_rank) * kInt8BlockChannels / 2 : 0));
-    rest = reinterpret_cast<uint8_t*>(take(p.in_features % kTileDepth ? kTileSide * kBlockBytesPerStep / 4 : 0));
-    biases = take(2 * kInt8BlockChannels);
+    const int64_t blocks = (int8_blocks(p) + grid.block_parts - 1) / grid.block_parts;
+    up_stride = planes.depth(p.lora.max_rank) * kInt8BlockChannels;
+    up = reinterpret_cast<bf16*>(take(lora ? blocks * up_stride / 2 : 0));
+    rests = reinterpret_cast<uint8_t*>(take(p.in_features % kTileDepth ? blocks * kRestBytes / 4 : 0));
+    bias = take(blocks * kInt8BlockChannels);
     sums = reinterpret_cast<int32_t*>(take(2 * kMacroRows * kMacroColumns));
     branches = take(lora ? 2 * kMacroRows * kMacroColumns : 0);
   }
@@ -119,23 +127,28 @@ inline Int8Finish int8_finish_of(Activation activation) {
                                            : int8_finish<T, Activation::kNone, kBranch>;
 }
 
-// What is done beside products: outputs of what was multiplied before, and memory that is needed soon.
+// What is done beside products, a little after each step: outputs of what was multiplied before, and asking for memory.
 struct Int8Beside {
   Epilogue epilogue;
   Int8Finish finish[2];  // without and with a branch
   Int8Unfinished unfinished;
-  const uint8_t* next;  // weights of the next block, a line at a time
-  const uint8_t* next_end;
-  int64_t lines;  // of them per step
+  const uint8_t *next, *next_end;  // weights, into the second cache
+  char* y;                         // outputs of the sums at hand, which are written during the next products
+  char* y_end;
+  int64_t y_stride, y_bytes;
+  int64_t pace;  // rows per step
 
   void rows(int64_t to) {
+    if (to > unfinished.rows) to = unfinished.rows;
     if (to <= unfinished.done) return;
     finish[unfinished.branch != nullptr](epilogue, unfinished, unfinished.done, to);
     unfinished.done = to;
   }
-  void step(int64_t step, int64_t steps) {
-    rows(unfinished.rows * step / steps);
-    for (int64_t i = 0; i < lines && next < next_end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  void step() {
+    rows(unfinished.done + pace);
+    for (int i = 0; i < kAheadLines && next < next_end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+    for (int64_t i = 0; i < pace && y < y_end; ++i, y += y_stride)
+      for (int64_t j = 0; j < y_bytes; j += 64) prefetch_to_write(y + j);
   }
 };
 
@@ -160,7 +173,7 @@ LORA_KERNELS_APART void int8_macro_tile(const uint8_t* q, int64_t group_bytes, c
       tile_dot_int8<2, 5, 6>();
       tile_dot_int8<3, 5, 7>();
     }
-    beside.step(step + 1, steps);
+    beside.step();
   }
   constexpr int64_t kStride = kMacroColumns * 4;
   tile_store<0>(sums, kStride);
@@ -173,127 +186,177 @@ LORA_KERNELS_APART void int8_macro_tile(const uint8_t* q, int64_t group_bytes, c
 
 // ---------- A task
 
-// Normalizes (where asked) and quantizes rows [begin, end) of x into tiles, and computes their t.
+// Normalizes (where asked) and quantizes rows [begin, end) of a chunk that begins with row `first` of x into tiles, and
+// computes their t. begin - first is a multiple of 16.
 inline void int8_prepare_tiles(const Int8LoraLinearProblem& p, const Int8LoraLinearArgs& args, const Int8TileScratch& s,
-                               const LoraPlanes& planes, const AdapterRanks& adapter, int64_t begin, int64_t end) {
+                               const LoraPlanes& planes, const AdapterRanks& adapter, int64_t first, int64_t begin,
+                               int64_t end) {
   const int64_t K = p.in_features;
   const float* x_scale = p.static_scale ? args.x_scale : nullptr;
   NothingAhead nothing;
   with_type(p.dtype, args.x, [&](auto* x) {
-    const auto keep = [&](const auto* row, int64_t i, int64_t m) {
+    const auto keep = [&](const auto* row, int64_t i, bool last) {
       uint8_t* q = s.q + i / kTileSide * s.group_bytes + i % kTileSide * kTileRowBytes;
       s.scales[i] = quantize(row, K, x_scale, q, nothing, kTileSide);
       if (adapter.rank == 0) return;
       store_tile_row(planes, row, K, i % kTileSide, s.x, s.x_stride);
-      if (i % kTileSide == kTileSide - 1 || m + 1 == end)
+      if (last || i % kTileSide == kTileSide - 1)
         down_tile_rows(planes, adapter, s.x, s.x_stride, s.down, K, s.t + i / kTileSide * s.t_stride);
     };
     for (int64_t m = begin; m < end; ++m) {
       const auto* row = x + m * args.x_stride;
       if (!p.has_norm) {
-        keep(row, m - begin, m);
+        keep(row, m - first, m + 1 == end);
         continue;
       }
       with_type(p.norm_dtype, args.norm_weight, [&](auto* weight) {
         normalize_row(row, K, weight, static_cast<decltype(weight)>(args.norm_bias), p.norm_eps, s.row, nothing);
       });
-      keep(static_cast<const float*>(s.row), m - begin, m);
+      keep(static_cast<const float*>(s.row), m - first, m + 1 == end);
     }
   });
 }
 
+// What a task multiplies: its blocks, and the chunk of rows at hand.
+struct Int8TileTask {
+  const Int8LoraLinearProblem& p;
+  const Int8LoraLinearArgs& args;
+  Int8TileScratch s;
+  LoraPlanes planes;
+  int64_t first_block, last_block, block_bytes, weight_bytes, rest_bytes;
+  Int8Beside beside;
+  int64_t first, end;  // rows of the chunk
+  AdapterRanks adapter;
+  int64_t turn = 0;
+
+  // What blocks need besides the weights as they lie.
+  void pack_blocks() {
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t n = block * kInt8BlockChannels, at = block - first_block;
+      if (rest_bytes) {
+        const uint8_t* weights = args.packed_weight + block * block_bytes;
+        uint8_t* rest = s.rests + at * kRestBytes;
+        memcpy(rest, weights + weight_bytes - rest_bytes, static_cast<size_t>(rest_bytes));
+        memset(rest + rest_bytes, 0, static_cast<size_t>(kRestBytes - rest_bytes));
+      }
+      float* bias = s.bias + at * kInt8BlockChannels;
+      memset(bias, 0, kInt8BlockChannels * sizeof(float));
+      if (p.has_bias)
+        with_type(p.bias_dtype, args.bias, [&](auto* values) {
+          for (int64_t c = 0; c < kInt8BlockChannels; c += kLanes)
+            store(bias + c, load_at(values + n, c, p.out_features - n));
+        });
+    }
+  }
+  void pack_adapter(const Bank& bank) {
+    pack_down_tiles(planes, bank, adapter, p.in_features, s.down);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t n = block * kInt8BlockChannels;
+      pack_up_tiles(planes, bank, adapter, n, p.out_features - n, s.up + (block - first_block) * s.up_stride);
+    }
+  }
+
+  // 32 rows from row i of the chunk on times half a block.
+  void macro_tile(int64_t i, int64_t block, int64_t c) {
+    int32_t* sums = s.sums + turn % 2 * kMacroRows * kMacroColumns;
+    float* branch = s.branches + turn % 2 * kMacroRows * kMacroColumns;
+    ++turn;
+    const int64_t at = block - first_block, column = block * kInt8BlockChannels + c;
+    const int64_t rows = end - first - i < kMacroRows ? end - first - i : kMacroRows;
+    const int64_t columns = p.out_features - column < kMacroColumns ? p.out_features - column : kMacroColumns;
+    const uint8_t* weights = args.packed_weight + block * block_bytes;
+    const uint8_t *q = s.q + i / kTileSide * s.group_bytes, *w = weights + c * kInt8StepDepth;
+    const uint8_t* rest = rest_bytes ? s.rests + at * kRestBytes + c * kInt8StepDepth : nullptr;
+    const int64_t size = size_of(p.dtype);
+    beside.y = static_cast<char*>(args.y) + ((first + i) * p.out_features + column) * size;
+    beside.y_end = beside.y + rows * beside.y_stride;
+    beside.y_bytes = columns * size;
+    const bool two = rows > kTileSide, lora = adapter.rank > 0;
+    two ? int8_macro_tile<2>(q, s.group_bytes, w, s.steps, rest, beside, sums)
+        : int8_macro_tile<1>(q, s.group_bytes, w, s.steps, rest, beside, sums);
+    beside.rows(kMacroRows);
+    if (lora) {
+      const bf16 *t = s.t + i / kTileSide * s.t_stride, *up = s.up + at * s.up_stride + c * 2;
+      const int64_t depth = planes.depth(adapter.rank);
+      two ? up_tiles<2>(t, s.t_stride, up, depth, branch) : up_tiles<1>(t, s.t_stride, up, depth, branch);
+    }
+    const auto* scales = reinterpret_cast<const float*>(weights + weight_bytes) + c;
+    const auto* compensation = reinterpret_cast<const int32_t*>(weights + weight_bytes) + kInt8BlockChannels + c;
+    beside.unfinished = {sums,         lora ? branch : nullptr, s.scales + i, scales,
+                         s.bias + at * kInt8BlockChannels + c, compensation, first + i, column, rows, columns, 0};
+  }
+
+  // The chunk against all blocks, as many at a time as stay in the second cache.
+  void run_chunk() {
+    const int64_t most = kGroupBytes / block_bytes > 1 ? kGroupBytes / block_bytes : 1;
+    const int64_t groups = (last_block - first_block + most - 1) / most;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = first_block + (last_block - first_block) * group / groups;
+      const int64_t stop = first_block + (last_block - first_block) * (group + 1) / groups;
+      for (int64_t i = 0; i < end - first; i += kMacroRows) {
+        if (group == 0) {
+          const int64_t to = first + i + kMacroRows;
+          int8_prepare_tiles(p, args, s, planes, adapter, first, first + i, to < end ? to : end);
+        }
+        for (int64_t block = begin; block < stop; ++block) {
+          beside.next = beside.next_end = args.packed_weight + (block + 1) * block_bytes;
+          if (i == 0 && block + 1 < stop) beside.next_end += block_bytes;
+          for (int64_t c = 0; c < kInt8BlockChannels && block * kInt8BlockChannels + c < p.out_features;
+               c += kMacroColumns)
+            macro_tile(i, block, c);
+        }
+      }
+    }
+    beside.rows(kMacroRows);  // before the scales of its rows are overwritten
+  }
+};
+
 inline void int8_tile_task(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Bank& bank,
                            const Int8Grid& grid, int64_t index, float* memory) {
   const Int8LoraLinearProblem& p = plan.problem;
-  const int64_t blocks = int8_blocks(p), block_bytes = int8_block_bytes(p.in_features);
+  const int64_t blocks = int8_blocks(p), weight_bytes = kInt8BlockChannels * int8_padded_depth(p.in_features);
   const int64_t row_part = index / grid.block_parts, block_part = index % grid.block_parts;
   const int64_t first = p.rows * row_part / grid.row_parts, end = p.rows * (row_part + 1) / grid.row_parts;
-  const int64_t first_block = blocks * block_part / grid.block_parts;
-  const int64_t last_block = blocks * (block_part + 1) / grid.block_parts;
-  const int64_t weight_bytes = kInt8BlockChannels * int8_padded_depth(p.in_features);
-  const int64_t rest_bytes = weight_bytes % (kTileSide * kBlockBytesPerStep);
-  const Int8TileScratch s(memory, plan, grid);
-  const LoraPlanes planes = int8_planes(plan);
-  const TileRegisters registers;
-
-  Int8Beside beside{{p.has_bias ? args.bias : nullptr, p.bias_dtype, p.activation,
-                     p.has_residual ? args.residual : nullptr, args.y, p.dtype, p.out_features},
-                    {},
-                    {},
-                    nullptr,
-                    nullptr,
-                    0};
+  Int8Beside beside{};
+  beside.epilogue = {p.has_bias ? args.bias : nullptr,
+                     p.bias_dtype,
+                     p.activation,
+                     p.has_residual ? args.residual : nullptr,
+                     args.y,
+                     p.dtype,
+                     p.out_features};
+  beside.y_stride = p.out_features * static_cast<int64_t>(size_of(p.dtype));
   with_type(p.dtype, args.y, [&](auto* y) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(y)>>;
     beside.finish[0] = int8_finish_of<T, false>(p.activation);
     beside.finish[1] = int8_finish_of<T, true>(p.activation);
   });
-  int64_t packed_adapter = -1, turn = 0;
-  for (int64_t m = first, stop; m < end; m = stop) {
-    stop = m + s.rows < end ? m + s.rows : end;
-    AdapterRanks adapter;
+  Int8TileTask task{p,
+                    args,
+                    Int8TileScratch(memory, plan, grid),
+                    int8_planes(plan),
+                    blocks * block_part / grid.block_parts,
+                    blocks * (block_part + 1) / grid.block_parts,
+                    int8_block_bytes(p.in_features),
+                    weight_bytes,
+                    weight_bytes % kRestBytes,
+                    beside,
+                    first,
+                    first,
+                    {}};
+  task.beside.pace = task.s.steps > 0 ? (kMacroRows + task.s.steps - 1) / task.s.steps : kMacroRows;
+  const TileRegisters registers;
+  task.pack_blocks();
+  int64_t packed_adapter = -1;
+  for (; task.first < end; task.first = task.end) {
+    task.end = task.first + task.s.rows < end ? task.first + task.s.rows : end;
     if (bank.present()) {
-      stop = bank.run_end(m, stop);
-      const int64_t id = bank.adapter_of(m);
-      adapter = bank.ranks(id);
-      if (adapter.rank > 0 && packed_adapter != id) {
-        pack_down_tiles(planes, bank, adapter, p.in_features, s.down);
-        packed_adapter = id;
-      }
+      task.end = bank.run_end(task.first, task.end);
+      const int64_t id = bank.adapter_of(task.first);
+      task.adapter = bank.ranks(id);
+      if (task.adapter.rank > 0 && packed_adapter != id) task.pack_adapter(bank), packed_adapter = id;
     }
-    int8_prepare_tiles(p, args, s, planes, adapter, m, stop);
-    const int64_t macro_rows = (stop - m + kMacroRows - 1) / kMacroRows;
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const uint8_t* weights = args.packed_weight + block * block_bytes;
-      const auto* scales = reinterpret_cast<const float*>(weights + weight_bytes);
-      const auto* compensation = reinterpret_cast<const int32_t*>(scales + kInt8BlockChannels);
-      const int64_t column = block * kInt8BlockChannels, columns = p.out_features - column;
-      beside.next = weights + block_bytes;
-      beside.next_end = block + 1 < last_block ? beside.next + block_bytes : beside.next;
-      beside.lines = block_bytes / 64 / (2 * macro_rows * s.steps + 1) + 1;
-      if (rest_bytes) {
-        memcpy(s.rest, weights + weight_bytes - rest_bytes, static_cast<size_t>(rest_bytes));
-        memset(s.rest + rest_bytes, 0, static_cast<size_t>(kTileSide * kBlockBytesPerStep - rest_bytes));
-      }
-      float* bias = s.biases + block % 2 * kInt8BlockChannels;
-      for (int64_t c = 0; c < kInt8BlockChannels; c += kLanes) store(bias + c, zero());
-      if (p.has_bias)
-        with_type(p.bias_dtype, args.bias, [&](auto* values) {
-          for (int64_t c = 0; c < kInt8BlockChannels; c += kLanes)
-            store(bias + c, load_at(values + column, c, columns));
-        });
-      if (adapter.rank > 0) pack_up_tiles(planes, bank, adapter, column, columns, s.up);
-      for (int64_t c = 0; c < kInt8BlockChannels && c < columns; c += kMacroColumns)
-        for (int64_t i = 0; i < stop - m; i += kMacroRows, ++turn) {
-          int32_t* sums = s.sums + turn % 2 * kMacroRows * kMacroColumns;
-          float* branch = s.branches + turn % 2 * kMacroRows * kMacroColumns;
-          const bool two = stop - m - i > kTileSide;
-          const uint8_t *q = s.q + i / kTileSide * s.group_bytes, *w = weights + c * kInt8StepDepth;
-          const uint8_t* rest = rest_bytes ? s.rest + c * kInt8StepDepth : nullptr;
-          two ? int8_macro_tile<2>(q, s.group_bytes, w, s.steps, rest, beside, sums)
-              : int8_macro_tile<1>(q, s.group_bytes, w, s.steps, rest, beside, sums);
-          beside.rows(beside.unfinished.rows);  // where there are no steps
-          if (adapter.rank > 0) {
-            const bf16* t = s.t + i / kTileSide * s.t_stride;
-            const int64_t depth = planes.depth(adapter.rank);
-            two ? up_tiles<2>(t, s.t_stride, s.up + c * 2, depth, branch)
-                : up_tiles<1>(t, s.t_stride, s.up + c * 2, depth, branch);
-          }
-          const int64_t rows = stop - m - i, left = columns - c;
-          beside.unfinished = {sums,
-                               adapter.rank > 0 ? branch : nullptr,
-                               s.scales + i,
-                               scales + c,
-                               bias + c,
-                               compensation + c,
-                               m + i,
-                               column + c,
-                               rows < kMacroRows ? rows : kMacroRows,
-                               left < kMacroColumns ? left : kMacroColumns,
-                               0};
-        }
-    }
-    beside.rows(beside.unfinished.rows);  // before the scales of its rows are overwritten
+    task.run_chunk();
   }
 }
 
