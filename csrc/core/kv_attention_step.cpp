@@ -13,8 +13,9 @@ namespace {
 const Table<KvAttentionStepImplementation> kTable = {
     "kv_attention_step",
 #if defined(__x86_64__)
-    4,
-    {&kKvAttentionStepAvx512, &kKvAttentionStepAvx2Vnni, &kKvAttentionStepAvx2, &kKvAttentionStepGeneric},
+    5,
+    {&kKvAttentionStepAmx, &kKvAttentionStepAvx512, &kKvAttentionStepAvx2Vnni, &kKvAttentionStepAvx2,
+     &kKvAttentionStepGeneric},
 #else
     1,
     {&kKvAttentionStepGeneric},

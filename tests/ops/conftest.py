@@ -35,12 +35,10 @@ def runs_of_others(name: str) -> int:
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Force the implementation of this name; afterwards check that it, and no other, has run."""
     name = request.param
-    if name == "avx2_vnni" and not any(
+    if name in ("avx2_vnni", "amx") and not any(
         part in request.module.__name__ for part in ("int8", "blocked")
     ):
         pytest.skip("only integer products have a row of this name")
-    if name == "amx" and "int8" not in request.module.__name__:
-        pytest.skip("only operators that compute in tiles have a row of this name")
     known = [row for row in table() if row[1] == name]
     if not known or not all(row[2] for row in known):
         reasons = {row[5] for row in known} or {"not built for this processor"}

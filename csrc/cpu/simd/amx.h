@@ -45,10 +45,14 @@ template <int kTile>
 inline void tile_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
 }
-// Sums of unsigned A times signed B, int32; and of bf16 A times bf16 B, fp32.
+// Sums of unsigned A times signed B, int32; of both signed; and of bf16 A times bf16 B, fp32.
 template <int kSum, int kA, int kB>
 inline void tile_dot_int8() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
+}
+template <int kSum, int kA, int kB>
+inline void tile_dot_signed() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
 }
 template <int kSum, int kA, int kB>
 inline void tile_dot_bf16() {
