@@ -44,8 +44,8 @@ constexpr NamedIsa kNames[] = {
 };
 
 #if defined(__x86_64__)
-// Tile registers are 8 KB of every thread's state, which Linux (5.16 and later) keeps for processes that ask. Returns 0,
-// or errno.
+// Tile registers are 8 KB of every thread's state, which Linux (5.16 and later) keeps for processes that ask. Returns
+// 0, or errno.
 int ask_for_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -95,7 +95,7 @@ std::string missing_isa(uint32_t required, const DeviceInfo& device) {
   if (missing) return "this CPU lacks " + isa_names(missing);
   if ((required & (kIsaAmxInt8 | kIsaAmxBf16)) && device.tile_refusal)
     return std::string("the operating system refuses this process AMX's tile registers (arch_prctl: ") +
-           std::strerror(device.tile_refusal) + "); Linux has them from 5.16 on";
+           std::strerror(device.tile_refusal) + "); it takes Linux 5.16 and alternate signal stacks of at least 12 KB";
   return "";
 }
 

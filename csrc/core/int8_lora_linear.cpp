@@ -119,8 +119,8 @@ std::string to_string(const Int8LoraLinearPlan& plan) {
     text << to_string(plan.problem) << " -> " << to_string(plan.cuda) << " workspace=" << plan.workspace;
     return text.str();
   }
-  text << to_string(plan.problem) << " -> " << plan.implementation->name << (plan.tiles ? " tiles" : "") << (plan.bf16_dot ? " bf16 products" : "")
-       << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
+  text << to_string(plan.problem) << " -> " << plan.implementation->name << (plan.tiles ? " tiles" : "")
+       << (plan.bf16_dot ? " bf16 products" : "") << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
   return text.str();
 }
 

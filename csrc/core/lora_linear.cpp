@@ -18,8 +18,8 @@ const LoraLinearImplementation kLoraLinearCuda = {
 const Table<LoraLinearImplementation> kTable = {
     "lora_linear",
 #if defined(__x86_64__)
-    4,
-    {&kLoraLinearCuda, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
+    5,
+    {&kLoraLinearCuda, &kLoraLinearAmx, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
 #else
     2,
     {&kLoraLinearCuda, &kLoraLinearGeneric},
@@ -126,7 +126,7 @@ std::string to_string(const LoraLinearPlan& plan) {
     return text.str();
   }
   text << to_string(plan.problem) << " -> " << plan.implementation->name << " "
-       << (plan.path == LoraLinearPath::kDot ? "dot" : "panel") << (plan.bf16_dot ? " vdpbf16ps" : "")
+       << (plan.path == LoraLinearPath::kDot ? "dot" : "panel") << (plan.bf16_dot ? " bf16 products" : "")
        << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
   return text.str();
 }

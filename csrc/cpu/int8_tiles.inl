@@ -1,8 +1,8 @@
 // int8_lora_linear of many rows in tiles (AMX): the formula and the packed weights of int8_lora_linear.inl.
 //   A task owns a range of rows and a range of blocks. Rows are quantized a chunk at a time, into tiles of 16 rows and
 // 64 k that lie behind each other, and meet their adapter (lora_tiles.inl) while they are in the first cache; a chunk
-// stays in the second. Over it pass the blocks of 64 channels, half a block at a time, which is 16 KB at 512 k and stays
-// in the first cache: 2 x 2 sums of 16 x 16, four tiles loaded for four products. A chunk has one adapter.
+// stays in the second. Over it pass the blocks of 64 channels, half a block at a time, which is 16 KB at 512 k and
+// stays in the first cache: 2 x 2 sums of 16 x 16, four tiles loaded for four products. A chunk has one adapter.
 //   The outputs of 32 x 32 sums (scales, bias, LoRA, activation, residual, storage) are vector work, and are made while
 // the tiles of the next 32 x 32 are multiplied: a few rows after each step over k. One after the other they would take
 // as long as the products at 512 k.
@@ -13,7 +13,6 @@ constexpr int64_t kFewestTileRows = 48;
 // Rows quantized at a time: weights pass once per chunk, out of the second cache or beyond.
 constexpr int64_t kMostTileChunkRows = 256;
 constexpr int64_t kTileChunkBytes = 512 * 1024;  // but no more of the second cache
-constexpr int64_t kMacroRows = 32, kMacroColumns = 32;  // of 2 x 2 tiles
 // Weights that stay in the second cache while the strips of a chunk pass over them.
 constexpr int64_t kGroupBytes = 1024 * 1024;
 constexpr int kAheadLines = 32;  // of weights per step: what a step multiplies
@@ -77,13 +76,13 @@ struct Int8TileScratch {
 
 // Sums of up to 32 rows and 32 columns that are to become outputs.
 struct Int8Unfinished {
-  const int32_t* sums;                                      // [32][32]
-  const float* branch;                                      // [32][32], or null
-  const float *row_scales, *weight_scales, *bias;           // of its first row and column
-  const int32_t* compensation;                              //
-  int64_t row = 0, column = 0;                              // of y
-  int64_t rows = 0, columns = 0;                            // that exist
-  int64_t done = 0;                                         // rows
+  const int32_t* sums;                             // [32][32]
+  const float* branch;                             // [32][32], or null
+  const float *row_scales, *weight_scales, *bias;  // of its first row and column
+  const int32_t* compensation;                     //
+  int64_t row = 0, column = 0;                     // of y
+  int64_t rows = 0, columns = 0;                   // that exist
+  int64_t done = 0;                                // rows
 };
 
 // The outputs of rows [from, to).
@@ -282,8 +281,17 @@ struct Int8TileTask {
     }
     const auto* scales = reinterpret_cast<const float*>(weights + weight_bytes) + c;
     const auto* compensation = reinterpret_cast<const int32_t*>(weights + weight_bytes) + kInt8BlockChannels + c;
-    beside.unfinished = {sums,         lora ? branch : nullptr, s.scales + i, scales,
-                         s.bias + at * kInt8BlockChannels + c, compensation, first + i, column, rows, columns, 0};
+    beside.unfinished = {sums,
+                         lora ? branch : nullptr,
+                         s.scales + i,
+                         scales,
+                         s.bias + at * kInt8BlockChannels + c,
+                         compensation,
+                         first + i,
+                         column,
+                         rows,
+                         columns,
+                         0};
   }
 
   // The chunk against all blocks, as many at a time as stay in the second cache.
@@ -370,8 +378,8 @@ inline void configure_tiles(const DeviceInfo& device, Int8LoraLinearPlan* plan) 
   plan->tiles = true;
   plan->bf16_dot = p.lora.present() && p.lora.dtype == DType::kBFloat16;
   // A fork and join costs a few microseconds, in which one core does ten million multiply-adds.
-  const double worth = static_cast<double>(p.out_features) * static_cast<double>(p.in_features) *
-                       static_cast<double>(p.rows) / 10e6;
+  const double worth =
+      static_cast<double>(p.out_features) * static_cast<double>(p.in_features) * static_cast<double>(p.rows) / 10e6;
   int64_t tasks = device.threads;
   if (worth < static_cast<double>(tasks)) tasks = static_cast<int64_t>(worth) + 1;
   const Int8Grid grid = int8_grid(p, tasks);

@@ -98,8 +98,8 @@ inline void tiles_store(int32_t* to, int64_t stride) {
 }
 
 // Scores of all queries; those of rows beyond `count` are not written.
-LORA_KERNELS_APART inline void tile_scores(const KvTileScratch& t, const uint8_t* keys, int64_t head_size, int64_t visible,
-                                    const float* factors, int count) {
+LORA_KERNELS_APART inline void tile_scores(const KvTileScratch& t, const uint8_t* keys, int64_t head_size,
+                                           int64_t visible, const float* factors, int count) {
   const int64_t block_bytes = kKvBlockPositions * head_size, step_bytes = kTileSide * kKvBlockPositions * kKvStep;
   for (int64_t p = 0; p < visible; p += 32) {
     const uint8_t* k = keys + p / kKvBlockPositions * block_bytes + p % kKvBlockPositions * kKvStep;

@@ -70,7 +70,8 @@ inline void pack_down_tiles(const LoraPlanes& planes, const Bank& bank, const Ad
         alignas(64) bf16 rows[kMostPlanes][kTileSide * kTileDepthBf16];
         for (int64_t i = 0; i < kTileSide; ++i)
           for (int64_t j = 0; j < kTileDepthBf16; j += kLanes)
-            store_planes(planes, r + i < adapter.rank ? load_at(a + (r + i) * bank.down.rank_stride, k + j, depth) : zero(),
+            store_planes(planes,
+                         r + i < adapter.rank ? load_at(a + (r + i) * bank.down.rank_stride, k + j, depth) : zero(),
                          rows[0] + i * kTileDepthBf16 + j, kTileSide * kTileDepthBf16);
         for (int p = 0; p < planes.count; ++p)
           transpose_block(reinterpret_cast<const float*>(rows[p]), kTileSide,
@@ -116,8 +117,8 @@ inline void down_tile_rows(const LoraPlanes& planes, const AdapterRanks& adapter
     const int64_t ranks = rank_tiles * kTileSide;
     for (int64_t i = 0; i < kTileSide; ++i) {
       const int64_t at = i * kTileSide;
-      const F v = ((load(sums[0] + at) + load(sums[1] + at)) + (load(sums[2] + at) + load(sums[3] + at))) *
-                  set(adapter.scale);
+      const F v =
+          ((load(sums[0] + at) + load(sums[1] + at)) + (load(sums[2] + at) + load(sums[3] + at))) * set(adapter.scale);
       alignas(64) bf16 parts[kMostPlanes][kTileSide];
       store_planes(planes, v, parts[0], kTileSide);
       int64_t d = r * kTileSide;

@@ -75,7 +75,7 @@ def test_many_queries_are_rounded_to_eight_bits(implementation, positions):
 
 @pytest.mark.parametrize(("head_size", "positions"), [(64, 5), (64, 1100), (128, 130)])
 def test_many_queries_of_whole_tiles(implementation, head_size, positions):
-    """Sizes that tiles take: 32 queries and 6 over, any number of positions, one of the rows none."""
+    """Sizes that tiles take: two times 32 queries and 6, any number of positions, or none."""
     step = make_blocked_step(
         tokens=70,
         positions=positions,

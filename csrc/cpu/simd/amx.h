@@ -5,11 +5,12 @@
 // As instructions: the compiler's intrinsics take numbers of registers as macros, and the sets of a target region that
 // older compilers do not know.
 
-constexpr int64_t kTileSide = 16;        // rows of a tile, and its columns of 32 bits
-constexpr int64_t kTileRowBytes = 64;    // 64 k of INT8, 32 k of bf16
-constexpr int64_t kTileDepth = 64;       // k of an INT8 product
-constexpr int64_t kTileDepthBf16 = 32;   // k of a bf16 product
+constexpr int64_t kTileSide = 16;       // rows of a tile, and its columns of 32 bits
+constexpr int64_t kTileRowBytes = 64;   // 64 k of INT8, 32 k of bf16
+constexpr int64_t kTileDepth = 64;      // k of an INT8 product
+constexpr int64_t kTileDepthBf16 = 32;  // k of a bf16 product
 constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kMacroRows = 32, kMacroColumns = 32;  // of 2 x 2 sums, which leave room for 2 + 2 operands
 
 // The tile registers of this thread, for as long as this lives. They are given back clean: other users of the thread
 // bring their own shapes, and a core that has none in use need not save them.

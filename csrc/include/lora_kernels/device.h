@@ -35,7 +35,7 @@ struct DeviceInfo {
   // Whether vdpbf16ps does more per cycle than fp32 multiply-adds: twice as much on AMD's Zen 4 and 5, half as much on
   // Intel's Sapphire Rapids (measured: 96 against 200 GFLOP/s on one core).
   bool fast_bf16_dot = false;
-  uint32_t isa = 0;            // Isa bits
+  uint32_t isa = 0;  // Isa bits
   // errno where the operating system refuses this process the tile registers that AMX computes in; 0: it may use them,
   // or the CPU has none.
   int tile_refusal = 0;
