@@ -17,9 +17,9 @@ const KvAttentionStepImplementation kKvAttentionStepCuda = {"cuda", kIsaCuda, cu
 const Table<KvAttentionStepImplementation> kTable = {
     "kv_attention_step",
 #if defined(__x86_64__)
-    5,
-    {&kKvAttentionStepCuda, &kKvAttentionStepAvx512, &kKvAttentionStepAvx2Vnni, &kKvAttentionStepAvx2,
-     &kKvAttentionStepGeneric},
+    6,
+    {&kKvAttentionStepCuda, &kKvAttentionStepAmx, &kKvAttentionStepAvx512, &kKvAttentionStepAvx2Vnni,
+     &kKvAttentionStepAvx2, &kKvAttentionStepGeneric},
 #else
     2,
     {&kKvAttentionStepCuda, &kKvAttentionStepGeneric},

@@ -25,8 +25,8 @@ bool on_cuda(const LoraLinearImplementation* row) { return row == &kLoraLinearCu
 const Table<LoraLinearImplementation> kTable = {
     "lora_linear",
 #if defined(__x86_64__)
-    5,
-    {&kLoraLinearCuda, &kLoraLinearCudaMma, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
+    6,
+    {&kLoraLinearCuda, &kLoraLinearCudaMma, &kLoraLinearAmx, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
 #else
     3,
     {&kLoraLinearCuda, &kLoraLinearCudaMma, &kLoraLinearGeneric},
@@ -141,7 +141,7 @@ std::string to_string(const LoraLinearPlan& plan) {
     return text.str();
   }
   text << to_string(plan.problem) << " -> " << plan.implementation->name << " "
-       << (plan.path == LoraLinearPath::kDot ? "dot" : "panel") << (plan.bf16_dot ? " vdpbf16ps" : "")
+       << (plan.path == LoraLinearPath::kDot ? "dot" : "panel") << (plan.bf16_dot ? " bf16 products" : "")
        << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
   return text.str();
 }

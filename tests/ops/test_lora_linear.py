@@ -78,6 +78,28 @@ def test_forward(implementation: str, dtype: torch.dtype, mode: str) -> None:
         assert_close(got, exact, plain.to(dtype), what=f"{rows}x{k}x{n} {activation}")
 
 
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "k", "n"), [(55, 61, 131), (150, 200, 70)])
+def test_groups_of_many_rows_of_bf16(
+    implementation: str, factors: torch.dtype, rows: int, k: int, n: int
+) -> None:
+    """What tiles compute: ranks about and beyond 16, and none; rows and sizes of no tile."""
+    ranks = [16, 0, 41]
+    operands = {
+        "lora_a": (torch.randn(sum(ranks), k) / k**0.5).to(factors),
+        "lora_b": torch.randn(sum(ranks), n).to(factors),
+        "scales": torch.tensor([0.7, 1.0, 2.0]),
+        "offsets": torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32),
+        "adapter_ids": torch.tensor([2, 2, -1, 0, 1], dtype=torch.int32),
+    }
+    x, weight, bias, residual = base(5 * rows, k, n, torch.bfloat16)
+    x, residual = x.unflatten(0, (5, rows)), residual.unflatten(0, (5, rows))
+    for extras in ({}, {"dropout_p": 0.3, "dropout_seed": torch.tensor([7])}):
+        given = operands | extras | {"residual": residual, "activation": "gelu"}
+        got = ops.lora_linear(x, weight, bias, **given)
+        assert_close(got, reference.lora_linear(x, weight, bias, **given))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_activations_over_their_whole_range(implementation: str, activation: str) -> None:
     special = [0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 88.0, -88.0, 1e4, -1e4, 3e38, -3e38]

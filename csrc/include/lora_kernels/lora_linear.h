@@ -68,7 +68,7 @@ struct LoraLinearPlan {
   LoraLinearPath path = LoraLinearPath::kDot;
   int tasks = 1;            // of the executor
   int64_t l2_bytes = 0;     // of the device: blocks of rows are cut to fit it
-  bool bf16_dot = false;    // vdpbf16ps on bf16 storage
+  bool bf16_dot = false;    // bf16 storage is multiplied as bf16 (vdpbf16ps, or in tiles)
   int64_t workspace = 0;    // bytes
   CudaLoraLinearPlan cuda;  // on a CUDA device: everything above but problem, implementation and workspace is idle
 };
