@@ -8,6 +8,8 @@ where no plugin library was built, the nodes' bodies in standard operators take 
 from __future__ import annotations
 
 import errno
+import json
+import os
 import shutil
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from typing import Any
 from ..errors import LoraKernelsError, UnsupportedError
 from .tensorrt_model import (
     Profile,
+    aliases_path,
     check_precision,
     check_profile,
     find_plugin_library,
@@ -204,8 +207,8 @@ def build_engine(
     with _workplace(engine_path) as folder:
         # Under a name of its own: the weights beside it must not be those of the exported model.
         prepared = folder / (engine_path.stem + ".tensorrt.onnx")
-        nodes = prepare(onnx_path, prepared, plugins=library is not None)
-        in_place = library is not None and any(n.startswith("KvAttentionStep") for n in nodes)
+        found = prepare(onnx_path, prepared, plugins=library is not None)
+        nodes, in_place = found.nodes, bool(found.aliases)
         # What trtexec would read is kept only where the exported file would not do.
         kept = engine_path.with_name(prepared.name) if library and nodes else onnx_path
         serialized, cache = _build(
@@ -223,12 +226,15 @@ def build_engine(
         built.write_bytes(memoryview(serialized))
         size = built.stat().st_size
         if cache is not None and timing_cache is not None:
-            (folder / "cache").write_bytes(memoryview(cache))
-            (folder / "cache").replace(timing_cache)
+            _replace_file(Path(timing_cache), memoryview(cache))
         if kept != onnx_path:
             for part in (prepared, prepared.with_name(prepared.name + ".data")):
                 if part.exists():  # a model without weights has no second file
                     part.replace(kept.with_name(part.name))
+        aliases_path(engine_path).unlink(missing_ok=True)
+        if found.aliases:  # an engine does not tell of its plugins' aliases
+            (folder / "aliases").write_text(json.dumps(found.aliases), encoding="utf-8")
+            (folder / "aliases").replace(aliases_path(engine_path))
         built.replace(engine_path)
     name = "TensorRT for RTX" if rtx else "TensorRT"
     return EngineReport(
@@ -251,6 +257,16 @@ def build_engine(
             in_place=in_place,
         ),
     )
+
+
+def _replace_file(path: Path, data: memoryview) -> None:
+    """Write a file whole, beside its place: it may lie on another disk than the engine."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_cache(path: str | Path | None) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ def load_tensorrt_rtx() -> Any:
     )
 
 
+def aliases_path(engine: Path) -> Path:
+    """The file beside an engine that says which caches it continues in place."""
+    return engine.with_name(engine.name + ".aliases.json")
+
+
 def find_plugin_library(trt: Any) -> Path | None:
     """The plugin library of this package for a TensorRT's major version; None: not built."""
     import lora_kernels
@@ -72,7 +78,43 @@ def _counted(names: list[str]) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def prepare(onnx_path: str | Path, prepared_path: str | Path, *, plugins: bool) -> dict[str, int]:
+@dataclass(frozen=True)
+class Prepared:
+    """What a builder reads.
+
+    Attributes
+    ----------
+    nodes
+        Our nodes by name, with their number.
+    aliases
+        Input by output, of the caches that are appended to in place.
+    """
+
+    nodes: dict[str, int]
+    aliases: dict[str, str]
+
+
+def _append_in_place(model: Any, nodes: Sequence[Any]) -> dict[str, str]:
+    """Let steps write the caches they are given, where these come from outside and leave again.
+
+    A cache that the graph itself makes, as a prompt's, may be one tensor for several nodes.
+    """
+    import onnx_ir as ir
+
+    inputs = {value: value.name for value in model.graph.inputs}
+    outputs = {value: value.name for value in model.graph.outputs}
+    aliases: dict[str, str] = {}
+    for node in nodes:
+        if not node.op_type.startswith("KvAttentionStep"):
+            continue
+        pairs = list(zip(node.outputs[1:], node.inputs[3:], strict=False))
+        if all(before in inputs and after in outputs for after, before in pairs):
+            node.attributes["in_place"] = ir.AttrInt64("in_place", 1)
+            aliases |= {outputs[after]: inputs[before] for after, before in pairs}
+    return aliases
+
+
+def prepare(onnx_path: str | Path, prepared_path: str | Path, *, plugins: bool) -> Prepared:
     """Write a model as a TensorRT builder is to read it.
 
     Parameters
@@ -82,13 +124,12 @@ def prepare(onnx_path: str | Path, prepared_path: str | Path, *, plugins: bool) 
     prepared_path
         Where to write; the weights go to a file ``.data`` beside it.
     plugins
-        Whether our nodes stay, without bodies, and key-value caches are appended to in place. If
-        not, the bodies take their place.
+        Whether our nodes stay, without bodies, and key-value caches that are inputs and outputs of
+        the graph are appended to in place. If not, the bodies take their place.
 
     Returns
     -------
-    dict
-        Our nodes by name, with their number.
+    Prepared
 
     Raises
     ------
@@ -105,10 +146,9 @@ def prepare(onnx_path: str | Path, prepared_path: str | Path, *, plugins: bool) 
             f"onnx_path: expected an ONNX model, {onnx_path} cannot be read: {error}"
         ) from error
     nodes = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
+    aliases: dict[str, str] = {}
     if plugins:
-        for node in nodes:
-            if node.op_type.startswith("KvAttentionStep"):
-                node.attributes["in_place"] = ir.AttrInt64("in_place", 1)
+        aliases = _append_in_place(model, nodes)
         without_bodies(model)
     else:
         int8 = [node.op_type for node in nodes if node.op_type.startswith("Int8LoraLinear")]
@@ -122,7 +162,7 @@ def prepare(onnx_path: str | Path, prepared_path: str | Path, *, plugins: bool) 
         inlined(model)
     path = Path(prepared_path)
     ir.save(model, path, external_data=path.name + ".data")
-    return _counted([node.op_type for node in nodes])
+    return Prepared(_counted([node.op_type for node in nodes]), aliases)
 
 
 def check_profile(network: Any, profile: Profile) -> None:

@@ -6,6 +6,7 @@ of a device's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import LoraKernelsError, describe_nearest
-from .tensorrt_model import find_plugin_library, load_tensorrt
+from .tensorrt_model import aliases_path, find_plugin_library, load_tensorrt
 
 
 class Memory(Protocol):
@@ -236,9 +237,10 @@ class EngineRunner:
         self.outputs = [n for n in names if n not in self.inputs]
         self.types = {name: _numpy_type(trt, engine.get_tensor_dtype(name)) for name in names}
         self.shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
-        # Caches that a plugin appends to in place: the output is the input's memory.
-        aliased = getattr(engine, "get_aliased_input_tensor", lambda name: None)
-        self.aliases = {n: i for n in self.outputs if (i := aliased(n))}
+        beside = aliases_path(path)
+        self.aliases: dict[str, str] = (
+            json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        )
         self._buffers: dict[str, DeviceArray] = {}
         self._profile = 0
 
@@ -273,6 +275,13 @@ class EngineRunner:
         if buffer is None or buffer.shape != shape:
             buffer = self._buffers[name] = DeviceArray(self.memory, shape, self.types[name])
         return buffer
+
+    def _target(
+        self, name: str, shape: tuple[int, ...], placed: Mapping[str, DeviceArray]
+    ) -> DeviceArray:
+        """Memory of an output that the caller gave none for."""
+        alias = self.aliases.get(name)
+        return placed[alias] if alias else self._buffer(name, shape)
 
     def __call__(
         self,
@@ -334,13 +343,16 @@ class EngineRunner:
             self._context.set_tensor_address(name, value.address)
         results: dict[str, np.ndarray] = {}
         kept: dict[str, DeviceArray] = {}
+        sources: dict[str, int] = {}
         for name in self.outputs:
             shape = tuple(self._context.get_tensor_shape(name))
             if name in keep and name not in bound:
                 alias = self.aliases.get(name)
                 new = placed[alias] if alias else DeviceArray(self.memory, shape, self.types[name])
+                if alias:  # it is the caller's from now on, wherever it came from
+                    self._buffers.pop(alias, None)
                 bound[name] = kept[name] = new
-            target = bound.get(name) or self._buffer(name, shape)
+            target = bound.get(name) or self._target(name, shape, placed)
             if target.shape != shape or target.dtype != self.types[name]:
                 raise LoraKernelsError(
                     f"outputs: {name}: expected {self.types[name]} {list(shape)}, got "
@@ -349,11 +361,12 @@ class EngineRunner:
             self._context.set_tensor_address(name, target.address)
             if name not in bound:
                 results[name] = np.empty(shape, self.types[name])
+                sources[name] = target.address
         if not self._context.execute_async_v3(self.memory.stream):
             raise LoraKernelsError(
                 "the engine failed; what a plugin refused stands on standard error"
             )
         for name, array in results.items():
-            self.memory.to_host(array, self._buffers[name].address)
+            self.memory.to_host(array, sources[name])
         self.memory.synchronize()
         return {**kept, **results}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_speech.cli_options import Base, named_folders
+from lora_speech.cli_options import Base, Language, named_folders
 from lora_speech.errors import SpeechError
 from lora_speech.export.names import TARGETS
 
@@ -39,6 +39,7 @@ def export(
         bool, typer.Option("--merge", help="Merge the adapter into the weights in any case.")
     ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Make the weights INT8.")] = False,
+    language: Language = None,
     check: Annotated[
         list[Path] | None,
         typer.Option(
@@ -69,6 +70,8 @@ def export(
 
     Example: lora-speech export --to onnx --adapter me=adapters/me --output exported
     """
+    from rich.markup import escape
+
     from lora_speech.audio import check_audio_file
     from lora_speech.progress import STDERR
 
@@ -82,7 +85,7 @@ def export(
         told = [""]
 
         def say(text: str) -> None:
-            status.update(f"export: {text}")
+            status.update(f"export: {escape(text)}")
             stage = text.partition(":")[0]
             if not STDERR.is_terminal and stage != told[0]:
                 told[0] = stage
@@ -95,6 +98,7 @@ def export(
             adapters=folders,
             merge=merge,
             int8=int8,
+            language=language,
             check=check or [],
             max_wer=max_wer,
             options=options,
@@ -128,7 +132,7 @@ def _print(report: ExportReport) -> None:
         if not found.identical:
             text = f"{found.got}\n(torch: {found.expected})"
         table.add_row(
-            found.recording,
+            f"{found.recording} {found.way}".rstrip(),
             found.adapter or plan.merged or "base",
             str(found.tokens),
             "all" if found.identical else str(found.same),

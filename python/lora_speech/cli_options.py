@@ -65,7 +65,7 @@ def named_folders(options: list[str] | None) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for option in options or []:
         name, separator, folder = option.partition("=")
-        if not separator:
+        if not separator or Path(option).is_dir():  # a folder's own name may hold one
             name, folder = Path(option).name or option, option
         if not name or not folder:
             raise SpeechError(

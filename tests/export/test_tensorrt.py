@@ -89,8 +89,9 @@ def node_types(path: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_with_plugins_nodes_stay_and_caches_are_appended_to_in_place(tmp_path: Path) -> None:
-    nodes = models.prepare(attention(tmp_path), tmp_path / "out.onnx", plugins=True)
-    assert nodes == {"KvAttentionStep": 1}
+    found = models.prepare(attention(tmp_path), tmp_path / "out.onnx", plugins=True)
+    assert found.nodes == {"KvAttentionStep": 1}
+    assert sorted(found.aliases.values()) == ["k_cache", "v_cache"]
     model = ir.load(tmp_path / "out.onnx")
     assert not model.functions
     (node,) = [n for n in model.graph if n.domain == export.DOMAIN]
@@ -100,7 +101,8 @@ def test_with_plugins_nodes_stay_and_caches_are_appended_to_in_place(tmp_path: P
 
 def test_without_plugins_bodies_take_their_place(tmp_path: Path) -> None:
     model, module, inputs = layer(tmp_path, torch.float32)
-    assert models.prepare(model, tmp_path / "out.onnx", plugins=False) == {"LoraLinearGelu": 1}
+    found = models.prepare(model, tmp_path / "out.onnx", plugins=False)
+    assert found == models.Prepared({"LoraLinearGelu": 1}, {})
     assert all(domain == "" for domain, _ in node_types(tmp_path / "out.onnx"))
     (y,) = run(tmp_path / "out.onnx", tuple(inputs.values()))
     torch.testing.assert_close(y, module(**inputs), rtol=1e-4, atol=1e-5)
@@ -110,7 +112,7 @@ def test_without_plugins_bodies_take_their_place(tmp_path: Path) -> None:
 def test_int8_layers_need_plugins(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="plugin_library"):
         models.prepare(int8(tmp_path), tmp_path / "out.onnx", plugins=False)
-    assert models.prepare(tmp_path / "model.onnx", tmp_path / "out.onnx", plugins=True)
+    assert models.prepare(tmp_path / "model.onnx", tmp_path / "out.onnx", plugins=True).nodes
 
 
 def test_the_equivalent_command() -> None:

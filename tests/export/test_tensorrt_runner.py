@@ -51,7 +51,6 @@ class Engine:
     names = ("x", "cache", "y", "cache_out")
     num_io_tensors, num_optimization_profiles = 4, 2
     rows = ((1, 2, 4), (5, 6, 8))  # of the two profiles
-    in_place = False
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -81,9 +80,6 @@ class Engine:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shapes.get("x" if name in ("x", "y") else "cache", (-1,))
-
-    def get_aliased_input_tensor(self, name: str) -> str | None:
-        return "cache" if name == "cache_out" and self.in_place else None
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self.addresses[name] = address
@@ -157,14 +153,17 @@ def test_what_is_kept_goes_on_on_the_device(engine: Engine, runner: EngineRunner
     np.testing.assert_array_equal(third.get(), np.full(3, 7.0))
 
 
-def test_an_engine_tells_what_it_continues_in_place(
-    engine: Engine, runner: EngineRunner, tmp_path
-) -> None:
-    assert runner.aliases == {}
-    engine.in_place = True
-    assert EngineRunner(tmp_path / "e.engine", memory=HostMemory()).aliases == {
-        "cache_out": "cache"
-    }
+def test_what_an_engine_continues_in_place_stands_beside_it(engine: Engine, tmp_path) -> None:
+    """Given from the host, kept on the device or not: the output is the input's memory."""
+    (tmp_path / "e.engine").write_bytes(b"engine")
+    (tmp_path / "e.engine.aliases.json").write_text('{"cache_out": "cache"}')
+    runner = EngineRunner(tmp_path / "e.engine", memory=HostMemory())
+    got = runner(inputs(1))
+    assert engine.addresses["cache_out"] == engine.addresses["cache"]
+    np.testing.assert_array_equal(got["cache_out"], np.full(3, 3.0))
+    kept = runner(inputs(1), keep=["cache_out"])["cache_out"]
+    runner(inputs(1))  # another call from the host must not write what was kept
+    np.testing.assert_array_equal(kept.get(), np.full(3, 3.0))
 
 
 def test_the_profile_that_covers_the_input_is_chosen(runner: EngineRunner, engine: Engine) -> None:

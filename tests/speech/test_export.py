@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import SafetensorError
 from tiny_whisper import make_adapter, tone
 from typer.testing import CliRunner
 
@@ -229,7 +230,10 @@ def test_peft_and_back(
 ) -> None:
     """transformers and peft load what was written, and it is the adapter that was given."""
     report = export("peft", adapters=adapters, max_wer=9.0)
+    # generate() drops what stands between timestamps, which a random model emits; so the start.
     assert all(c.same >= 1 for c in report.check.comparisons)
+    texts = {c.adapter: c.got for c in report.check.comparisons[:3]}
+    assert len(set(texts.values())) == 3
     written = lk.read_peft_folder(tmp_path / "out" / "adapters" / "some")
     given = lk.read_peft_folder(adapters["some"])
     assert written.layers.keys() == given.layers.keys()
@@ -238,14 +242,22 @@ def test_peft_and_back(
 
 
 def test_ctranslate2_merges(
-    export: Callable[..., ExportReport], adapters: dict[str, Path], tmp_path: Path
+    export: Callable[..., ExportReport],
+    adapters: dict[str, Path],
+    recordings: list[Path],
+    tmp_path: Path,
 ) -> None:
-    """faster-whisper loads the folder, and the text is the merged adapter's."""
+    """faster-whisper loads the folder, and CTranslate2 does not say what the base says."""
     pytest.importorskip("ctranslate2")
     pytest.importorskip("faster_whisper")
     report = export("ctranslate2", adapters={"all": adapters["all"]}, max_wer=9.0)
     assert all(c.same >= 1 for c in report.check.comparisons)
     assert report.plan.merged == "all" and report.plan.model.adapters == ()
+    plain = export_model(
+        report.plan.model.source, "ctranslate2", tmp_path / "plain", check=recordings, max_wer=9.0
+    )
+    for with_it, without in zip(report.check.comparisons, plain.check.comparisons, strict=True):
+        assert with_it.got != without.got
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
@@ -292,6 +304,41 @@ def test_refused_before_anything_is_written(
     assert _nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a/b", "../x", "v1.2", ""])
+def test_names_of_adapters_are_names_of_files(
+    export: Callable[..., ExportReport], adapters: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(SpeechError, match="expected names of letters, digits, - and _, got"):
+        export("peft", adapters={name: adapters["all"]})
+    assert _nothing_left(tmp_path)
+
+
+def test_a_layer_that_no_graph_adapts_is_not_dropped(
+    export: Callable[..., ExportReport], base: Path, tmp_path: Path
+) -> None:
+    odd = make_adapter(base, tmp_path / "odd", rank=2, seed=5, targets=["q_proj", "proj_out"])
+    with pytest.raises(ModelError, match="take adapters for, got proj_out; merge"):
+        export("onnx", adapters={"odd": odd})
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_an_adapter_of_another_shape_is_named() -> None:
+    a = {"x.lora_a": np.ones((2, 3), np.float32), "x.lora_b": np.ones((2, 4), np.float32)}
+    with pytest.raises(
+        ModelError, match=r"adapter 'a': x.lora_a: expected \[rank, 5\], got \[2, 3"
+    ):
+        banks({"a": a}, {"x": (5, 4)})
+    with pytest.raises(ModelError, match="expected a linear that the graphs take"):
+        banks({"a": a}, {"y": (3, 4)})
+
+
+def test_language(export: Callable[..., ExportReport]) -> None:
+    with pytest.raises(ModelError, match=r"language: expected one that the model knows \(en, es"):
+        export("peft", language="de")
+    report = export("peft", language="es", max_wer=9.0)
+    assert report.plan.language == "es"
+
+
 def test_several_adapters_are_not_merged(
     export: Callable[..., ExportReport], adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -327,18 +374,53 @@ def test_what_torch_does_not_say_is_not_published(
     assert _nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")],
+)
 def test_a_full_disk_leaves_nothing(
-    export: Callable[..., ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Callable[..., ExportReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
     def full(plan: Any, folder: Path, say: Any) -> None:
         (folder / "half").write_bytes(b"0" * 1000)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     changed = target_module.Target(**{**vars(target_module.target("peft")), "write": full})
     monkeypatch.setattr(run_module, "target", lambda name: changed)
     with pytest.raises(SpeechError, match="No space left on device; choose another place or make"):
         export("peft")
     assert _nothing_left(tmp_path)
+
+
+def test_a_failed_replacement_keeps_what_was_there(
+    export: Callable[..., ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = export("peft", max_wer=9.0)
+    before = (report.output / "check.json").read_text()
+
+    def broken(partial: Path, path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(run_module, "publish", broken)
+    with pytest.raises(SpeechError, match="Input/output error"):
+        export("peft", max_wer=9.0, overwrite=True)
+    assert (report.output / "check.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_is_refused_at_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load_base", lambda base: pytest.fail("was loaded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpeechError, match="is a file; choose another place"):
+        export_model(base, "peft", tmp_path / "file" / "below" / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SpeechError, match="a link; name its target"):
+        export_model(base, "peft", tmp_path / "link")
 
 
 def test_an_export_replaces_only_an_export(

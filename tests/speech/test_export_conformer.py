@@ -196,7 +196,7 @@ def test_onnx_whole_and_in_steps_with_a_live_adapter(
         options={"chunk": "3", "left": "8"},
     )  # fmt: skip
     assert report.check.identical
-    found = {(c.recording.endswith("(in steps)"), c.adapter): c for c in report.check.comparisons}
+    found = {(c.way == "in steps", c.adapter): c for c in report.check.comparisons}
     assert set(found) == {(way, name) for way in (False, True) for name in (None, "accent")}
     assert all(c.tokens > 2 for c in found.values())
     assert found[False, "accent"].got != found[False, None].got != found[True, None].got

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ class Comparison:
     Attributes
     ----------
     recording : str
+    way : str
+        "" for a whole recording (or window), "in steps" for a streaming export.
     adapter : str or None
         Live adapter; None: the base, or what is merged into it.
     expected, got : str
@@ -31,17 +33,21 @@ class Comparison:
         Tokens before the first that differs.
     identical : bool
         Whether all do not.
+    wer : float
+        Word error rate of all recordings by this adapter, in this way: torch's texts are right.
     torch_ms, export_ms : float
         Time of encoding and decoding, the first run aside.
     """
 
     recording: str
+    way: str
     adapter: str | None
     expected: str
     got: str
     tokens: int
     same: int
     identical: bool
+    wer: float
     torch_ms: float
     export_ms: float
 
@@ -64,6 +70,11 @@ class Check:
     def identical(self) -> bool:
         """Whether every token of every recording agrees."""
         return all(comparison.identical for comparison in self.comparisons)
+
+    @property
+    def worst(self) -> Comparison:
+        """Of the adapter with the highest word error rate, a text that differs most."""
+        return max(self.comparisons, key=lambda c: (c.wer, c.tokens - c.same))
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -90,8 +101,6 @@ def check_export(
     -------
     Check
     """
-    import jiwer
-
     speaker = speaker_of(plan, recognizer)
     window = plan.model.window_seconds
     longest = None if window is None else int(window * plan.model.sampling_rate)
@@ -104,27 +113,42 @@ def check_export(
                 got, export_ms = _timed(by_export)
                 comparisons.append(
                     Comparison(
-                        name + way,
+                        name,
+                        way,
                         adapter,
                         speaker.text(expected),
                         speaker.text(got),
                         len(expected),
                         _same(expected, got),
                         expected == got,
+                        0.0,
                         torch_ms,
                         export_ms,
                     )
                 )
-    heard = [c for c in comparisons if c.expected]
-    if not heard:
+    if not any(comparison.expected for comparison in comparisons):
         raise ModelError(
             "check: expected recordings in which the model hears words, got none "
             f"({', '.join(names)}); name some with --check FILE"
         )
+    groups: dict[tuple[str, str | None], list[Comparison]] = {}
+    for comparison in comparisons:
+        groups.setdefault((comparison.way, comparison.adapter), []).append(comparison)
+    rates = {key: _wer(group) for key, group in groups.items()}
+    rated = [replace(c, wer=rates[c.way, c.adapter]) for c in comparisons]
+    return Check(rated, _wer(comparisons))
+
+
+def _wer(comparisons: Sequence[Comparison]) -> float:
+    """Errors over torch's words; where torch hears none, words that are there count as errors."""
+    import jiwer
+
+    heard = [c for c in comparisons if c.expected]
     extra = sum(len(c.got.split()) for c in comparisons if not c.expected)
     words = sum(len(c.expected.split()) for c in heard)
-    wer = float(jiwer.wer([c.expected for c in heard], [c.got for c in heard])) + extra / words
-    return Check(comparisons, wer)
+    if not heard:
+        return float(extra > 0)
+    return float(jiwer.wer([c.expected for c in heard], [c.got for c in heard])) + extra / words
 
 
 def _same(expected: Sequence[int], got: Sequence[int]) -> int:

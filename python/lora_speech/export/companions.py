@@ -12,7 +12,7 @@ import numpy as np
 from lora_speech.export.conformer_graphs import SUBSAMPLING
 from lora_speech.export.folder import ADAPTERS, DECODING, CtcDecoding, Decoding
 from lora_speech.export.target import Plan
-from lora_speech.prompts import default_language, prompt_tokens, special_tokens, token_limit
+from lora_speech.prompts import prompt_tokens, special_tokens, token_limit
 
 
 def ctc_decoding_of(plan: Plan, step: Any) -> CtcDecoding:
@@ -32,7 +32,7 @@ def decoding_of(plan: Plan) -> Decoding:
     """How a plan's Whisper is decoded."""
     whisper, extractor = plan.model.model, plan.model.processor.feature_extractor
     config, tokens = whisper.config, special_tokens(whisper)
-    prompt = prompt_tokens(tokens, default_language(tokens))
+    prompt = prompt_tokens(tokens, plan.language)
     return Decoding(
         sampling_rate=int(extractor.sampling_rate),
         n_fft=int(extractor.n_fft),
@@ -40,6 +40,7 @@ def decoding_of(plan: Plan) -> Decoding:
         mel_bands=int(extractor.feature_size),
         window_samples=int(extractor.n_samples),
         prompt=prompt,
+        languages=dict(tokens.languages),
         end=tokens.end,
         suppressed=list(tokens.suppressed),
         suppressed_first=list(tokens.suppressed_first),

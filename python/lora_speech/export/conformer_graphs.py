@@ -20,7 +20,7 @@ the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -73,12 +73,24 @@ class RecognizeGraph(Graph):
         bound = [modules[name] for name in self.adapted]
         for module in bound:
             parts, bank = self._parts(module), self._bank(module, adapters)
-            module.forward = partial(self.operators.linear, parts=parts, bank=bank)
+            call = partial(self.operators.linear, parts=parts, bank=bank)
+            module.forward = _over_channels(call) if _is_convolution(module) else call
         try:
             yield
         finally:
             for module in bound:
                 del module.forward
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    from lora_kernels.nn import Int8LoraPointwiseConv1d
+
+    return isinstance(module, (nn.Conv1d, Int8LoraPointwiseConv1d))
+
+
+def _over_channels(call: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A linear as the pointwise convolution that it is, over [B, channels, frames]."""
+    return lambda x: call(x.transpose(1, 2)).transpose(1, 2)
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -31,6 +31,8 @@ class Decoding:
         Of the features: windows of `window_samples`, padded with zeros.
     prompt : list of int
         Tokens before the text: the start, a language if there are several, transcription.
+    languages : dict
+        Token per language code, which stands second in the prompt; empty for an English-only model.
     end : int
         The token after it.
     suppressed, suppressed_first : list of int
@@ -49,6 +51,7 @@ class Decoding:
     mel_bands: int
     window_samples: int
     prompt: list[int]
+    languages: dict[str, int]
     end: int
     suppressed: list[int]
     suppressed_first: list[int]
@@ -137,7 +140,24 @@ def banks(
     dict
         fp32 [R, K], fp32 [R, N] and int32 [adapters + 1]. A linear that no adapter changes has one
         rank row of zeros, owned by none: runtimes differ about empty tensors.
+
+    Raises
+    ------
+    ModelError
+        An adapter has a linear that the graphs do not take, or another width.
     """
+    for name, tensors in adapters.items():
+        for key, tensor in tensors.items():
+            linear, _, kind = key.rpartition(".")
+            width = sizes.get(linear, (0, 0))[kind == "lora_b"]
+            if linear not in sizes or tensor.ndim != 2 or tensor.shape[1] != width:
+                expected = (
+                    f"[rank, {width}]" if linear in sizes else "a linear that the graphs take"
+                )
+                raise ModelError(
+                    f"adapter {name!r}: {key}: expected {expected}, got {list(tensor.shape)}; "
+                    "export the adapter with a base of its own shape"
+                )
     found: dict[str, Any] = {}
     for linear, (inputs, outputs) in sizes.items():
         a = [tensors.get(f"{linear}.lora_a") for tensors in adapters.values()]

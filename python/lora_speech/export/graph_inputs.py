@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lora_speech.errors import ModelError
 from lora_speech.export.companions import adapted_linears, ctc_decoding_of, decoding_of
 from lora_speech.export.conformer_graphs import ConformerStepGraph, RecognizeGraph
 from lora_speech.export.folder import CtcDecoding, Decoding
@@ -45,6 +46,7 @@ def make_graphs(
     family = plan.model.family
     if family.objective == "sequence":
         found = {name: kind(model, operators, adapted) for name, kind in WHISPER_GRAPHS.items()}
+        _refuse_lost(adapted, found)
         return {name: graph.eval() for name, graph in found.items()}, decoding_of(plan)
     name = family.features.input_name
     graphs: dict[str, Graph] = {"recognize": RecognizeGraph(model, operators, adapted, name).eval()}
@@ -53,7 +55,22 @@ def make_graphs(
         chunk, left = (int(plan.options.get(k, v)) for k, v in (("chunk", "16"), ("left", "64")))
         step = ConformerStepGraph(model, operators, adapted, chunk, left).eval()
         graphs["step"] = step
+    _refuse_lost(adapted, graphs)
     return graphs, ctc_decoding_of(plan, step)
+
+
+def _refuse_lost(adapted: tuple[str, ...], graphs: dict[str, Graph]) -> None:
+    """An adapter's layer that a graph computes without it would be dropped in silence."""
+    taken = {name for graph in graphs.values() for name in graph.adapted}
+    if "step" in graphs and "recognize" in graphs:  # which both compute every layer
+        taken = set(graphs["step"].adapted)
+    lost = [name for name in adapted if name not in taken]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise ModelError(
+            f"adapter: expected layers that the exported graphs take adapters for, got "
+            f"{', '.join(lost[:3])}{more}; merge the adapter (--merge), or train it without them"
+        )
 
 
 def example_inputs(

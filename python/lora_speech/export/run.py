@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from lora_speech.audio import load_audio
 from lora_speech.errors import ModelError, SpeechError
@@ -17,6 +18,7 @@ from lora_speech.export.check import Check, check_export
 from lora_speech.export.target import Plan, Say, Target, target
 from lora_speech.files import publish, staging, sweep, write_json
 from lora_speech.models.loading import load_base, load_for_serving
+from lora_speech.prompts import default_language, special_tokens
 
 CHECK = "check.json"
 MAX_WER = 0.05
@@ -54,6 +56,7 @@ def export_model(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     merge: bool = False,
     int8: bool = False,
+    language: str | None = None,
     check: Sequence[str | os.PathLike[str]] = (),
     max_wer: float = MAX_WER,
     options: Mapping[str, str] | None = None,
@@ -77,6 +80,9 @@ def export_model(
         them.
     int8 : bool
         INT8 weights.
+    language : str, optional
+        Of the prompt that is written beside graphs, and of the check; by default English where the
+        model knows it.
     check : sequence of path
         Recordings to compare by; by default sentences that are synthesised here.
     max_wer : float
@@ -101,6 +107,12 @@ def export_model(
     chosen.require(options or {})
     _refuse_output(output, overwrite)
     folders = dict(adapters or {})
+    for name in folders:
+        if not re.fullmatch(r"[\w-]+", name):  # it names files, and modules of PEFT
+            raise SpeechError(
+                f"adapters: expected names of letters, digits, - and _, got {name!r}; name it "
+                "otherwise, e.g. --adapter NAME=FOLDER"
+            )
     live = chosen.live and not merge
     if folders and not live and len(folders) > 1:
         raise SpeechError(
@@ -114,29 +126,38 @@ def export_model(
         raise SpeechError(f"int8: expected a target that takes INT8, got {to}; leave it out")
     say("loading the model")
     plan = _plan(base, chosen, folders, live, int8, dict(options or {}))
+    plan = replace(plan, language=_known_language(plan, language))
+    chosen.fits(plan)
     names, recordings = _recordings(plan, check)
     plan.samples.extend(recordings)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sweep(output.parent)
     try:
+        sweep(output.parent)
         with staging(output) as partial:
             partial.mkdir()
             chosen.write(plan, partial, say)
             say("comparing with torch")
             found = check_export(plan, chosen.open(partial), names, recordings)
-            if found.wer > max_wer:
-                worst = max(found.comparisons, key=lambda c: not c.identical)
+            worst = found.worst
+            if not worst.wer <= max_wer:
                 raise ModelError(
                     f"check: expected texts within {max_wer:.0%} WER of the torch model's, got "
-                    f"{found.wer:.0%}; e.g. {worst.recording}: torch hears {worst.expected!r}, the "
+                    f"{worst.wer:.0%} by {worst.adapter or 'the base'}; e.g. {worst.recording}: "
+                    f"torch hears {worst.expected!r}, the "
                     f"export {worst.got!r}; nothing was written; check with speech "
                     "that the model knows, or raise max_wer"
                 )
             write_json(partial / CHECK, found.record())
-            if output.exists():
-                shutil.rmtree(output)
-            publish(partial, output)
-    except OSError as error:
+            _refuse_output(output, overwrite)  # it may have come meanwhile
+            with staging(output.with_name(f"{output.name}.old")) as old:
+                if output.exists():
+                    output.replace(old)
+                try:
+                    publish(partial, output)
+                except BaseException:
+                    if old.exists() and not output.exists():
+                        old.replace(output)
+                    raise
+    except (OSError, SafetensorError) as error:
         raise SpeechError(
             f"{output}: expected a folder that can be written, got: {error}; choose another place "
             "or make room"
@@ -178,6 +199,21 @@ def _plan(
     return Plan(model, (), next(iter(folders), None), int8, options=options)
 
 
+def _known_language(plan: Plan, language: str | None) -> str | None:
+    if plan.model.family.objective != "sequence":
+        if language is not None:
+            raise ModelError(
+                f"language: expected none for a {plan.model.family.name}, got {language!r}; leave "
+                "it out"
+            )
+        return None
+    tokens = special_tokens(plan.model.model)
+    if language is None:
+        return default_language(tokens)
+    tokens.language_id(language)  # refuses one that the model does not know
+    return language
+
+
 def _recordings(plan: Plan, given: Sequence[Any]) -> tuple[list[str], list[np.ndarray]]:
     if given:
         rate = plan.model.sampling_rate
@@ -197,8 +233,16 @@ def _recordings(plan: Plan, given: Sequence[Any]) -> tuple[list[str], list[np.nd
 
 
 def _refuse_output(output: Path, overwrite: bool) -> None:
-    if not output.exists():
+    if not (output.exists() or output.is_symlink()):
+        above = next(path for path in output.absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise SpeechError(
+                f"output: expected a folder that can be made, got {output}, and {above} is "
+                f"{'not writable' if above.is_dir() else 'a file'}; choose another place"
+            )
         return
+    if output.is_symlink():
+        raise SpeechError(f"output: expected a new folder, got {output}, a link; name its target")
     if not overwrite:
         raise SpeechError(
             f"output: expected a new folder, got {output}, which is there; choose another one or "

@@ -14,7 +14,7 @@ from lora_speech.export.folder import CtcDecoding
 from lora_speech.export.graph_inputs import make_graphs
 from lora_speech.export.target import Plan, Recognizer
 from lora_speech.features import extract_features
-from lora_speech.prompts import default_language, prompt_tokens, special_tokens, token_limit
+from lora_speech.prompts import prompt_tokens, special_tokens, token_limit
 from lora_speech.transcription import decode_text
 
 Way = tuple[str, Callable[[], Sequence[int]], Callable[[], Sequence[int]]]
@@ -27,7 +27,7 @@ class WhisperSpeaker:
     def __init__(self, plan: Plan, recognizer: Recognizer) -> None:
         self.plan, self.recognizer = plan, recognizer
         tokens = special_tokens(plan.model.model)
-        self.language = default_language(tokens)
+        self.language = plan.language
         self.prompt = prompt_tokens(tokens, self.language)
         self.limit = token_limit(tokens, len(self.prompt), None)
 
@@ -105,7 +105,7 @@ class CtcSpeaker:
             streamed: Any = recognizer
             ways.append(
                 (
-                    " (in steps)",
+                    "in steps",
                     lambda: self.stream(features.numpy(), adapter),
                     lambda: streamed.stream(features.numpy(), adapter),
                 )

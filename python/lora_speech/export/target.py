@@ -33,6 +33,8 @@ class Plan:
         The adapter in its weights.
     int8 : bool
         Whether INT8 was asked for.
+    language : str or None
+        Of the prompt; None where the model knows none.
     samples : list of numpy.ndarray
         float32 [samples] each, speech to calibrate by, at the model's rate.
     options : dict
@@ -43,6 +45,7 @@ class Plan:
     live: tuple[str, ...] = ()
     merged: str | None = None
     int8: bool = False
+    language: str | None = None
     samples: list[np.ndarray] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
 
@@ -100,6 +103,8 @@ class Target:
         What it takes besides, by `--option NAME=VALUE`, and what that means.
     ready : callable
         Refuses options, and a machine that cannot do it, before anything is loaded.
+    fits : callable
+        Refuses a plan that it cannot write, before anything is written.
     usage : callable
         How the written folder is used: lines for the terminal.
     """
@@ -114,6 +119,7 @@ class Target:
     extra: str = "export"
     options: Mapping[str, str] = field(default_factory=dict)
     ready: Callable[[Mapping[str, str]], object] = dict
+    fits: Callable[[Plan], object] = id
     usage: Callable[[Path], str] = str
 
     def require(self, options: Mapping[str, str]) -> None:

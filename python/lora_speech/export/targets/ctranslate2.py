@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lora_speech.errors import ModelError, SpeechError
 from lora_speech.export.target import Plan, Say, Target
 from lora_speech.export.targets.peft import save_base
+from lora_speech.files import staging
 
 QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16",
                  "bfloat16", "float32")  # fmt: skip
@@ -26,14 +27,23 @@ def _ready(options: Mapping[str, str]) -> None:
         )
 
 
+def _fits(plan: Plan) -> None:
+    asked = plan.options.get("quantization")
+    if asked is not None and plan.int8 and not asked.startswith("int8"):
+        raise SpeechError(
+            f"--option quantization: expected an INT8 one beside --int8, got {asked}; leave one of "
+            "them out"
+        )
+
+
 def _write(plan: Plan, folder: Path, say: Say) -> None:
     from ctranslate2.converters import TransformersConverter
 
     quantization = plan.options.get("quantization", "int8" if plan.int8 else "float32")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
-        save_base(plan, Path(merged))
+    with staging(folder.with_name("merged")) as merged:
+        save_base(plan, merged)
         say("converting")
-        converter = TransformersConverter(merged, copy_files=list(_COPIED))
+        converter = TransformersConverter(str(merged), copy_files=list(_COPIED))
         converter.convert(str(folder), quantization=quantization, force=True)
 
 
@@ -43,7 +53,7 @@ class _Loaded:
     def __init__(self, folder: Path) -> None:
         from faster_whisper import WhisperModel
 
-        self.whisper = WhisperModel(str(folder), device="cpu", cpu_threads=1, num_workers=1)
+        self.whisper = WhisperModel(str(folder), device="cpu", cpu_threads=torch.get_num_threads())
 
     def decode(
         self, features: np.ndarray, prompt: Sequence[int], limit: int, adapter: str | None
@@ -72,5 +82,6 @@ TARGET = Target(
     extra="ctranslate2",
     options={"quantization": "of the weights; int8 with --int8, float32 without"},
     ready=_ready,
+    fits=_fits,
     usage=lambda folder: f"faster_whisper.WhisperModel('{folder}').transcribe('talk.wav')",
 )

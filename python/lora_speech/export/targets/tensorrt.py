@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,44 @@ def _ready(options: Mapping[str, str]) -> None:
         )
     for name in ("max_batch", "max_rank"):
         _number(options, name)
+    cache = options.get("timing_cache")
+    if cache is not None and arch is not None:
+        raise SpeechError(
+            f"--option timing_cache: expected none with arch, got {cache}: TensorRT for RTX keeps "
+            "none; leave it out"
+        )
+    if cache is not None and not Path(cache).absolute().parent.is_dir():
+        raise SpeechError(
+            f"--option timing_cache: expected a file in a folder that is there, got {cache}; make "
+            "the folder first"
+        )
     if arch is None:
         load_tensorrt()
     else:
         load_tensorrt_rtx()
+
+
+def _fits(plan: Plan) -> None:
+    from lora_kernels import get_adapter
+    from lora_kernels.export.tensorrt_model import find_plugin_library, load_tensorrt
+
+    ranks: dict[str, int] = {}
+    for name in plan.live:
+        for linear, layer in get_adapter(plan.model.model, name).layers.items():
+            ranks[linear] = ranks.get(linear, 0) + layer.rank
+    most = max(ranks.values(), default=0)
+    if most > _number(plan.options, "max_rank"):
+        raise SpeechError(
+            f"--option max_rank: expected at least {most}, the rank rows of all adapters together, "
+            f"got {_number(plan.options, 'max_rank')}; raise it"
+        )
+    standard = "arch" in plan.options or find_plugin_library(load_tensorrt()) is None
+    if plan.int8 and standard:
+        raise SpeechError(
+            "--int8: expected TensorRT with this package's plugins, which compute INT8 layers, got "
+            f"{'TensorRT for RTX, which takes none' if 'arch' in plan.options else 'none built'}; "
+            "leave it out, or build the plugins (docs/tensorrt.md)"
+        )
 
 
 def _number(options: Mapping[str, str], name: str) -> int:
@@ -89,6 +124,7 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
     write_onnx(graphs, folder / ONNX, say)
     write_adapters(plan, folder / ONNX)
     write_companions(plan, folder / ONNX, decoding)
+    cache = plan.options.get("timing_cache")
     lines = []
     for name, graph in graphs.items():
 
@@ -102,13 +138,14 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
             profiles=_profile(plan, graph),
             precision=precision,
             target=plan.options.get("arch"),
-            timing_cache=plan.options.get("timing_cache"),
+            timing_cache=None if cache is None else Path(cache).absolute(),
             progress=progress,
         )
         lines.append(report.trtexec.replace(f"{folder}{os.sep}", ""))
     if any(lines):
-        script = "#!/bin/sh\n# Builds the engines of this folder again.\n" + "\n".join(lines)
-        (folder / TRTEXEC).write_text(script + "\n", encoding="utf-8")
+        head = '#!/bin/sh\n# Builds these engines again.\nset -e; cd "$(dirname "$0")"\n'
+        (folder / TRTEXEC).write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+        (folder / TRTEXEC).chmod(0o755)
 
 
 def _open(folder: Path) -> Recognizer:
@@ -122,8 +159,8 @@ def _open(folder: Path) -> Recognizer:
 
 def _usage(folder: Path) -> str:
     if (folder / TRTEXEC).is_file():
-        lines = (folder / TRTEXEC).read_text(encoding="utf-8").splitlines()[2:]
-        return f"(cd {folder}; {'; '.join(lines)})"
+        lines = (folder / TRTEXEC).read_text(encoding="utf-8").splitlines()[3:]
+        return "\n".join([f"cd {shlex.quote(str(folder))}", *lines])
     return (
         "engines were built and not run: that needs the GPU they are for. Compared with torch were "
         f"the graphs in {folder / ONNX}, run by ONNX Runtime."
@@ -146,5 +183,6 @@ TARGET = Target(
         "timing_cache": "a file that makes later builds shorter",
     },
     ready=_ready,
+    fits=_fits,
     usage=_usage,
 )
