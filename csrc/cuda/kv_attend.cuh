@@ -44,6 +44,9 @@ class KvAttend {
   using T = KvProduct<Q, S>;
   static constexpr int kEights = 2 * kGroups;  // of a lane's depth
   static constexpr bool kInt8 = std::is_same_v<S, int8_t>;
+  // Whether K and V of a tile wait in registers while something else is computed: with q and the sums there is no room
+  // for both halves of them in products of 32 bits.
+  static constexpr bool kAhead = kGroups * sizeof(T) < 8;
 
  public:
   __device__ explicit KvAttend(const KvAttendParams& p)
@@ -94,14 +97,14 @@ class KvAttend {
     for (; at < end; at += kKvWarps * kKvTile) {
       load_values(at);
       float scores[2][4] = {};
-      add_scores(scores);
+      add_scores(at, scores);
       load_keys(at + kKvWarps * kKvTile);
       soften(list, at, scores);
       if (at + kKvTile <= list.shortest()) {
-        add_values(scores);
+        add_values(at, scores);
       } else {
 #pragma unroll 1
-        for (int i = 0; i < list.count(); ++i) add_values_of(i, list.visible(i) - at, scores);
+        for (int i = 0; i < list.count(); ++i) add_values_of(i, list.visible(i) - at, at, scores);
       }
     }
     store_parts();
@@ -184,22 +187,29 @@ class KvAttend {
 
   // K of positions at + g and at + 8 + g.
   __device__ void load_keys(int at) {
+    if constexpr (kAhead)
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int position = at + 8 * n + g_;
-      const void* from = position < end_ ? vector_of(position, p_.k_cache, p_.k) : nullptr;
+      for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int c = 0; c < kEights; ++c)
-        keys_[n][c] = load_eight<S>(from, c * 32 + t_ * 8, from ? p_.result.head_size : 0, p_.aligned);
-    }
+        for (int c = 0; c < kEights; ++c) keys_[n][c] = load_key(at, n, c);
+  }
+  __device__ KvRaw<S> load_key(int at, int n, int c) const {
+    const int position = at + 8 * n + g_;
+    const void* from = position < end_ ? vector_of(position, p_.k_cache, p_.k) : nullptr;
+    return load_eight<S>(from, c * 32 + t_ * 8, from ? p_.result.head_size : 0, p_.aligned);
   }
 
-  __device__ void add_scores(float (&scores)[2][4]) const {
+  __device__ void add_scores([[maybe_unused]] int at, float (&scores)[2][4]) const {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int c = 0; c < kEights; ++c) {
-        const KvEight<T> k = eight_of<T, S>(keys_[n][c]);
+        KvRaw<S> raw;
+        if constexpr (kAhead)
+          raw = keys_[n][c];
+        else
+          raw = load_key(at, n, c);
+        const KvEight<T> k = eight_of<T, S>(raw);
 #pragma unroll
         for (int s = 0; s < KvEight<T>::kSteps; ++s) {
           const uint32_t a[4] = {q_[0][c].w[2 * s], q_[1][c].w[2 * s], q_[0][c].w[2 * s + 1], q_[1][c].w[2 * s + 1]};
@@ -215,13 +225,27 @@ class KvAttend {
   __device__ void load_values(int at) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int position = at + place_of(i / 2, i % 2);
-      const void* from = position < end_ ? vector_of(position, p_.v_cache, p_.v) : nullptr;
-      if (kInt8 && p_.scales == KvScales::kPerPosition) v_scale_[i] = from ? scale_of(p_.v_scales, position) : 0.0f;
+      if (kInt8 && p_.scales == KvScales::kPerPosition) {
+        const int position = at + place_of(i / 2, i % 2);
+        const bool there = position < end_ && vector_of(position, p_.v_cache, p_.v);
+        v_scale_[i] = there ? scale_of(p_.v_scales, position) : 0.0f;
+      }
+      if constexpr (kAhead)
 #pragma unroll
-      for (int c = 0; c < kGroups; ++c)
-        values_[i][c] = load_eight<S>(from, c * 64 + g_ * 8, from ? p_.result.head_size : 0, p_.aligned);
+        for (int c = 0; c < kGroups; ++c) values_[i][c] = load_value(at, i, c);
     }
+  }
+  __device__ KvRaw<S> load_value(int at, int i, int c) const {
+    const int position = at + place_of(i / 2, i % 2);
+    const void* from = position < end_ ? vector_of(position, p_.v_cache, p_.v) : nullptr;
+    return load_eight<S>(from, c * 64 + g_ * 8, from ? p_.result.head_size : 0, p_.aligned);
+  }
+  __device__ KvEight<T> value_of([[maybe_unused]] int at, int i, int c) const {
+    const float factor = kInt8 && p_.scales == KvScales::kPerPosition ? v_scale_[i] : 1.0f;
+    if constexpr (kAhead)
+      return eight_of<T, S>(values_[i][c], factor);
+    else
+      return eight_of<T, S>(load_value(at, i, c), factor);
   }
   __device__ float scale_of(const float* scales, int position) const {
     if constexpr (kPlaces) return scales[scale_at(places_[position - begin_]) + position];
@@ -267,26 +291,26 @@ class KvAttend {
     }
   }
 
-  __device__ void add_values(const float (&weights)[2][4]) {
+  __device__ void add_values(int at, const float (&weights)[2][4]) {
 #pragma unroll
     for (int c = 0; c < kGroups; ++c) {
       KvEight<T> v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = eight_of<T, S>(values_[i][c], v_scale(i));
+      for (int i = 0; i < 4; ++i) v[i] = value_of(at, i, c);
       multiply(c, weights, v);
     }
   }
 
   // The same for query `only` alone, which sees the first `visible` positions of the tile. Its sums are the same bits
   // then: a row of a product does not depend on the others, but a zero weight would not keep NaN from them.
-  __device__ void add_values_of(int only, int visible, const float (&weights)[2][4]) {
+  __device__ void add_values_of(int only, int visible, int at, const float (&weights)[2][4]) {
 #pragma unroll
     for (int c = 0; c < kGroups; ++c) {
       KvEight<T> v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool seen = place_of(i / 2, i % 2) < visible;
-        v[i] = eight_of<T, S>(values_[i][c], v_scale(i));
+        v[i] = value_of(at, i, c);
 #pragma unroll
         for (int w = 0; w < KvEight<T>::kWords; ++w) v[i].w[w] = seen ? v[i].w[w] : 0;
       }
@@ -303,7 +327,6 @@ class KvAttend {
           if (g_ + 8 * (e / 2) != only) sums_[c * 8 + j][e] = kept[j][e];
     }
   }
-  __device__ float v_scale(int i) const { return kInt8 && p_.scales == KvScales::kPerPosition ? v_scale_[i] : 1.0f; }
 
   // Channel 64 c + 8 n + j is column n of product j.
   __device__ void multiply(int c, const float (&weights)[2][4], const KvEight<T> (&v)[4]) {
@@ -354,7 +377,7 @@ class KvAttend {
   int split_ = 0, head_ = 0, unit_ = 0, begin_ = 0, end_ = 0;
   int64_t vector_ = 0;  // the first position of this head in its cache row
   KvEight<T> q_[2][kEights];
-  KvRaw<S> keys_[2][kEights], values_[4][kGroups];
+  KvRaw<S> keys_[2][kAhead ? kEights : 1], values_[4][kAhead ? kGroups : 1];
   float v_scale_[4] = {}, factor_[2], most_[2], total_[2];
   float sums_[8 * kGroups][4];
 };

@@ -23,6 +23,7 @@ struct KvPackParams {
   int64_t key_bytes = 0, value_bytes = 0;  // of a head
   float *k_scales = nullptr, *v_scales = nullptr;
   int positions = 0, heads = 0, head_size = 0;
+  int key_steps = 0, value_channels = 0;  // of kv_packing.h
 };
 
 // Grid (utterances * H, ceil(D / 64), k or v).
@@ -62,8 +63,6 @@ __global__ void __launch_bounds__(kKvPackThreads) kv_pack_kernel(const KvPackPar
   __syncthreads();
   const float inverse = inverses[lane];
   constexpr int kWordBytes = static_cast<int>(kKvStep), kBlock = static_cast<int>(kKvBlockPositions);
-  const int value_channels = static_cast<int>(kv_value_channels(p.head_size));
-  const int key_steps = static_cast<int>(kv_key_steps(p.head_size));
   for (int base = 0; base < p.positions; base += kKvPackPositions) {
 #pragma unroll 4
     for (int i = group; i < kKvPackPositions; i += kRows) {
@@ -81,21 +80,21 @@ __global__ void __launch_bounds__(kKvPackThreads) kv_pack_kernel(const KvPackPar
         for (int e = 0; e < kWordBytes; ++e)
           word |= static_cast<uint32_t>(static_cast<uint8_t>(tile[position * kTileRow + step * kWordBytes + e]))
                   << 8 * e;
-        if (first / kWordBytes + step < key_steps)
-          reinterpret_cast<uint32_t*>(
-              p.packed_k +
-              at * p.key_bytes)[(static_cast<int64_t>(base / kBlock) * key_steps + first / kWordBytes + step) * kBlock +
-                                position] = word;
+        if (first / kWordBytes + step < p.key_steps)
+          reinterpret_cast<uint32_t*>(p.packed_k + at * p.key_bytes)
+              [(static_cast<int64_t>(base / kBlock) * p.key_steps + first / kWordBytes + step) * kBlock + position] =
+                  word;
       } else {
         const int column = i % kKvPackChannels, step = i / kKvPackChannels;
 #pragma unroll
         for (int e = 0; e < kWordBytes; ++e)
           word |= static_cast<uint32_t>(static_cast<uint8_t>(tile[(step * kWordBytes + e) * kTileRow + column]))
                   << 8 * e;
-        if (first + column < value_channels && base + step * kWordBytes < p.positions)
+        if (first + column < p.value_channels && base + step * kWordBytes < p.positions)
           reinterpret_cast<uint32_t*>(
               p.packed_v +
-              at * p.value_bytes)[(static_cast<int64_t>(base / kWordBytes) + step) * value_channels + first + column] =
+              at *
+                  p.value_bytes)[(static_cast<int64_t>(base / kWordBytes) + step) * p.value_channels + first + column] =
               word;
       }
     }

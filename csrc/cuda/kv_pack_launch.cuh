@@ -26,6 +26,8 @@ Status KvPackKernels<Q>::run(const KvPackPlan& plan, const KvPackArgs& args, voi
   k.positions = static_cast<int>(p.positions);
   k.heads = static_cast<int>(p.heads);
   k.head_size = static_cast<int>(p.head_size);
+  k.key_steps = static_cast<int>(kv_key_steps(p.head_size));
+  k.value_channels = static_cast<int>(kv_value_channels(p.head_size));
   launching::Sequence s(stream);
   const dim3 grid(static_cast<unsigned>(p.cache_rows * p.heads), launching::tiles(p.head_size, kKvPackChannels), 2);
   s.run<&kv_pack_kernel<Q>>("kv_pack", grid, kKvPackThreads, kKvPackSharedBytes, k);

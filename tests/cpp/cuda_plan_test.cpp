@@ -441,7 +441,9 @@ void test_kv_pack_plans() {
   p.head_size = 64;
   p.dtype = DType::kFloat16;
   KvPackPlan chosen;
-  check(plan(p, on_cuda(kH100), &chosen).ok() && contains(to_string(chosen), "cuda sm_90"), to_string(chosen));
+  const Status planned = plan(p, on_cuda(kH100), &chosen);
+  check(planned.ok(), planned.text);
+  check(contains(to_string(chosen), "cuda sm_90"), to_string(chosen));
   check(workspace_bytes(chosen) == 0 && chosen.cuda.predicted_us > 0, to_string(chosen));
   check(contains(run(chosen, KvPackArgs(), serial_executor()).text, "LORA_KERNELS_CUDA=ON"), "nothing runs here");
   p.dtype = DType::kBFloat16;

@@ -277,21 +277,21 @@ FAULTS = [
         "kv_attend.cuh",
         "    store_parts();\n    __syncthreads();",
         "    store_parts();",
-        ("kv ",),
+        ("kv",),
     ),
     Fault(
         "places read before all are found",
         "kv_attend.cuh",
         "append(row);\n      __syncthreads();",
         "append(row);",
-        ("kv ",),
+        ("kv",),
     ),
     Fault(
         "new tokens read from the cache",
         "kv_rows.cuh",
         "place = place < 0 ? kKvNowhere : kv_new_token(row, rows.tokens, p - length);",
         "place = place < 0 ? kKvNowhere : place;",
-        ("kv ",),
+        ("kv",),
     ),
     Fault(
         "new tokens of other rows read from the cache",
@@ -305,7 +305,7 @@ FAULTS = [
         "kv_attend.cuh",
         "j / 8 * 64 + (2 * t_ + e) * 8 + j % 8",
         "j * 8 + 2 * t_ + e",
-        ("kv ",),
+        ("kv",),
     ),
     Fault(
         "positions of blocked scores as they lie",
@@ -326,7 +326,7 @@ FAULTS = [
         "kv_attend.cuh",
         "sums_[j][2 * i] *= share, sums_[j][2 * i + 1] *= share;",
         "sums_[j][2 * i] *= 1, sums_[j][2 * i + 1] *= 1;",
-        ("kv ",),
+        ("kv",),
     ),
     Fault(
         "what one query does not see reaches it",
@@ -338,8 +338,8 @@ FAULTS = [
     Fault(
         "bytes of a tile overwritten while they are read",
         "kv_pack.cuh",
-        "first + column] = word;\n      }\n    }\n    __syncthreads();",
-        "first + column] = word;\n      }\n    }",
+        "word;\n      }\n    }\n    __syncthreads();",
+        "word;\n      }\n    }",
         ("kv pack",),
     ),
     Fault(
