@@ -69,10 +69,10 @@ int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
 }
 
 // u and dB from one reading of dy, or from one each. The kernels apart read dy twice, and from L2 the second time where
-// it fits; together they write and read parts of both instead, and save a launch. Both ways multiply as much, so
-// together they are faster exactly where memory is the bound: at most 32 ranks, and for fp32, of six times the
-// arithmetic, fewer. Not for several adapters: a block would meet them in every order of rows, and rank rows of all of
-// them do not fit its registers.
+// it fits; together they write and read parts of both instead, and save a launch. Both ways multiply as much, which up
+// to 32 ranks takes less time than memory does but for fp32 on the fastest memories: apart is better where dy stays in
+// L2 and the parts are as large. Not for several adapters: a block would meet them in every order of rows, and rank
+// rows of all of them do not fit its registers.
 struct Readings {
   bool once = false;
   int row_tiles = 1, row_splits = 1, column_splits = 1;
