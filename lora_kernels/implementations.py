@@ -73,8 +73,10 @@ def force_implementation(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        "generic", "avx2", "avx2_vnni", "avx512" or "cuda". An operator without a row "avx2_vnni"
-        takes "avx2" for it. Operands on another kind of device than the name's are refused.
+        "generic", "avx2", "avx2_vnni", "avx512", "cuda" or "cuda_mma" (without the tensor-core
+        products of sm_90a alone). An operator without a row "avx2_vnni" takes "avx2" for it, one
+        without "cuda_mma" takes "cuda". Operands on another kind of device than the name's are
+        refused.
 
     Raises
     ------

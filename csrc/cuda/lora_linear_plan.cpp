@@ -19,9 +19,9 @@ constexpr int64_t kMostFewRows = 32;       // four products of eight columns for
 constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
 constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
 
-// Of wgmma: 4,096 per clock, of which tiles that are filled by cp.async are expected to reach this; vendors' libraries,
-// with TMA, reach about 0.8. Since nothing has been measured, it is taken only where it is predicted to need no more
-// than this part of the time by mma.sync.
+// Of wgmma: 4,096 per clock, of which tiles are expected to reach this, whether TMA fills them or cp.async, which hangs
+// on addresses that no plan knows; vendors' libraries reach about 0.8. Since nothing has been measured, it is taken
+// only where it is predicted to need no more than this part of the time by mma.sync.
 constexpr double kWgmmaFlopsPerClock = 4096, kWgmmaTiles = 0.65, kClearlyBetter = 0.85;
 
 // FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
