@@ -4,8 +4,8 @@
 ``csrc/cuda/resources.json`` records, if it takes more registers than recorded there or more shared
 memory than the architecture has, or if its machine code lacks the instructions that it was written
 for: tensor-core products (HMMA, HGMMA), ldmatrix (LDSM), asynchronous copies (LDGSTS, UTMALDG). So
-it does if the compiler puts wgmma's products one after another. ``--record`` writes that file anew, for the
-change to be reviewed with the kernel's.
+it does if the compiler puts wgmma's products one after another. ``--record`` writes that file anew,
+for the change to be reviewed with the kernel's.
 
 Needs nvcc, g++ and nvdisasm (of the toolkit, or ``pip install nvidia-cuda-nvdisasm``).
 """
