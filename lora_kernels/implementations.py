@@ -73,9 +73,10 @@ def force_implementation(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        "generic", "avx2", "avx2_vnni", "avx512", "amx" or "cuda". An operator without a row
-        "avx2_vnni" or "amx" takes "avx2" or "avx512" for it. Operands on another kind of device
-        than the name's are refused.
+        "generic", "avx2", "avx2_vnni", "avx512", "amx", "cuda" or "cuda_mma" (without the
+        tensor-core products of sm_90a alone). An operator without a row "avx2_vnni" takes "avx2"
+        for it, one without "amx" "avx512", one without "cuda_mma" "cuda". Operands on another kind
+        of device than the name's are refused.
 
     Raises
     ------

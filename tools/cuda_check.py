@@ -3,9 +3,9 @@
 ``make cuda-check`` fails if a kernel spills registers or has a stack beyond what
 ``csrc/cuda/resources.json`` records, if it takes more registers than recorded there or more shared
 memory than the architecture has, or if its machine code lacks the instructions that it was written
-for: tensor-core products (HMMA, HGMMA), ldmatrix (LDSM), asynchronous copies (LDGSTS). So it does
-if the compiler puts wgmma's products one after another. ``--record`` writes that file anew, for the
-change to be reviewed with the kernel's.
+for: tensor-core products (HMMA, HGMMA), ldmatrix (LDSM), asynchronous copies (LDGSTS, UTMALDG). So
+it does if the compiler puts wgmma's products one after another. ``--record`` writes that file anew,
+for the change to be reviewed with the kernel's.
 
 Needs nvcc, g++ and nvdisasm (of the toolkit, or ``pip install nvidia-cuda-nvdisasm``).
 """
@@ -213,7 +213,7 @@ def expected(name: str, kind: str, arch: int) -> list[str]:
     if name.startswith("kv_blocked<"):
         return ["IMMA.8816" if arch < 80 else "IMMA.16832"]
     if name.startswith("gemm_wgmma<"):  # empty elsewhere
-        return ["HGMMA.64x", "LDGSTS"] if arch == 90 else []
+        return ["HGMMA.64x", "LDGSTS", "UTMALDG"] if arch == 90 else []
     if not name.startswith(GEMM_LIKE):
         return []
     if kind == "f32":

@@ -2,12 +2,12 @@
 // many rows. What gemm.cuh does by mma.sync, of which Hopper does about 60 % as many as of wgmma.
 //
 // Two warpgroups make 128 x 256 of y (or 128 x 128), 64 rows each, in steps of 64 of depth. Operands come into tiles in
-// the 128-byte swizzle that wgmma reads, four (six) steps of 48 (32) KB: two (four) steps are in flight from memory while
-// one is multiplied and one is being finished. x and W come by TMA, one thread asking for two boxes; where their
+// the 128-byte swizzle that wgmma reads, four (six) steps of 48 (32) KB: two (four) steps are in flight from memory
+// while one is multiplied and one is being finished. x and W come by TMA, one thread asking for two boxes; where their
 // alignment allows no tensor map, by cp.async, of which 256 threads issue twelve (eight) each in the 1,024 (512) clocks
-// that a step multiplies. t beside x and B beside W are more steps on the same sums, of which only as many ranks as there
-// are, in sixteens, are multiplied; they come by cp.async, since which rows of t count their adapters say. Sums leave
-// through shared memory.
+// that a step multiplies. t beside x and B beside W are more steps on the same sums, of which only as many ranks as
+// there are, in sixteens, are multiplied; they come by cp.async, since which rows of t count their adapters say. Sums
+// leave through shared memory.
 //
 // FLOPs 2 M N (K + r); a step reads 48 KB for 2 * 128 * 256 * 64 FLOPs: 85 to a byte of L2. Bound by arithmetic. Not
 // measured: no GPU has run this. Not tried: a warpgroup that asks for boxes alone, stores beside the next tile's

@@ -19,9 +19,9 @@ constexpr int64_t kMostFewRows = 32;       // four products of eight columns for
 constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
 constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
 
-// Of wgmma: 4,096 per clock, of which tiles that are filled by cp.async are expected to reach this; vendors' libraries,
-// with TMA, reach about 0.8. Since nothing has been measured, it is taken only where it is predicted to need no more
-// than this part of the time by mma.sync.
+// Of wgmma: 4,096 per clock, of which tiles are expected to reach this, whether TMA fills them or cp.async, which hangs
+// on addresses that no plan knows; vendors' libraries reach about 0.8. Since nothing has been measured, it is taken
+// only where it is predicted to need no more than this part of the time by mma.sync.
 constexpr double kWgmmaFlopsPerClock = 4096, kWgmmaTiles = 0.65, kClearlyBetter = 0.85;
 
 // FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
@@ -69,10 +69,10 @@ int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
 }
 
 // u and dB from one reading of dy, or from one each. The kernels apart read dy twice, and from L2 the second time where
-// it fits; together they write and read parts of both instead, and save a launch. Both ways multiply as much, so
-// together they are faster exactly where memory is the bound: at most 32 ranks, and for fp32, of six times the
-// arithmetic, fewer. Not for several adapters: a block would meet them in every order of rows, and rank rows of all of
-// them do not fit its registers.
+// it fits; together they write and read parts of both instead, and save a launch. Both ways multiply as much, which up
+// to 32 ranks takes less time than memory does but for fp32 on the fastest memories: apart is better where dy stays in
+// L2 and the parts are as large. Not for several adapters: a block would meet them in every order of rows, and rank
+// rows of all of them do not fit its registers.
 struct Readings {
   bool once = false;
   int row_tiles = 1, row_splits = 1, column_splits = 1;

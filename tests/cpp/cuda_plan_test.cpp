@@ -172,15 +172,17 @@ void test_one_reading_of_dy() {
   }
   check(!plan_of_gradients(problem_of(4096, 1280, 1280, 64), kH100, false).cuda.dy_once, "not with many ranks");
   check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16, 3), kH100, false).cuda.dy_once, "nor with a bank");
-  LoraLinearProblem p = problem_of(12000, 1280, 5120, 32);
-  p.dtype = p.lora.dtype = DType::kFloat32;
-  check(!plan_of_gradients(p, kL4, false).cuda.dy_once, "nor where arithmetic is the bound: fp32 on an L4");
+  CudaDevice cached = kA10;
+  cached.l2_bytes = 50 << 20;
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16), cached, false).cuda.dy_once &&
+            plan_of_gradients(problem_of(4096, 1280, 1280, 16), kA10, false).cuda.dy_once,
+        "nor where dy stays in L2, and parts are more than its second reading");
   CudaDevice unknown;
   unknown.arch = 130;
   check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16), unknown, false).cuda.dy_once,
         "nor on a device that does not say how much shared memory it has");
   // A t for the gradients has to be in memory: it is made by a kernel of its own.
-  p = problem_of(1500, 384, 384, 16);
+  LoraLinearProblem p = problem_of(1500, 384, 384, 16);
   p.keeps_t = true;
   check(plan_of(p, kA100).cuda.path == CudaLoraLinearPath::kTwoSteps, "t is not made in tiles");
   p.rows = 1;

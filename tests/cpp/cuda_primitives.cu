@@ -3,6 +3,7 @@
 // reads in[l * 16 ...] and writes out[l * 8 ...]. A warpgroup of 128 threads shares these words.
 #include "cuda/numbers.h"
 #include "cuda/primitives/launch.h"
+#include "cuda/primitives/tma.h"
 #include "cuda/primitives/wgmma.h"
 #include "cuda/tile.h"
 
@@ -114,6 +115,33 @@ Status run_warpgroup(const Registers& p) {
   return launch<&warpgroup<T, kColumns>>({"warpgroup", dim3(1, 1, 1), dim3(128, 1, 1), kBytes, nullptr}, p);
 }
 
+struct BoxParams {
+  TensorMap map;
+  uint32_t* out;
+};
+
+// Rows 5 to 12 and columns 8 to 71 of the 11 rows of 64 halves that `in` begins with, as they lie in shared memory.
+__global__ void box(const __grid_constant__ BoxParams p) {
+  Shared shared;
+  uint32_t* to = shared.take<uint32_t>(256);
+  uint64_t* landed = shared.take<uint64_t>(1);
+  if (threadIdx.x == 0) {
+    init_arrivals(landed);
+    fence_arrivals();
+    expect_bytes(landed, 1024);
+    load_box(to, p.map, 5, 8, landed);
+  }
+  __syncthreads();
+  wait_for_bytes(landed, 0);
+  for (int i = static_cast<int>(threadIdx.x); i < 256; i += 32) p.out[i] = to[i];
+}
+
+Status run_box(const Registers& p) {
+  BoxParams b{{}, p.out};
+  if (!make_tensor_map(&b.map, p.in, false, 11, 64, 128, 8)) return Status::failed("no tensor map");
+  return launch<&box>({"box", dim3(1, 1, 1), dim3(32, 1, 1), 2048, nullptr}, b);
+}
+
 constexpr int kPrimitives = 12;
 
 template <int kWhich = 0>
@@ -122,6 +150,7 @@ Status run_one(int which, const Registers& p) {
   if (which == kPrimitives + 1) return run_warpgroup<__half, 256>(p);
   if (which == kPrimitives + 2) return run_warpgroup<__nv_bfloat16, 128>(p);
   if (which == kPrimitives + 3) return run_warpgroup<__nv_bfloat16, 256>(p);
+  if (which == kPrimitives + 4) return run_box(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "cuda/numbers.h"
 #include "cuda/primitives/launch.h"
+#include "cuda/primitives/tma.h"
 #include "cuda/primitives/wgmma.h"
 #include "cuda/tile.h"
 
@@ -121,9 +122,89 @@ void expect_caught(const char* name, const char* words, bool late = false) {
   check(contains(text, words), std::string(name) + ": '" + words + "' is in: " + text);
 }
 
+// ---- Boxes
+
+enum class BoxFault { kNone, kNoWait, kNoBarrier, kNothingExpected, kOtherPhase, kMisplaced };
+
+struct BoxParams {
+  TensorMap map;
+  int row, column;
+  uint32_t* out;  // the box as it lies, 8 rows of 128 bytes
+};
+
+template <BoxFault kFault>
+__global__ void box(const BoxParams p) {
+  Shared shared;
+  char* to = shared.take<char>(2048) + (kFault == BoxFault::kMisplaced ? 64 : 0);
+  uint64_t* landed = shared.take<uint64_t>(1);
+  if (threadIdx.x == 0) {
+    if (kFault != BoxFault::kNoBarrier) init_arrivals(landed);
+    fence_arrivals();
+    if (kFault != BoxFault::kNothingExpected) expect_bytes(landed, 1024);
+    load_box(to, p.map, p.row, p.column, landed);
+  }
+  __syncthreads();
+  if (kFault != BoxFault::kNoWait) wait_for_bytes(landed, kFault == BoxFault::kOtherPhase ? 1 : 0);
+  if (kFault == BoxFault::kOtherPhase) wait_for_bytes(landed, 0), wait_for_bytes(landed, 1);
+  for (int i = static_cast<int>(threadIdx.x); i < 256; i += 32)
+    p.out[i] = read_shared(reinterpret_cast<const uint32_t*>(to) + i);
+}
+
+// The rows 3 to 10 and columns 8 to 71 of 9 x 40: zeros from row 9 and column 40 on. How many halves are wrong.
+template <BoxFault kFault>
+Status load(int* wrong) {
+  constexpr int kRows = 9, kColumns = 40, kRow = 3, kColumn = 8;
+  Buffer<uint16_t> matrix = Buffer<uint16_t>::aligned(kRows * kColumns);
+  for (int i = 0; i < kRows * kColumns; ++i) matrix[i] = static_cast<uint16_t>(i + 1);
+  std::vector<uint32_t> out(256, 7);
+  BoxParams p{{}, kRow, kColumn, out.data()};
+  check(make_tensor_map(&p.map, matrix.get(), false, kRows, kColumns, kColumns * 2, 8), "a map of aligned rows");
+  check(!make_tensor_map(&p.map, matrix.get() + 1, false, kRows, kColumns, kColumns * 2, 8),
+        "none of a misaligned one");
+  check(!make_tensor_map(&p.map, matrix.get(), false, kRows, kColumns, 82, 8), "nor of a misaligned stride");
+  check(!make_tensor_map(&p.map, matrix.get(), false, 0, kColumns, kColumns * 2, 8), "nor of no rows");
+  const Status status = launch<&box<kFault>>({"box", dim3(1, 1, 1), dim3(32, 1, 1), 4096, nullptr}, p);
+  *wrong = 0;
+  for (int r = 0; r < 8; ++r)
+    for (int c = 0; c < 64; ++c) {
+      const int row = kRow + r, column = kColumn + c;
+      const int want = row < kRows && column < kColumns ? row * kColumns + column + 1 : 0;
+      const int at = r * 64 + (c / 8 ^ r) * 8 + c % 8;  // its chunk of eight is exchanged by the row
+      *wrong += static_cast<int>(out[static_cast<size_t>(at / 2)] >> 16 * (at % 2) & 0xFFFF) != want;
+    }
+  return status;
+}
+
+template <BoxFault kFault>
+void expect_box(const char* name, const char* words, bool late = false) {
+  int caught = 0, orders = 0;
+  std::string text;
+  for (Order order : {Order::kForward, Order::kReverse, Order::kShuffled}) {
+    emulation::options = {order, 4};
+    int wrong = 0;
+    const Status status = load<kFault>(&wrong);
+    if (!status.ok()) text = status.text;
+    caught += !status.ok() || wrong > 0;
+    ++orders;
+  }
+  const bool expected = kFault == BoxFault::kNone ? caught == 0 : late ? caught > 0 : caught == orders;
+  check(expected, std::string(name) + ": caught in " + std::to_string(caught) + " orders: " + text);
+  check(contains(text, words), std::string(name) + ": '" + words + "' is in: " + text);
+}
+
+void test_boxes() {
+  expect_box<BoxFault::kNone>("a box", "");
+  expect_box<BoxFault::kNoWait>("a box that nobody waits for", "nothing has written", true);
+  expect_box<BoxFault::kNoBarrier>("a box without a barrier", "nobody has made");
+  expect_box<BoxFault::kNothingExpected>("bytes that nobody expects", "nothing on its way brings");
+  expect_box<BoxFault::kOtherPhase>("a wait for the next phase", "nothing on its way brings");
+  expect_box<BoxFault::kMisplaced>("a box between lines of 128 bytes", "multiple of 128");
+}
+
 }  // namespace
 
 void test_wgmma() {
+  test_boxes();
   expect_right<__half, 128>("wgmma fp16, 128 columns");
   expect_right<__half, 256>("wgmma fp16, 256 columns");
   expect_right<__nv_bfloat16, 128>("wgmma bf16, 128 columns");

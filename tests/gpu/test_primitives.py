@@ -35,6 +35,7 @@ PRIMITIVES = [
     "wgmma.f16.n256",
     "wgmma.bf16.n128",
     "wgmma.bf16.n256",
+    "tma",
 ]
 # Sums in another order, and other implementations of exp and erfc; everything else is exact.
 ROUNDED = {"mma.f16", "mma.bf16", "mma.tf32", "mma.f16.k8", "activations"}
@@ -121,6 +122,8 @@ def test_device_and_emulation_agree(device: ctypes.CDLL, host: ctypes.CDLL, name
     which = PRIMITIVES.index(name)
     if name in ("mma.bf16", "mma.tf32", "mma.s8") and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("sm_80 has it, this device does not")
+    if name == "tma" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("sm_90 has it, this device does not")
     if name.startswith("wgmma") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("sm_90 has it, this device does not")
     for seed in range(20):

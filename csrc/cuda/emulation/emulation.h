@@ -91,8 +91,8 @@ void start_product(void* registers, uint64_t a, uint64_t b, Multiply multiply);
 void commit_products();
 void wait_products(int newest);
 
-// A box of a matrix in global memory, in bytes but for rows, and barriers that count its bytes. A box lands when somebody
-// waits for it, at once, or by chance. Who waits for a phase that nothing on its way can end is refused.
+// A box of a matrix in global memory, in bytes but for rows, and barriers that count its bytes. A box lands when
+// somebody waits for it, at once, or by chance. Who waits for a phase that nothing on its way can end is refused.
 struct Box {
   const char* data;
   int64_t rows, row_bytes, stride;

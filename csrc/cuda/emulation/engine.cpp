@@ -138,8 +138,8 @@ struct Block {
   void (*body)(const void*);
   const void* arg;
   char* shared;
-  size_t shared_bytes, shared_capacity;  // what the launch asked for, and with gaps
-  std::vector<uint16_t> writers;         // of each chunk: a thread's index + 1, until it has fenced what it wrote
+  size_t shared_bytes, shared_capacity;   // what the launch asked for, and with gaps
+  std::vector<uint16_t> writers;          // of each chunk: a thread's index + 1, until it has fenced what it wrote
   std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
   std::vector<PendingBox> boxes;
   std::string error;

@@ -1,12 +1,13 @@
-// Boxes of a matrix, brought to shared memory by the tensor memory accelerator (sm_90 on), and barriers in shared memory
-// that count their bytes. One thread asks; whoever waits on the barrier sees what has come, and so does wgmma.
+// Boxes of a matrix, brought to shared memory by the tensor memory accelerator (sm_90 on), and barriers in shared
+// memory that count their bytes. One thread asks; whoever waits on the barrier sees what has come, and so does wgmma.
 //
-//   make_tensor_map    on the host: where a matrix of 16-bit elements lies, and boxes of it 64 elements wide; no memory is
-//                      taken, the map is a parameter of the kernel (__grid_constant__)
-//   init_arrivals      a barrier of one arrival for each phase
-//   expect_bytes       its arrival, and how many bytes the phase waits for besides
-//   load_box           rows `row` on and columns `column` on, zeros beyond the matrix, in the 128-byte swizzle of wgmma.h
-//   wait_for_bytes     until the phase of this parity is over
+//   make_tensor_map  on the host: where a matrix of 16-bit elements lies, and boxes of it 64 elements wide; the map is
+//   a
+//                    parameter of the kernel (__grid_constant__), so no memory is taken
+//   init_arrivals    a barrier of one arrival for each phase
+//   expect_bytes     its arrival, and how many bytes the phase waits for besides
+//   load_box         rows `row` on and columns `column` on, zeros beyond the matrix, in the 128-byte swizzle of wgmma.h
+//   wait_for_bytes   until the phase of this parity is over
 #pragma once
 
 #include "cuda/primitives/shared.h"
@@ -113,11 +114,10 @@ __device__ inline void wait_for_bytes(uint64_t* barrier, int parity) {
   if constexpr (kArch >= 90) {
     uint32_t over = 0;
     while (!over)
-      asm volatile(
-          "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-          : "=r"(over)
-          : "r"(shared_address(barrier)), "r"(parity)
-          : "memory");
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                   : "=r"(over)
+                   : "r"(shared_address(barrier)), "r"(parity)
+                   : "memory");
   }
 #endif
 }
