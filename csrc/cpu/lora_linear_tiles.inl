@@ -61,6 +61,11 @@ struct TileScratch {
 
 // 16 rows of 32 k of a matrix as they lie, zero beyond `rows` and `depth`, to rows of `to`.
 inline void copy_tile(const bf16* from, int64_t stride, int64_t rows, int64_t depth, bf16* to) {
+  if (rows >= kTileSide && depth >= kTileDepthBf16) {  // of known size: no calls
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kTileSide; ++i) memcpy(to + i * kTileDepthBf16, from + i * stride, kTileRowBytes);
+    return;
+  }
   for (int64_t i = 0; i < kTileSide; ++i, to += kTileDepthBf16) {
     const int64_t count = i < rows ? (depth < kTileDepthBf16 ? depth : kTileDepthBf16) : 0;
     if (count < kTileDepthBf16) memset(to, 0, kTileRowBytes);
@@ -83,6 +88,8 @@ struct TileOutputs {
   Epilogue epilogue;
   const float *sums = nullptr, *bias = nullptr;  // [32][32], of its first column
   int64_t row = 0, column = 0, rows = 0, columns = 0, done = 0, pace = 1;
+  char *soon = nullptr, *soon_end = nullptr;  // outputs of the sums at hand, asked for before they are written
+  int64_t soon_stride = 0;
 
   void finish(int64_t to) {
     if (to > rows) to = rows;
@@ -107,7 +114,10 @@ struct TileOutputs {
         }
       }
   }
-  void step() { finish(done + pace); }
+  void step() {
+    finish(done + pace);
+    for (int64_t i = 0; i < pace && soon < soon_end; ++i, soon += soon_stride) prefetch_to_write(soon);
+  }
 };
 
 // The sums of two groups of 16 rows and 32 columns, over the steps of the base and those of LoRA-up.
@@ -189,6 +199,9 @@ struct TileTask {
             float* sums = s.sums + turn++ % 2 * kMacroRows * kMacroColumns;
             const int64_t at = block - first_block, rows = end - first - i;
             const int64_t column = block * kPanel + c, columns = p.out_features - column;
+            outputs.soon_stride = p.out_features * static_cast<int64_t>(sizeof(bf16));
+            outputs.soon = static_cast<char*>(args.y) + (first + i) * outputs.soon_stride + column * 2;
+            outputs.soon_end = outputs.soon + (rows < kMacroRows ? rows : kMacroRows) * outputs.soon_stride;
             macro_tile({s.x + i / kTileSide * s.x_stride, packed + block * block_size + c * 2, s.x_stride, grid.steps},
                        {s.t + i / kTileSide * s.t_stride, s.up + at * s.up_stride + c * 2, s.t_stride, up_steps},
                        outputs, sums);
