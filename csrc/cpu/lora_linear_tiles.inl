@@ -5,6 +5,9 @@
 // same sums; bias, activation, residual and storage follow while the next 32 x 32 are multiplied. A chunk of rows has
 // one adapter. Sums are fp32, two k at a time.
 //   2 M N K FLOPs, 512 multiply-adds a cycle; bytes 2 (M K + N K + M N).
+// Measured (one core of an Emerald Rapids, 2.4 TFLOP/s of products alone, shared with other work; 1,500 rows, rank 16
+// included, against F.linear without it in turns): 1.22 (512 x 512), 1.04 (512 to 2,048), 1.12 (2,048 to 512); with
+// vectors 5.6 to 6.6.
 
 // Fewer rows do not pay for packing W into tiles, and adapters of fewer are multiplied in fp32.
 constexpr int64_t kFewestTileRows = 48;
