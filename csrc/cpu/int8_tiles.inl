@@ -16,7 +16,7 @@
 // and 1.6 (768 to 3,072): 25 to 34 % of the peak. Products and their loads alone reach 75 % (512 k) and 70 % (2,048 k),
 // as two of four tiles come from the second cache, and storing 2 x 2 sums takes as long as four products. The rest is
 // quantization (a quarter of the time at 512 x 512), which is not done beside products, and waiting for y. LoRA of rank
-// 16 adds 16 to 28 % at 1,500 rows with bf16 factors, 35 to 60 % with fp32 ones.
+// 16 adds 16 to 28 % at 1,500 rows with bf16 factors, 21 to 60 % with fp32 ones.
 // Tried and lost: asking for tiles before they are loaded (10 to 30 % slower: loads have the ports already); asking for
 // x of the next chunk during products (a fifth slower at 2,048 k); blocks outside and rows inside (writes of y far
 // apart).
