@@ -72,6 +72,7 @@ void report_int8_lora_linear(const DeviceInfo& device, std::vector<Implementatio
 }
 
 Status plan(const Int8LoraLinearProblem& problem, const DeviceInfo& device, Int8LoraLinearPlan* plan) {
+  plan->tiles = false;  // as plans may be made again in the same place
   return make_plan(kTable, validate(problem, device), problem, device, &Int8LoraLinearImplementation::configure, plan);
 }
 

@@ -5,6 +5,8 @@
 //   - values: each half, 2 x 16 rows, against 32 channels of V as it lies.
 // Per query and position 3 D multiply-adds in tiles of 16,384 each 16 cycles, and one exponential: at D = 64 and 1,500
 // positions the softmax takes longer than all products.
+// Measured (one core of an Emerald Rapids, shared with other work, 1,500 queries and positions, 8 heads of 64): 0.68 of
+// the time of the same with VNNI, 0.91 of torch's attention in bf16, which uses AMX as well.
 
 constexpr int64_t kTileQueries = 32;
 

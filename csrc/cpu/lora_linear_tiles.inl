@@ -5,6 +5,9 @@
 // same sums; bias, activation, residual and storage follow while the next 32 x 32 are multiplied. A chunk of rows has
 // one adapter. Sums are fp32, two k at a time.
 //   2 M N K FLOPs, 512 multiply-adds a cycle; bytes 2 (M K + N K + M N).
+// Measured (one core of an Emerald Rapids, 2.4 TFLOP/s of products alone, shared with other work; 1,500 rows, rank 16
+// included, against F.linear without it in turns): 1.22 (512 x 512), 1.04 (512 to 2,048), 1.12 (2,048 to 512); with
+// vectors 5.6 to 6.6.
 
 // Fewer rows do not pay for packing W into tiles, and adapters of fewer are multiplied in fp32.
 constexpr int64_t kFewestTileRows = 48;
@@ -61,6 +64,11 @@ struct TileScratch {
 
 // 16 rows of 32 k of a matrix as they lie, zero beyond `rows` and `depth`, to rows of `to`.
 inline void copy_tile(const bf16* from, int64_t stride, int64_t rows, int64_t depth, bf16* to) {
+  if (rows >= kTileSide && depth >= kTileDepthBf16) {  // of known size: no calls
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kTileSide; ++i) memcpy(to + i * kTileDepthBf16, from + i * stride, kTileRowBytes);
+    return;
+  }
   for (int64_t i = 0; i < kTileSide; ++i, to += kTileDepthBf16) {
     const int64_t count = i < rows ? (depth < kTileDepthBf16 ? depth : kTileDepthBf16) : 0;
     if (count < kTileDepthBf16) memset(to, 0, kTileRowBytes);
@@ -83,6 +91,8 @@ struct TileOutputs {
   Epilogue epilogue;
   const float *sums = nullptr, *bias = nullptr;  // [32][32], of its first column
   int64_t row = 0, column = 0, rows = 0, columns = 0, done = 0, pace = 1;
+  char *soon = nullptr, *soon_end = nullptr;  // outputs of the sums at hand, asked for before they are written
+  int64_t soon_stride = 0;
 
   void finish(int64_t to) {
     if (to > rows) to = rows;
@@ -107,7 +117,10 @@ struct TileOutputs {
         }
       }
   }
-  void step() { finish(done + pace); }
+  void step() {
+    finish(done + pace);
+    for (int64_t i = 0; i < pace && soon < soon_end; ++i, soon += soon_stride) prefetch_to_write(soon);
+  }
 };
 
 // The sums of two groups of 16 rows and 32 columns, over the steps of the base and those of LoRA-up.
@@ -189,6 +202,9 @@ struct TileTask {
             float* sums = s.sums + turn++ % 2 * kMacroRows * kMacroColumns;
             const int64_t at = block - first_block, rows = end - first - i;
             const int64_t column = block * kPanel + c, columns = p.out_features - column;
+            outputs.soon_stride = p.out_features * static_cast<int64_t>(sizeof(bf16));
+            outputs.soon = static_cast<char*>(args.y) + (first + i) * outputs.soon_stride + column * 2;
+            outputs.soon_end = outputs.soon + (rows < kMacroRows ? rows : kMacroRows) * outputs.soon_stride;
             macro_tile({s.x + i / kTileSide * s.x_stride, packed + block * block_size + c * 2, s.x_stride, grid.steps},
                        {s.t + i / kTileSide * s.t_stride, s.up + at * s.up_stride + c * 2, s.t_stride, up_steps},
                        outputs, sums);

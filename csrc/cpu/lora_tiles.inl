@@ -26,6 +26,9 @@ struct LoraPlanes {
   int64_t depth(int64_t rank) const { return round_up(products() * round_up(rank, kTileSide), kTileDepthBf16); }
 };
 
+constexpr uint8_t kCounting[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
 // The parts of v as the upper halves of lanes: 8 bits of its significand each, exactly v together.
 template <int kPlanes>
 inline void cut_planes(F v, I parts[kPlanes]) {
@@ -47,12 +50,31 @@ inline void store_planes(const LoraPlanes& planes, F v, bf16* to, int64_t plane_
   for (int i = 0; i < kMostPlanes; ++i) store_upper_halves(to + i * plane_stride, parts[i]);
 }
 
+// The three parts of a and of b behind it, 32 bf16 each: half of the operations of two times one vector.
+inline void cut_two(F a, F b, bf16* to, int64_t plane_stride) {
+  const I upper = set_int(static_cast<int32_t>(0xffff0000u));
+  const __m512i odd = _mm512_add_epi16(
+      _mm512_set1_epi16(1), _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)kCounting)), 1));
+#pragma GCC unroll 4
+  for (int i = 0; i < kMostPlanes; ++i, to += plane_stride) {
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)a, odd, (__m512i)b));
+    a = a - from_bits(bits_of(a) & upper);
+    b = b - from_bits(bits_of(b) & upper);
+  }
+}
+
 // A row of x as row `row` of the tiles of its planes, `depth` rounded up to whole tiles with zeros.
 template <class T>
 inline void store_tile_row(const LoraPlanes& planes, const T* x, int64_t depth, int64_t row, bf16* tiles,
                            int64_t plane_stride) {
-  for (int64_t k = 0; k < round_up(depth, kTileDepthBf16); k += kLanes)
-    store_planes(planes, load_at(x, k, depth), tiles + k / 32 * 512 + row * 32 + k % 32, plane_stride);
+  tiles += row * kTileDepthBf16;
+  int64_t k = 0;
+  if (planes.count > 1)
+    for (; k + kTileDepthBf16 <= depth; k += kTileDepthBf16, tiles += kTileBytes / 2)
+      cut_two(load(x + k), load(x + k + kLanes), tiles, plane_stride);
+  for (; k < round_up(depth, kTileDepthBf16); k += kTileDepthBf16, tiles += kTileBytes / 2)
+    for (int64_t j = 0; j < kTileDepthBf16; j += kLanes)
+      store_planes(planes, load_at(x, k + j, depth), tiles + j, plane_stride);
 }
 
 inline int64_t down_tiles(int64_t rank, int64_t depth) {
