@@ -13,7 +13,7 @@ import numpy as np
 from lora_speech.errors import MissingExtraError
 from lora_speech.models.loading import SpeechModel
 
-TARGETS: tuple[str, ...] = ("peft", "ctranslate2", "onnx")
+TARGETS: tuple[str, ...] = ("peft", "ctranslate2", "onnx", "torchscript", "aoti")
 """Names of the targets, each that of its file in `targets`."""
 
 Say = Callable[[str], None]
