@@ -8,9 +8,9 @@
 #include "check.h"
 #include "json.h"
 #include "safetensors.h"
+#include "speech_windows.h"
 #include "text.h"
 #include "wav.h"
-#include "speech_windows.h"
 
 using namespace transcribe;
 

@@ -51,7 +51,7 @@ class InPlaceOperators(KernelOperators):
         """See `Operators`; the attention alone."""
         from lora_kernels import ops
 
-        return ops.kv_attention_step(q, k, v, *caches, lengths, scale=scale)[:1]
+        return ops.kv_attention_step(q, k, v, caches[0], caches[1], lengths, scale=scale)[:1]
 
     def fixed(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float

@@ -54,9 +54,9 @@ def _open_sizes(graph: Graph) -> tuple[dict[int, Any], ...]:
 
 
 def _write(plan: Plan, folder: Path, say: Say) -> None:
-    # The one way to have sizes of 1 (a token, a batch, a rank) compiled as any other.
-    from torch.fx.experimental import _config as symbolic
+    from torch.fx.experimental import _config
 
+    shapes: Any = _config
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         raise SpeechError(
             "--to aoti: expected a C++ compiler, which AOTInductor calls, got neither g++ nor "
@@ -66,7 +66,8 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
     for name, graph in graphs.items():
         inputs, sizes = tuple(flat_inputs(plan, graph)), _open_sizes(graph)
         say(f"compiling {name}")
-        with torch.no_grad(), _quiet(), symbolic.patch(backed_size_oblivious=True):
+        # Oblivious: what is 1 (a token, a batch, a rank) is compiled as any other size.
+        with torch.no_grad(), _quiet(), shapes.patch(backed_size_oblivious=True):
             program = torch.export.export(
                 _Flat(graph).eval(), inputs, dynamic_shapes=(sizes,), strict=False
             )
