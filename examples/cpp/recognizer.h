@@ -34,6 +34,8 @@ class Recognizer {
         tokens_(read_tokens(folder + "/tokens.txt")),
         suppressed_(decoding_.at("suppressed").integers()),
         suppressed_first_(decoding_.at("suppressed_first").integers()),
+        cache_type_(type("cache_dtype")),
+        adapter_type_(type("adapter_dtype")),
         graphs_(load_graphs(folder, interface_.at("runtime").string())) {
     for (const auto& [name, inputs] : interface_.at("inputs").object()) inputs_[name] = inputs.strings();
     bind(adapter);
@@ -78,6 +80,13 @@ class Recognizer {
   }
   int64_t field(const std::string& name) const { return decoding_.at(name).integer(); }
 
+  at::ScalarType type(const std::string& name) const {
+    const std::string& type = interface_.at(name).string();
+    if (type == "float32") return at::kFloat;
+    if (type == "bfloat16") return at::kBFloat16;
+    throw InputError(folder_ + ": expected " + name + " float32 or bfloat16, got " + type + "; export the model again");
+  }
+
   template <class Call>
   static void timed(double* milliseconds, const Call& call) {
     const auto begin = std::chrono::steady_clock::now();
@@ -102,8 +111,8 @@ class Recognizer {
       const at::Tensor a = matrix(linear + ".lora_a", sizes.integers().at(0));
       const at::Tensor b = matrix(linear + ".lora_b", sizes.integers().at(1));
       if (a.size(0) != b.size(0)) throw InputError(linear + ": expected lora_a and lora_b of one rank, got two");
-      named_[linear + ".lora_a"] = a;
-      named_[linear + ".lora_b"] = b;
+      named_[linear + ".lora_a"] = a.to(adapter_type_);
+      named_[linear + ".lora_b"] = b.to(adapter_type_);
       named_[linear + ".offsets"] = at::tensor({0, static_cast<int>(a.size(0))}, at::kInt);
     }
   }
@@ -136,7 +145,7 @@ class Recognizer {
   std::vector<int64_t> decode() {
     for (const std::string& name : inputs_.at("decode"))
       if (name.rfind("past.", 0) == 0)
-        named_[name] = at::zeros({1, field("heads"), field("positions"), field("head_size")});
+        named_[name] = at::zeros({1, field("heads"), field("positions"), field("head_size")}, cache_type_);
     std::vector<int64_t> chosen = decoding_.at("prompt").integers(), emitted;
     const int64_t end = field("end"), most = field("max_new_tokens");
     int32_t length = 0;
@@ -164,6 +173,7 @@ class Recognizer {
   Features features_;
   std::vector<std::string> tokens_;
   std::vector<int64_t> suppressed_, suppressed_first_;
+  at::ScalarType cache_type_, adapter_type_;
   std::unique_ptr<Graphs> graphs_;
   std::unique_ptr<Safetensors> adapter_;                    // memory of its tensors in named_
   std::map<std::string, std::vector<std::string>> inputs_;  // of each graph, in order

@@ -19,7 +19,7 @@ from lora_speech.audio import load_audio
 from lora_speech.errors import SpeechError
 from lora_speech.export import export_model
 from lora_speech.export.torch_graphs import TOKENS
-from lora_speech.models.loading import load_base, load_for_serving
+from lora_speech.models.loading import load_for_serving
 from lora_speech.transcription import transcribe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,8 +136,8 @@ def test_the_program_says_what_python_says(
     assert run(*chosen, live, recording).stdout == text
 
 
-def test_merged_and_int8(
-    tiny_whisper_folder: Path, adapters: dict[str, Path], recording: Path, tmp_path: Path
+def test_merged_and_int8_with_the_program(
+    run: Run, tiny_whisper_folder: Path, adapters: dict[str, Path], recording: Path, tmp_path: Path
 ) -> None:
     report = export_model(
         tiny_whisper_folder,
@@ -150,7 +150,6 @@ def test_merged_and_int8(
     assert report.check.identical
     assert not (tmp_path / "merged" / "adapters").exists()
     plain = report.bytes["model.ts"]
-    # Random weights choose among near ties, so that INT8 in a few more places is another text.
     report = export_model(
         tiny_whisper_folder,
         "torchscript",
@@ -158,26 +157,33 @@ def test_merged_and_int8(
         adapters=adapters,
         int8=True,
         check=[recording],
-        most_wer=2.0,
     )
+    assert report.check.identical
     assert report.bytes["model.ts"] < 0.7 * plain
     script = torch.jit.load(str(tmp_path / "int8" / "model.ts"))
-    assert "lora_kernels.int8_lora_linear" in str(script.graphs.decode.code)
-    assert "ops.lora_kernels.lora_linear" not in str(script.graphs.decode.code)
+    code = str(script.graphs.encode.code) + str(script.graphs.decode.code)
+    assert "ops.lora_kernels.int8_lora_linear" in code
+    assert "ops.lora_kernels.lora_linear" not in code
+    assert "aten::conv" not in code
+    model = load_for_serving(tiny_whisper_folder, adapters, int8=True)
+    for adapter in (None, "a", "b"):
+        chosen = [] if adapter is None else ["--adapter", adapter]
+        found = run("--tokens", *chosen, tmp_path / "int8", recording)
+        assert (found.returncode, found.stdout) == (0, said(model, recording, adapter)[1])
 
 
 def test_the_program_says_what_python_says_about_real_speech(
     run: Run, real_speech: Path, tmp_path: Path
 ) -> None:
     """11 s of a speech, which is cut into windows, and digits, by the shipped model."""
-    model = load_base()
+    model = load_for_serving(int8=True)
     files = [real_speech / "jfk.flac", *sorted((real_speech / "fsdd").glob("*_0.wav"))[:3]]
     paths = []
     for file in files:
         path = tmp_path / f"{file.stem}.wav"
         soundfile.write(path, load_audio(file), 16_000, subtype="FLOAT")
         paths.append(path)
-    report = export_model("shipped", "torchscript", tmp_path / "model", check=paths[:1])
+    report = export_model("shipped", "torchscript", tmp_path / "model", int8=True, check=paths[:1])
     assert report.check.identical
     found = run(tmp_path / "model", *paths)
     expected = "".join(f"{path}: {said(model, path)[0]}" for path in paths)

@@ -66,19 +66,27 @@ class InPlaceOperators(KernelOperators):
 class DecodeGraph(StepGraph):
     """Tokens [B, T] to the logits after them; then the caches have them too."""
 
+    cache_dtype = adapter_dtype = torch.float32
+
     def __init__(self, whisper: Any, operators: Any, adapted: Iterable[str] = ()) -> None:
         super().__init__(whisper, operators, adapted)
         self.outputs = ("logits",)
 
 
-GRAPHS: dict[str, type[Graph]] = {"encode": EncodeGraph, "decode": DecodeGraph}
+GRAPHS = ("encode", "decode")
 
 
 def torch_graphs(plan: Plan) -> dict[str, Graph]:
     """Both graphs of a plan's Whisper."""
+    from lora_speech.export import torch_int8_graphs as int8
+
     adapted = adapted_linears(plan)
     whisper, operators = plan.model.model, InPlaceOperators()
-    return {name: kind(whisper, operators, adapted).eval() for name, kind in GRAPHS.items()}
+    kinds: tuple[type[Graph], type[Graph]] = (EncodeGraph, DecodeGraph)
+    if int8.has_int8_graphs(whisper):
+        kinds = (int8.Int8EncodeGraph, int8.Int8DecodeGraph)
+    graphs = (kind(whisper, operators, adapted).eval() for kind in kinds)
+    return dict(zip(GRAPHS, graphs, strict=True))
 
 
 def write_torch_companions(
@@ -86,15 +94,18 @@ def write_torch_companions(
 ) -> None:
     """Write what a program without Python needs beside the graphs.
 
-    ``graphs.json`` names the graphs' inputs, in order, and the sizes (K, N) of the linears whose
-    adapters are among them; ``features.safetensors`` holds the mel filters, ``tokens.txt`` the
-    text of each token.
+    ``graphs.json`` names the graphs' inputs, in order, the types of caches and adapters, and the
+    sizes (K, N) of the linears whose adapters are inputs; ``features.safetensors`` holds the mel
+    filters, ``tokens.txt`` the text of each token.
     """
+    decode: Any = graphs["decode"]
     linears = dict(plan.model.model.model.named_modules())
     adapted = {name for graph in graphs.values() for name in graph.adapted}
     interface = {
         "runtime": runtime,
         "inputs": {name: [*graph.inputs, *graph.adapter_inputs] for name, graph in graphs.items()},
+        "cache_dtype": _name(decode.cache_dtype),
+        "adapter_dtype": _name(decode.adapter_dtype),
         "adapted": {
             name: [int(linears[name].in_features), int(linears[name].out_features)]
             for name in sorted(adapted)
@@ -105,6 +116,10 @@ def write_torch_companions(
     write_adapters(plan, folder)
     _write_features(plan, folder)
     _write_tokens(plan, folder)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_features(plan: Plan, folder: Path) -> None:
@@ -150,6 +165,15 @@ def open_torch_graphs(folder: Path, run: RunTensors) -> GraphRecognizer:
     outputs = [name for name in wanted["decode"] if name.startswith("cross.")]
     caches = [name for name in wanted["decode"] if name.startswith("past.")]
     sizes = {name: (k, n) for name, (k, n) in interface["adapted"].items()}
+    held = banks(read_adapters(folder, decoding.live), sizes)
+    adapter_dtype = getattr(torch, interface["adapter_dtype"])
+    bound = {
+        name: torch.from_numpy(held[name]).to(adapter_dtype)
+        for name in held
+        if name.endswith(("lora_a", "lora_b"))
+    }
+    # numpy knows no bfloat16: those caches are arrays of its bits.
+    bits = np.int16 if interface["cache_dtype"] == "bfloat16" else np.float32
 
     @torch.no_grad()
     def call(name: str, inputs: Arrays) -> Arrays:
@@ -159,22 +183,44 @@ def open_torch_graphs(folder: Path, run: RunTensors) -> GraphRecognizer:
             inputs = {
                 **inputs,
                 "lengths": np.zeros(batch, np.int32),
-                **{cache: np.zeros(shape, np.float32) for cache in caches},
+                **{cache: np.zeros(shape, bits) for cache in caches},
             }
         graph = "encode" if name == "encode" else "decode"
         # Arrays and tensors share their memory: the caches are written where they are.
-        found = run(graph, [torch.from_numpy(inputs[key]) for key in wanted[graph]])
+        tensors = {
+            key: bound[key] if key in bound else torch.from_numpy(inputs[key])
+            for key in wanted[graph]
+        }
+        if bits is np.int16:
+            tensors |= {key: tensors[key].view(torch.bfloat16) for key in caches if key in tensors}
+        found = run(graph, list(tensors.values()))
         if graph == "encode":
             return {key: value.numpy() for key, value in zip(outputs, found, strict=True)}
         present = {cache.replace("past", "present"): inputs[cache] for cache in caches}
         return {"logits": found[0].numpy(), **present}
 
-    return GraphRecognizer(decoding, call, banks(read_adapters(folder, decoding.live), sizes))
+    return GraphRecognizer(decoding, call, held)
 
 
-def flat_inputs(plan: Plan, graph: Graph) -> list[torch.Tensor]:
-    """Inputs of a graph, adapters after them, of the right shapes and types; several tokens."""
-    inputs, adapters = example_inputs(plan, graph)
-    if isinstance(graph, DecodeGraph):
-        inputs[0] = inputs[0].repeat(1, 3)
-    return [*inputs, *adapters]
+@torch.no_grad()
+def flat_inputs(plan: Plan, graphs: dict[str, Graph]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Inputs of the graphs, adapters after them, of the right shapes and types; several tokens."""
+    decode: Any = graphs["decode"]
+    crosses: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor]
+    found = {}
+    for name, graph in graphs.items():
+        given, adapters = example_inputs(plan, graph)
+        inputs = {**dict(zip(graph.inputs, given, strict=True)), **crosses}
+        if graph is decode:
+            inputs["tokens"] = inputs["tokens"].repeat(1, 3)
+            inputs |= {str(key): inputs[key].to(decode.cache_dtype) for key in decode.caches}
+        adapters = [
+            tensor.to(decode.adapter_dtype) if tensor.is_floating_point() else tensor
+            for tensor in adapters
+        ]
+        if graph is not decode:
+            outputs = graph(list(inputs.values()), adapters)
+            crosses = dict(zip(graph.outputs, outputs, strict=True))
+        found[name] = (*(inputs[key] for key in graph.inputs), *adapters)
+    return found

@@ -63,13 +63,14 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
             "clang++; install one (apt install g++), or export with --to torchscript"
         )
     graphs = torch_graphs(plan)
+    examples = flat_inputs(plan, graphs)
     for name, graph in graphs.items():
-        inputs, sizes = tuple(flat_inputs(plan, graph)), _open_sizes(graph)
+        sizes = _open_sizes(graph)
         say(f"compiling {name}")
         # Oblivious: what is 1 (a token, a batch, a rank) is compiled as any other size.
         with torch.no_grad(), _quiet(), shapes.patch(backed_size_oblivious=True):
             program = torch.export.export(
-                _Flat(graph).eval(), inputs, dynamic_shapes=(sizes,), strict=False
+                _Flat(graph).eval(), examples[name], dynamic_shapes=(sizes,), strict=False
             )
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(folder / f"{name}.pt2"), inductor_configs=_OPTIONS

@@ -43,7 +43,7 @@ class _Methods(nn.Module):
 
 def _write(plan: Plan, folder: Path, say: Say) -> None:
     graphs = torch_graphs(plan)
-    examples = {name: tuple(flat_inputs(plan, graph)) for name, graph in graphs.items()}
+    examples = flat_inputs(plan, graphs)
     say("tracing")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is no longer developed
