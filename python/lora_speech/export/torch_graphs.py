@@ -212,14 +212,14 @@ def flat_inputs(plan: Plan, graphs: dict[str, Graph]) -> dict[str, tuple[torch.T
     for name, graph in graphs.items():
         given, adapters = example_inputs(plan, graph)
         inputs = {**dict(zip(graph.inputs, given, strict=True)), **crosses}
-        if graph is decode:
+        if name == "decode":
             inputs["tokens"] = inputs["tokens"].repeat(1, 3)
-            inputs |= {str(key): inputs[key].to(decode.cache_dtype) for key in decode.caches}
+            inputs |= {key: inputs[key].to(decode.cache_dtype) for key in decode.caches}
         adapters = [
             tensor.to(decode.adapter_dtype) if tensor.is_floating_point() else tensor
             for tensor in adapters
         ]
-        if graph is not decode:
+        if name == "encode":
             outputs = graph(list(inputs.values()), adapters)
             crosses = dict(zip(graph.outputs, outputs, strict=True))
         found[name] = (*(inputs[key] for key in graph.inputs), *adapters)
