@@ -73,8 +73,9 @@ def force_implementation(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        "generic", "avx2", "avx2_vnni", "avx512" or "cuda". An operator without a row "avx2_vnni"
-        takes "avx2" for it. Operands on another kind of device than the name's are refused.
+        "generic", "avx2", "avx2_vnni", "avx512", "amx" or "cuda". An operator without a row
+        "avx2_vnni" or "amx" takes "avx2" or "avx512" for it. Operands on another kind of device
+        than the name's are refused.
 
     Raises
     ------

@@ -61,6 +61,17 @@ def test_every_fault_is_named(changes: dict, words: str) -> None:
     assert words in faults(kernel(**changes))
 
 
+def test_products_of_a_warpgroup_are_expected_on_sm_90_alone() -> None:
+    name = "gemm_wgmma<__half, WgmmaShape<256> >"
+    mma = check["Kernel"](**(RECORDED["sm_80"][GEMM]))
+    budget = RECORDED["sm_80"][GEMM]
+    found = check["faults"](name, "f16", 90, mma, budget)
+    assert any("no HGMMA.64x" in fault for fault in found)
+    assert not check["faults"](name, "f16", 80, mma, budget)
+    assert "HGMMA.64x256x16" in RECORDED["sm_90"][name]["instructions"]
+    assert "HGMMA" not in RECORDED["sm_100"][name]["instructions"]
+
+
 def test_a_kernel_without_a_record_is_a_fault() -> None:
     assert "not in resources.json" in faults(kernel(), budget=None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,35 @@ def test_an_unknown_name_in_the_environment_is_an_error(name: str) -> None:
     assert run.returncode != 0
     assert "LORA_KERNELS_FORCE" in run.stderr
     assert name in run.stderr
+
+
+@pytest.mark.skipif(
+    "amx_tile" not in Path("/proc/cpuinfo").read_text(), reason="this CPU has no tile registers"
+)
+def test_tile_registers_that_the_system_refuses_are_a_reason() -> None:
+    """Linux refuses them to a process whose alternate signal stack would not hold them."""
+    code = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)
+stack = Stack(ctypes.addressof(memory), 0, 8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+import torch, lora_kernels as lk
+from lora_kernels import implementations, ops
+for row in implementations.describe()[1]:
+    if row.name == "amx":
+        assert not row.available and "refuses this process AMX" in row.reason, row
+ops.int8_lora_linear(torch.ones(64, 4), ops.int8_pack(torch.ones(4, 4).char(), torch.ones(4)), 4)
+try:
+    with lk.force_implementation("amx"):
+        ops.lora_linear(torch.ones(1, 1), torch.ones(1, 1))
+except lk.LoraKernelsError as error:
+    assert "amx: the operating system refuses" in str(error), error
+else:
+    raise AssertionError("amx ran")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_force_is_a_context() -> None:

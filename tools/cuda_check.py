@@ -3,8 +3,9 @@
 ``make cuda-check`` fails if a kernel spills registers or has a stack beyond what
 ``csrc/cuda/resources.json`` records, if it takes more registers than recorded there or more shared
 memory than the architecture has, or if its machine code lacks the instructions that it was written
-for: tensor-core products (HMMA), ldmatrix (LDSM), asynchronous copies (LDGSTS). ``--record`` writes
-that file anew, for the change to be reviewed with the kernel's.
+for: tensor-core products (HMMA, HGMMA), ldmatrix (LDSM), asynchronous copies (LDGSTS). So it does
+if the compiler puts wgmma's products one after another. ``--record`` writes that file anew, for the
+change to be reviewed with the kernel's.
 
 Needs nvcc, g++ and nvdisasm (of the toolkit, or ``pip install nvidia-cuda-nvdisasm``).
 """
@@ -40,12 +41,14 @@ MOST_SHARED = {
 ARCHITECTURES = tuple(MOST_SHARED)
 # sm_75 multiplies fp16 alone on its tensor cores, and INT8.
 TYPES = {"f16": ARCHITECTURES, "bf16": ARCHITECTURES[1:], "f32": ARCHITECTURES[1:]}
-OPERATORS = ("lora_linear", "int8_lora_linear")
+OPERATORS = ("lora_linear", "int8_lora_linear", "kv_attention_step", "kv_pack")
 
 # The sizes of dynamic shared memory are constants of the kernels' headers.
 SHARED_SIZES = """
 #include <cstdio>
 #include "cuda/int8_lora_linear_launch.cuh"
+#include "cuda/kv_attention_step_launch.cuh"
+#include "cuda/kv_pack_launch.cuh"
 #include "cuda/lora_linear_launch.cuh"
 using namespace lora_kernels::cuda;
 template <class T, class S, Product P> void gemm_of(const char* name) {
@@ -65,6 +68,7 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   std::printf("few_rows<" #T ", 4>\\t%zu\\n", kFewRowsSharedBytes<4>);
 #define SIZE(name, bytes) std::printf(name "\\t%zu\\n", static_cast<size_t>(bytes));
 #define INT8(T)                                                           \\
+  SIZE("dy_once<" #T ">", dy_once_bytes<T>(1, 16))                        \\
   SIZE("int8_rows<" #T ", 2>", int8_rows_bytes(2))                        \\
   SIZE("int8_rows<" #T ", 4>", int8_rows_bytes(4))                        \\
   SIZE("int8_few_rows<" #T ", 1, false>", int8_part_bytes(1))             \\
@@ -74,11 +78,26 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   INT8_GEMM(T, LargeShape) INT8_GEMM(T, SmallShape)
 #define INT8_GEMM(T, S)                                                   \\
   SIZE("int8_gemm<" #T ", " #S ">", (Int8GemmLayout<T, S>::kSharedBytes))
+#define KV_CACHE(Q, S)                                                    \\
+  SIZE("kv_attend<" #Q ", " #S ", 1, false>", kv_shared_bytes(1, kKvQueries, 0))  \\
+  SIZE("kv_attend<" #Q ", " #S ", 2, false>", kv_shared_bytes(2, kKvQueries, 0))  \\
+  SIZE("kv_attend<" #Q ", " #S ", 1, true>", kv_shared_bytes(1, kKvQueries, kKvMostPlaces)) \\
+  SIZE("kv_attend<" #Q ", " #S ", 2, true>", kv_shared_bytes(2, kKvQueries, kKvMostPlaces))
+#define KV(Q)                                                             \\
+  KV_CACHE(Q, Q) KV_CACHE(Q, signed char)                                 \\
+  SIZE("kv_blocked<" #Q ", 1>", kv_shared_bytes(1, kKvBlockedQueries, 0)) \\
+  SIZE("kv_blocked<" #Q ", 2>", kv_shared_bytes(2, kKvBlockedQueries, 0)) \\
+  SIZE("kv_pack_kernel<" #Q ">", kKvPackSharedBytes)
+#define WGMMA(T, N)                                                       \\
+  SIZE("gemm_wgmma<" #T ", WgmmaShape<" #N "> >", (WgmmaLayout<T, WgmmaShape<N>>::kSharedBytes))
 int main() {
+  WGMMA(__half, 128) WGMMA(__half, 256) WGMMA(__nv_bfloat16, 128) WGMMA(__nv_bfloat16, 256)
   ALL(__half, LargeShape) ALL(__half, SmallShape) SKINNY(__half)
   ALL(__nv_bfloat16, LargeShape) ALL(__nv_bfloat16, SmallShape) SKINNY(__nv_bfloat16)
   ALL(float, LargeShape) ALL(float, SmallShape) SKINNY(float)
   INT8(__half) INT8(__nv_bfloat16) INT8(float)
+  KV(__half) KV(__nv_bfloat16) KV(float) KV_CACHE(float, __half) KV_CACHE(float, __nv_bfloat16)
+  SIZE("kv_weights<float>", 2 * kKvFinishThreads / 32 * 4)
   std::printf("top_parts<float>\\t%zu\\n", kTopSharedBytes);
 }
 """
@@ -157,12 +176,23 @@ def compile_one(
     """One storage type of an operator for one architecture."""
     cubin = folder / f"{operator}.{kind}.{arch}.cubin"
     command = [nvcc, f"-I{CSRC / 'include'}", f"-I{CSRC}", "-std=c++17", "-O3", "-cubin"]
-    command += [f"-arch=sm_{arch}", "-Xptxas", "-v", "-Werror", "all-warnings", "-o", str(cubin)]
+    feature = "a" if arch == 90 else ""  # wgmma is of sm_90a alone
+    command += [
+        f"-arch=sm_{arch}{feature}",
+        "-Xptxas",
+        "-v",
+        "-Werror",
+        "all-warnings",
+        "-o",
+        str(cubin),
+    ]
     run = subprocess.run(
         [*command, str(CSRC / "cuda" / f"{operator}_{kind}.cu")], capture_output=True, text=True
     )
     if run.returncode:
         sys.exit(f"cuda-check: {operator} of {kind} does not compile for sm_{arch}:\n{run.stderr}")
+    if "wgmma" in run.stderr and "serialized" in run.stderr:
+        sys.exit(f"cuda-check: {operator} of {kind}: wgmma waits for itself:\n{run.stderr}")
     found = instructions(cubin, nvdisasm)
     kernels = {}
     for symbol, kernel in parse(run.stderr).items():
@@ -172,9 +202,19 @@ def compile_one(
     return kernels
 
 
+GEMM_LIKE = (
+    *("gemm<", "down<", "few_rows<", "dy_once<"),
+    *("int8_gemm<", "int8_few", "int8_rows<", "kv_attend<"),
+)
+
+
 def expected(name: str, kind: str, arch: int) -> list[str]:
     """The instructions that a kernel must have."""
-    if not name.startswith(("gemm<", "down<", "few_rows<", "int8_gemm<", "int8_few", "int8_rows<")):
+    if name.startswith("kv_blocked<"):
+        return ["IMMA.8816" if arch < 80 else "IMMA.16832"]
+    if name.startswith("gemm_wgmma<"):  # empty elsewhere
+        return ["HGMMA.64x", "LDGSTS"] if arch == 90 else []
+    if not name.startswith(GEMM_LIKE):
         return []
     if kind == "f32":
         wanted = ["HMMA.1688.F32.TF32"]
@@ -182,7 +222,7 @@ def expected(name: str, kind: str, arch: int) -> list[str]:
         wanted = ["HMMA.1688.F32" if arch < 80 else "HMMA.16816.F32"]
     if name.startswith(("int8_gemm<", "int8_few")):
         wanted = ["IMMA.8816" if arch < 80 else "IMMA.16832", *(wanted if "gemm" in name else [])]
-    if "gemm<" in name:
+    if "gemm<" in name or name.startswith("dy_once<"):
         wanted += ["LDSM"] if not (kind == "f32" and "kRowSums" in name) else []
         wanted += ["LDGSTS"] if arch >= 80 else []
     return wanted
@@ -266,6 +306,8 @@ def main() -> int:
             budgets = recorded.setdefault(f"sm_{arch}", {})
             for kernel_name, kernel in kernels.items():
                 kernel.shared = sizes.get(kernel_name, 0)
+                if arch != 90 and kernel_name.startswith("gemm_wgmma<"):
+                    kernel.shared = 0
                 if arguments.record:
                     budgets[kernel_name] = asdict(kernel)
                 wrong += faults(kernel_name, kind, arch, kernel, budgets.get(kernel_name))

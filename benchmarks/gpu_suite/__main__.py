@@ -71,7 +71,8 @@ class Suite:
         major, minor = torch.cuda.get_device_capability()
         folder = ROOT / "build" / f"gpu_suite_sm_{major}{minor}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DLORA_KERNELS_CUDA=ON"]
-        configure += [f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}-real"]
+        feature = "a" if (major, minor) == (9, 0) else ""  # wgmma is of sm_90a alone
+        configure += [f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}{feature}-real"]
         configure += [f"-DLORA_KERNELS_TORCH={torch.__path__[0]}"]
         configure += ["-G", "Ninja"] if shutil.which("ninja") else []
         jobs = str(os.cpu_count() or 4)

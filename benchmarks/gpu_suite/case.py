@@ -63,6 +63,7 @@ class Contestant:
 
     prepare: Callable[[], Function]
     compiled: bool = False  # by torch.compile: left out where there is no time for that
+    absent: str = ""  # why it is left out on this machine
 
 
 @dataclass(frozen=True)

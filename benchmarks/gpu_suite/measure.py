@@ -69,6 +69,9 @@ class Measurement:
         """The contestants that are measured, and why the others are not."""
         functions, left_out = {}, {}
         for name, contestant in case.contestants(case, self.meter.device).items():
+            if contestant.absent:
+                left_out[name] = contestant.absent
+                continue
             if not contestant.compiled:
                 function = contestant.prepare()
                 functions[name] = self.meter.graph(function) if case.graphs else function

@@ -3,9 +3,14 @@
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #endif
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 
 #include "core/select.h"
@@ -38,6 +43,19 @@ constexpr NamedIsa kNames[] = {
     {kIsaCuda, "cuda"},
 };
 
+#if defined(__x86_64__)
+// Tile registers are 8 KB of every thread's state, which Linux (5.16 and later) keeps for processes that ask. Returns
+// 0, or errno.
+int ask_for_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno;
+#else
+  return ENOSYS;
+#endif
+}
+#endif
+
 }  // namespace
 
 Status force_implementation(const std::string& name) {
@@ -46,7 +64,7 @@ Status force_implementation(const std::string& name) {
   std::string others;  // of other devices than this process's CPU, after its own
   for (const ImplementationReport& row : implementations(DeviceInfo())) {
     known = known || row.name == name;
-    std::string& list = row.name == "cuda" ? others : names;
+    std::string& list = row.name.rfind("cuda", 0) == 0 ? others : names;
     if (list.find("'" + row.name + "'") == std::string::npos) list += "'" + row.name + "', ";
   }
   names += others;
@@ -74,7 +92,11 @@ std::string missing_isa(uint32_t required, const DeviceInfo& device) {
   if (device.cuda.arch && !(required & kIsaCuda)) return "it runs on a CPU, and the operands are on a CUDA device";
   if (!device.cuda.arch && (required & kIsaCuda)) return "it runs on a CUDA device, and the operands are on a CPU";
   const uint32_t missing = required & ~device.isa;
-  return missing ? "this CPU lacks " + isa_names(missing) : "";
+  if (missing) return "this CPU lacks " + isa_names(missing);
+  if ((required & (kIsaAmxInt8 | kIsaAmxBf16)) && device.tile_refusal)
+    return std::string("the operating system refuses this process AMX's tile registers (arch_prctl: ") +
+           std::strerror(device.tile_refusal) + "); it takes Linux 5.16 and alternate signal stacks of at least 12 KB";
+  return "";
 }
 
 DeviceInfo on_cuda(const CudaDevice& cuda) {
@@ -107,6 +129,10 @@ DeviceInfo host_device() {
     has(d >> 25 & 1, kIsaAmxInt8);
   }
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) has((device.isa & kIsaAvx2) && (a >> 4 & 1), kIsaAvxVnni);
+  if (device.isa & (kIsaAmxInt8 | kIsaAmxBf16)) {
+    static const int refusal = ask_for_tiles();
+    device.tile_refusal = refusal;
+  }
   device.fast_bf16_dot = (device.isa & kIsaAvx512Bf16) && __builtin_cpu_is("amd");
 #endif
   return device;

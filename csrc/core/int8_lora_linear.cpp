@@ -16,8 +16,8 @@ const Int8LoraLinearImplementation kInt8LoraLinearCuda = {"cuda", kIsaCuda, cuda
 const Table<Int8LoraLinearImplementation> kTable = {
     "int8_lora_linear",
 #if defined(__x86_64__)
-    5,
-    {&kInt8LoraLinearCuda, &kInt8LoraLinearAvx512, &kInt8LoraLinearAvx2Vnni, &kInt8LoraLinearAvx2,
+    6,
+    {&kInt8LoraLinearCuda, &kInt8LoraLinearAmx, &kInt8LoraLinearAvx512, &kInt8LoraLinearAvx2Vnni, &kInt8LoraLinearAvx2,
      &kInt8LoraLinearGeneric},
 #else
     2,
@@ -119,8 +119,8 @@ std::string to_string(const Int8LoraLinearPlan& plan) {
     text << to_string(plan.problem) << " -> " << to_string(plan.cuda) << " workspace=" << plan.workspace;
     return text.str();
   }
-  text << to_string(plan.problem) << " -> " << plan.implementation->name << (plan.bf16_dot ? " vdpbf16ps" : "")
-       << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
+  text << to_string(plan.problem) << " -> " << plan.implementation->name << (plan.tiles ? " tiles" : "")
+       << (plan.bf16_dot ? " bf16 products" : "") << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
   return text.str();
 }
 

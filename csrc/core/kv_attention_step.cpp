@@ -5,19 +5,24 @@
 
 #include "core/select.h"
 #include "cpu/kv_attention_step.h"
+#include "cuda/kv_attention_step.h"
 #include "lora_kernels/kv_packing.h"
 
 namespace lora_kernels {
 namespace {
 
+// Its launches can fail, so they return a Status and are called below; a CPU's cannot.
+const KvAttentionStepImplementation kKvAttentionStepCuda = {"cuda", kIsaCuda, cuda::configure, nullptr};
+
 const Table<KvAttentionStepImplementation> kTable = {
     "kv_attention_step",
 #if defined(__x86_64__)
-    4,
-    {&kKvAttentionStepAvx512, &kKvAttentionStepAvx2Vnni, &kKvAttentionStepAvx2, &kKvAttentionStepGeneric},
+    6,
+    {&kKvAttentionStepCuda, &kKvAttentionStepAmx, &kKvAttentionStepAvx512, &kKvAttentionStepAvx2Vnni,
+     &kKvAttentionStepAvx2, &kKvAttentionStepGeneric},
 #else
-    1,
-    {&kKvAttentionStepGeneric},
+    2,
+    {&kKvAttentionStepCuda, &kKvAttentionStepGeneric},
 #endif
 };
 
@@ -75,6 +80,18 @@ Status validate(const KvAttentionStepProblem& p) {
                  " in k_cache, got None; give int32 [", p.rows, "]");
   if (p.weight_heads < 0) return fault("heads: expected a list of heads, got a negative number of them");
   return {};
+}
+
+// What a valid problem must have besides on a CUDA device, where lengths and slots cannot be read: what they can hold.
+Status validate(const KvAttentionStepProblem& p, const DeviceInfo& device) {
+  Status status = validate(p);
+  if (!status.ok() || !device.cuda.arch) return status;
+  if (p.append && p.tokens > p.capacity)
+    return fault("k, v: expected at most as many new tokens as the cache has positions, ", p.capacity, ", got ",
+                 p.tokens, "; give a cache with a greater capacity or fewer tokens");
+  if (p.rows > 0 && p.cache_rows == 0)
+    return fault("slots: expected rows of k_cache for the ", p.rows, " rows of q, got a cache without any");
+  return cuda::supported(p, device.cuda);
 }
 
 // The cache row in which position `position` of row `row` lives.
@@ -169,15 +186,29 @@ Status check_channel_scales(const KvAttentionStepProblem& p, const KvAttentionSt
   return {};
 }
 
+Status check_heads(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
+  for (int64_t i = 0; i < p.weight_heads; ++i)
+    if (args.weight_heads[i] < 0 || args.weight_heads[i] >= p.heads)
+      return fault("heads: entry ", i, " is ", args.weight_heads[i], ", expected a head, 0 to ", p.heads - 1);
+  return {};
+}
+
 Status check_args(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
   Status status = check_lengths(p, args);
   if (status.ok()) status = check_slots(p, args);
   if (status.ok()) status = check_appends(p, args);
   if (status.ok()) status = check_channel_scales(p, args);
-  for (int64_t i = 0; status.ok() && i < p.weight_heads; ++i)
-    if (args.weight_heads[i] < 0 || args.weight_heads[i] >= p.heads)
-      return fault("heads: entry ", i, " is ", args.weight_heads[i], ", expected a head, 0 to ", p.heads - 1);
-  return status;
+  return status.ok() ? check_heads(p, args) : status;
+}
+
+// Of what is in a CUDA device's memory addresses are known alone; kernels answer bad values with NaN.
+Status check_cuda_args(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
+  if (p.layout == KvLayout::kBlocked)
+    for (const void* cache : {args.k_cache, args.v_cache})
+      if (const auto beyond = reinterpret_cast<uintptr_t>(cache) % 16)
+        return fault(cache == args.k_cache ? "k_cache" : "v_cache",
+                     ": expected an address that is a multiple of 16, got one of ", beyond, " beyond; call .clone()");
+  return check_heads(p, args);
 }
 
 }  // namespace
@@ -187,15 +218,20 @@ void report_kv_attention_step(const DeviceInfo& device, std::vector<Implementati
 }
 
 Status plan(const KvAttentionStepProblem& problem, const DeviceInfo& device, KvAttentionStepPlan* plan) {
-  return make_plan(kTable, validate(problem), problem, device, &KvAttentionStepImplementation::configure, plan);
+  return make_plan(kTable, validate(problem, device), problem, device, &KvAttentionStepImplementation::configure, plan);
 }
 
 int64_t workspace_bytes(const KvAttentionStepPlan& plan) { return plan.workspace; }
 
 Status run(const KvAttentionStepPlan& plan, const KvAttentionStepArgs& args, const Executor& executor) {
   const KvAttentionStepProblem& p = plan.problem;
-  if (Status status = check_args(p, args); !status.ok()) return status;
+  const bool cuda = plan.implementation == &kKvAttentionStepCuda;
+  if (Status status = cuda ? check_cuda_args(p, args) : check_args(p, args); !status.ok()) return status;
   if (p.rows == 0 || p.tokens == 0 || p.heads == 0) return {};
+  if (cuda) {
+    kTable.count_run(plan.implementation);
+    return cuda::launch(plan, args, executor);
+  }
   if (executor.leads) kTable.count_run(plan.implementation);
   plan.implementation->run(plan, args, executor);
   return {};
@@ -217,8 +253,12 @@ std::string to_string(const KvAttentionStepProblem& p) {
 
 std::string to_string(const KvAttentionStepPlan& plan) {
   std::ostringstream text;
-  text << to_string(plan.problem) << " -> " << plan.implementation->name << " tasks=" << plan.tasks
-       << " workspace=" << plan.workspace;
+  text << to_string(plan.problem) << " -> ";
+  if (plan.implementation == &kKvAttentionStepCuda)
+    text << to_string(plan.cuda);
+  else
+    text << plan.implementation->name << " tasks=" << plan.tasks;
+  text << " workspace=" << plan.workspace;
   return text.str();
 }
 

@@ -15,14 +15,21 @@ const LoraLinearImplementation kLoraLinearCuda = {
     "cuda", kIsaCuda, cuda::configure, nullptr, cuda::configure_backward, nullptr,
 };
 
+// Not taken unless it is forced: to compare it, or should wgmma be at fault.
+const LoraLinearImplementation kLoraLinearCudaMma = {
+    "cuda_mma", kIsaCuda, cuda::configure_mma, nullptr, cuda::configure_backward, nullptr,
+};
+
+bool on_cuda(const LoraLinearImplementation* row) { return row == &kLoraLinearCuda || row == &kLoraLinearCudaMma; }
+
 const Table<LoraLinearImplementation> kTable = {
     "lora_linear",
 #if defined(__x86_64__)
-    4,
-    {&kLoraLinearCuda, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
+    6,
+    {&kLoraLinearCuda, &kLoraLinearCudaMma, &kLoraLinearAmx, &kLoraLinearAvx512, &kLoraLinearAvx2, &kLoraLinearGeneric},
 #else
-    2,
-    {&kLoraLinearCuda, &kLoraLinearGeneric},
+    3,
+    {&kLoraLinearCuda, &kLoraLinearCudaMma, &kLoraLinearGeneric},
 #endif
 };
 
@@ -54,6 +61,12 @@ void check_seed(Check* check, const int64_t* on_device) {
     check->fail("dropout_seed_on_device: expected null on a CPU, got an address; give dropout_seed, the number itself");
 }
 
+Status refuse_null_t(const char* op) {
+  return Status::invalid(std::string(op) +
+                         ": t: expected the address of [rows, kept_t_columns] with keeps_t or has_t, "
+                         "got null; give one, or plan without");
+}
+
 }  // namespace
 
 void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
@@ -69,9 +82,9 @@ int64_t workspace_bytes(const LoraLinearPlan& plan) { return plan.workspace; }
 Status run(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor) {
   const LoraLinearProblem& p = plan.problem;
   if (p.rows == 0 || p.out_features == 0) return {};
-  if (plan.implementation == &kLoraLinearCuda && args.lora.b_stride_block)
-    return refuse_blocks("lora_linear", "on CUDA");
-  if (plan.implementation == &kLoraLinearCuda) {  // whose bank is not in the CPU's memory: kernels clamp what they read
+  if (p.keeps_t && p.lora.present() && !args.t) return refuse_null_t("lora_linear");
+  if (on_cuda(plan.implementation) && args.lora.b_stride_block) return refuse_blocks("lora_linear", "on CUDA");
+  if (on_cuda(plan.implementation)) {  // whose bank is not in the CPU's memory: kernels clamp what they read
     kTable.count_run(plan.implementation);
     return cuda::launch(plan, args, executor);
   }
@@ -94,7 +107,8 @@ int64_t workspace_bytes(const LoraLinearBackwardPlan& plan) { return plan.worksp
 Status run(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& args, const Executor& executor) {
   const LoraLinearProblem& p = plan.problem.forward;
   if (args.lora.b_stride_block) return refuse_blocks("lora_linear_backward", "where gradients are needed");
-  if (plan.implementation == &kLoraLinearCuda) {
+  if (plan.problem.has_t && p.lora.present() && p.rows > 0 && !args.t) return refuse_null_t("lora_linear_backward");
+  if (on_cuda(plan.implementation)) {
     kTable.count_run(plan.implementation);
     return cuda::launch_backward(plan, args, executor);
   }
@@ -116,17 +130,18 @@ std::string to_string(const LoraLinearProblem& p) {
     text << " adapters=" << p.lora.adapters << " rank=" << p.lora.total_rank << " (largest " << p.lora.max_rank << ") "
          << name_of(p.lora.dtype);
   if (p.dropout_p > 0) text << " dropout=" << p.dropout_p;
+  if (p.keeps_t) text << " keeps_t";
   return text.str();
 }
 
 std::string to_string(const LoraLinearPlan& plan) {
   std::ostringstream text;
-  if (plan.implementation == &kLoraLinearCuda) {
+  if (on_cuda(plan.implementation)) {
     text << to_string(plan.problem) << " -> " << to_string(plan.cuda) << " workspace=" << plan.workspace;
     return text.str();
   }
   text << to_string(plan.problem) << " -> " << plan.implementation->name << " "
-       << (plan.path == LoraLinearPath::kDot ? "dot" : "panel") << (plan.bf16_dot ? " vdpbf16ps" : "")
+       << (plan.path == LoraLinearPath::kDot ? "dot" : "panel") << (plan.bf16_dot ? " bf16 products" : "")
        << " tasks=" << plan.tasks << " workspace=" << plan.workspace;
   return text.str();
 }
@@ -135,9 +150,9 @@ std::string to_string(const LoraLinearBackwardPlan& plan) {
   std::ostringstream text;
   const LoraLinearBackwardProblem& p = plan.problem;
   text << "gradients (" << (p.needs_dx ? "dx " : "") << (p.needs_dweight ? "dweight " : "")
-       << (p.needs_dbias ? "dbias " : "") << (p.needs_dlora ? "dlora " : "") << ") of " << to_string(p.forward)
-       << " -> " << plan.implementation->name;
-  if (plan.implementation == &kLoraLinearCuda)
+       << (p.needs_dbias ? "dbias " : "") << (p.needs_dlora ? "dlora " : "") << ")" << (p.has_t ? " from t" : "")
+       << " of " << to_string(p.forward) << " -> " << plan.implementation->name;
+  if (on_cuda(plan.implementation))
     text << " " << to_string(plan.cuda);
   else
     text << " tasks=" << plan.tasks;

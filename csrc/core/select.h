@@ -28,13 +28,16 @@ struct Table {
 std::string missing_isa(uint32_t required, const DeviceInfo& device);
 
 // The row that a forced name means in this table: an operator without integer products has no row "avx2_vnni", and
-// means "avx2" by it.
+// means "avx2" by it; one that does not compute in tiles means "avx512" by "amx"; one whose CUDA kernels use mma.sync
+// alone means "cuda" by "cuda_mma".
 template <class Implementation>
 std::string forced_row(const Table<Implementation>& table) {
   const std::string forced = forced_implementation();
   for (int i = 0; i < table.count; ++i)
     if (forced == table.rows[i]->name) return forced;
-  return forced == "avx2_vnni" ? "avx2" : forced;
+  if (forced == "avx2_vnni") return "avx2";
+  if (forced == "amx") return "avx512";
+  return forced == "cuda_mma" ? "cuda" : forced;
 }
 
 // Appends a reason for every row that is passed over. With a forced name only that row is considered.

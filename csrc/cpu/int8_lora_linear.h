@@ -18,6 +18,7 @@ extern const Int8LoraLinearImplementation kInt8LoraLinearGeneric;
 extern const Int8LoraLinearImplementation kInt8LoraLinearAvx2;
 extern const Int8LoraLinearImplementation kInt8LoraLinearAvx2Vnni;
 extern const Int8LoraLinearImplementation kInt8LoraLinearAvx512;
+extern const Int8LoraLinearImplementation kInt8LoraLinearAmx;
 #endif
 
 }  // namespace lora_kernels

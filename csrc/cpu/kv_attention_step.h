@@ -18,6 +18,7 @@ extern const KvAttentionStepImplementation kKvAttentionStepGeneric;
 extern const KvAttentionStepImplementation kKvAttentionStepAvx2;
 extern const KvAttentionStepImplementation kKvAttentionStepAvx2Vnni;
 extern const KvAttentionStepImplementation kKvAttentionStepAvx512;
+extern const KvAttentionStepImplementation kKvAttentionStepAmx;
 #endif
 
 }  // namespace lora_kernels

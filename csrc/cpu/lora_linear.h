@@ -19,6 +19,7 @@ extern const LoraLinearImplementation kLoraLinearGeneric;
 #if defined(__x86_64__)
 extern const LoraLinearImplementation kLoraLinearAvx2;
 extern const LoraLinearImplementation kLoraLinearAvx512;
+extern const LoraLinearImplementation kLoraLinearAmx;
 #endif
 
 }  // namespace lora_kernels

@@ -37,6 +37,8 @@ struct PanelProduct {
   Dropout down_dropout;  // of x on its way into t (forward)
   Dropout up_dropout;    // of t up (dx), by element index row * columns + column
   Epilogue epilogue;
+  float* kept_t = nullptr;  // [rows, kept_stride]: t for the gradients to come, or null
+  int64_t kept_stride = 0;
 };
 
 // How it is cut: tasks own ranges of rows, and of panels where there are too few rows. A task takes a block of rows at
@@ -161,6 +163,15 @@ inline void down_chunks(const Bank& bank, const void* x, DType dtype, int64_t x_
   }
 }
 
+// t of the rows [first, end) for the gradients to come.
+inline void keep_t(const float* t, int64_t width, int64_t first, int64_t end, float* kept, int64_t kept_stride) {
+  for (int64_t m = first; m < end; ++m) {
+    float* row = kept + m * kept_stride;
+    memcpy(row, t + (m - first) * width, static_cast<size_t>(width) * sizeof(float));
+    memset(row + width, 0, static_cast<size_t>(kept_stride - width) * sizeof(float));
+  }
+}
+
 // The rows [first, end) of a task against its panels; `t` receives their t, rows of padded_rank floats from `first` on.
 inline void panel_block(const PanelProduct& p, const PanelCut& cut, const PanelScratch& s, int64_t task, int64_t first,
                         int64_t end, int64_t panel_begin, int64_t panel_end, float* t) {
@@ -174,6 +185,7 @@ inline void panel_block(const PanelProduct& p, const PanelCut& cut, const PanelS
       down_chunks(*p.bank, p.x, p.x_dtype, p.x_stride, first, end, p.depth, p.down_dropout, t, chunk, scratch);
     else
       down_rows(*p.bank, a.data - first * a.stride, a.stride, first, end, p.depth, t, scratch);
+    if (p.kept_t && panel_begin == 0) keep_t(t, width, first, end, p.kept_t, p.kept_stride);
   }
   for (int64_t index = panel_begin; index < panel_end; ++index) {
     const int64_t n = index * kPanel;
@@ -282,6 +294,7 @@ inline void run_dot(const LoraLinearPlan& plan, const LoraLinearArgs& args, cons
       const Dropout dropout{p.dropout_p, args.dropout_seed};
       const Rows dropped = dropout ? fp32_rows(args.x, p.dtype, args.x_stride, 0, M, K, dropout, s.dropped) : x;
       down_rows(bank, dropped.data, dropped.stride, 0, M, K, s.t, s.down);
+      if (p.keeps_t && task == 0) keep_t(s.t, width, 0, M, static_cast<float*>(args.t), kept_t_columns(p.lora));
     }
     for (int64_t panel = panels * task / plan.tasks; panel < panels * (task + 1) / plan.tasks; ++panel) {
       const int64_t n = panel * kPanel, columns = N - n < kPanel ? N - n : kPanel;
@@ -322,6 +335,8 @@ inline void run_panel(const LoraLinearPlan& plan, const LoraLinearArgs& args, co
   product.bank = bank.present() ? &bank : nullptr;
   product.down_dropout = {p.dropout_p, args.dropout_seed};
   product.epilogue = epilogue_of(p, args);
+  product.kept_t = p.keeps_t ? static_cast<float*>(args.t) : nullptr;
+  product.kept_stride = kept_t_columns(p.lora);
   panel_product(product, forward_cut(plan), s, executor, plan.tasks);
 }
 

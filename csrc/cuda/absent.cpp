@@ -1,5 +1,7 @@
 // In place of the CUDA sources in a library built without them: plans can be made, and nothing runs.
 #include "cuda/int8_lora_linear.h"
+#include "cuda/kv_attention_step.h"
+#include "cuda/kv_pack.h"
 
 namespace lora_kernels {
 namespace {
@@ -26,6 +28,10 @@ Status launch_backward(const LoraLinearBackwardPlan&, const LoraLinearBackwardAr
 Status launch(const Int8LoraLinearPlan&, const Int8LoraLinearArgs&, const Executor&) {
   return absent("int8_lora_linear");
 }
+Status launch(const KvAttentionStepPlan&, const KvAttentionStepArgs&, const Executor&) {
+  return absent("kv_attention_step");
+}
+Status launch(const KvPackPlan&, const KvPackArgs&, const Executor&) { return absent("kv_pack"); }
 
 }  // namespace cuda
 }  // namespace lora_kernels

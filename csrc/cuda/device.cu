@@ -40,6 +40,9 @@ Status cuda_device(int index, DeviceInfo* device) {
     }
     found.arch = major * 10 + minor;
     found.shared_bytes = shared;
+#if defined(LORA_KERNELS_SM90A)
+    found.wgmma = found.arch == 90;
+#endif
     found.l2_bytes = l2;
     found.clock_hz = clock * 1e3;
     found.memory_bytes_per_second = 2e3 * memory_clock * width / 8;  // two transfers per clock

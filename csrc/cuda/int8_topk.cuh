@@ -38,8 +38,6 @@ struct Top {
 };
 constexpr int kNoColumn = 0x7FFFFFFF;
 
-__device__ inline float negative_infinity() { return __uint_as_float(0xFF800000u); }
-
 // The best of a warp, in all its lanes.
 __device__ inline Top best_of_warp(Top top) {
 #pragma unroll

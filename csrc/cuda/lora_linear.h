@@ -10,6 +10,8 @@ Status supported(const LoraLinearProblem& problem, const CudaDevice& device);
 
 // Fill the CUDA part and the workspace of a plan whose problem is set, valid and supported.
 void configure(const DeviceInfo& device, LoraLinearPlan* plan);
+// The same without wgmma: what the row "cuda_mma" is.
+void configure_mma(const DeviceInfo& device, LoraLinearPlan* plan);
 void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan);
 
 Status launch(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor);
@@ -29,6 +31,9 @@ struct Workspace {
 
 int64_t t_stride(const LoraShape& lora);  // elements from row to row of t and u
 
+// Whether the backward pass has t from the forward pass. (Without columns of x that wrote nothing.)
+inline bool t_is_there(const LoraLinearBackwardProblem& p) { return p.has_t && p.forward.in_features > 0; }
+
 struct ForwardWorkspace {
   void* a;      // A in the type of x, [R, K]
   void* t;      // [M, t_stride] in the type of x
@@ -37,8 +42,9 @@ struct ForwardWorkspace {
 };
 
 struct BackwardWorkspace {
-  void *a, *b;  // the factors in the type of x, [R, K] and [R, N]
-  void *t, *u;  // [M, t_stride]
+  void *a, *b;               // the factors in the type of x, [R, K] and [R, N]
+  void *t, *u;               // [M, t_stride]; t only if it was not handed over
+  float *u_parts, *b_parts;  // of dy_once: [column_splits, M, t_stride] and [row_splits, R, N]
   float *a_sums, *b_sums, *w_sums;
   BackwardWorkspace(Workspace& w, const LoraLinearBackwardPlan& plan);
 };

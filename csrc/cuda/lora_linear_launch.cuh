@@ -1,7 +1,9 @@
 // The launches of lora_linear for one storage type: a plan's kernels in order on one stream.
 #pragma once
 
+#include "cuda/dy_once.cuh"
 #include "cuda/gemm.cuh"
+#include "cuda/gemm_wgmma.cuh"
 #include "cuda/helpers.cuh"
 #include "cuda/lora_linear_kernels.h"
 #include "cuda/sequence.h"
@@ -55,6 +57,21 @@ void tiled(Sequence* s, const char* name, const GemmParams& p, bool early) {
                                     GemmLayout<T, Shape, kProduct>::kSharedBytes, p, early);
 }
 
+template <class T, int kColumns>
+void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early) {
+  using Shape = WgmmaShape<kColumns>;
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  const auto map = [&](TensorMap* to, const Matrix& m, int box_rows) {
+    return make_tensor_map(to, m.data, kBf16, m.rows, m.columns, m.stride * static_cast<int64_t>(sizeof(T)), box_rows);
+  };
+  WgmmaParams w{};
+  w.gemm = p;
+  w.boxes = map(&w.a, p.a, Shape::kRows) && map(&w.b, p.b, Shape::kColumns);
+  const unsigned blocks = tiles(p.rows, Shape::kRows) * tiles(p.columns, Shape::kColumns);
+  s->run<&gemm_wgmma<T, Shape>>(name, dim3(blocks, 1, 1), Shape::kThreads, WgmmaLayout<T, Shape>::kSharedBytes, w,
+                                early);
+}
+
 // out [out_rows, columns] = sums over rows of at b, split among blocks and added in order.
 template <class T, class Shape>
 void row_sums(Sequence* s, const char* name, GemmParams p, int64_t out_rows, int most_rows, float* out, float* parts) {
@@ -69,6 +86,17 @@ void row_sums(Sequence* s, const char* name, GemmParams p, int64_t out_rows, int
   const AddPartsParams add{parts, out, p.splits, out_rows * p.columns};
   const unsigned blocks = tiles(add.count, 256);
   s->run<&add_parts<float>>("add_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, add);
+}
+
+// u and dB from one reading of dy.
+template <class T>
+void dy_at_once(Sequence* s, const DyOnceParams& p, const CudaLoraLinearBackwardPlan& plan, const JoinPartsParams& to) {
+  s->run<&dy_once<T>>("dy_once",
+                      dim3(static_cast<unsigned>(plan.column_splits), static_cast<unsigned>(plan.row_splits), 1),
+                      kDyOnceThreads, dy_once_bytes<T>(p.row_tiles, p.width), p);
+  const int64_t results = int64_t{p.dy.rows} * p.width + int64_t{p.routing.max_rank} * p.dy.columns;
+  const unsigned blocks = tiles(results, 256);
+  s->run<&join_parts<T>>("join_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, to);
 }
 
 template <class T, int kTiles>
@@ -89,6 +117,8 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
   Sequence s(stream);
   const bool lora = plan.cuda.path != CudaLoraLinearPath::kBase && problem.lora.present() && K > 0;
   const bool precise = !problem.allow_tf32;
+  void* t = problem.keeps_t ? args.t : w.t;
+  const int64_t stride = problem.keeps_t ? kept_t_columns(problem.lora) : t_stride(problem.lora);
 
   Routing routing;
   Matrix a;
@@ -120,8 +150,8 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     p.routing = routing;
     p.dropout = dropout_of(problem, args);
     p.factor = dropout_factor(problem);
-    p.t = w.t;
-    p.t_stride = t_stride(problem.lora);
+    p.t = t;
+    p.t_stride = stride;
     p.precise = precise;
     down_all<T>(&s, p);
   }
@@ -131,7 +161,7 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     FewRowsParams p;
     p.w = weight;
     p.x = x;
-    p.branch = {w.t, t_stride(problem.lora), up, routing};
+    p.branch = {t, stride, up, routing};
     p.epilogue = epilogue;
     p.splits = plan.cuda.splits;
     p.sums = w.sums;
@@ -158,12 +188,21 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
   p.columns = static_cast<int>(N);
   p.depth = static_cast<int>(K);
   p.precise = precise;
-  p.t = matrix<T>(w.t, t_stride(problem.lora), M, problem.lora.max_rank);
+  p.t = matrix<T>(t, stride, M, problem.lora.max_rank);
   p.up = up;
   p.down = a;
   p.routing = routing;
   p.epilogue = epilogue;
   const bool in_tile = lora && plan.cuda.path == CudaLoraLinearPath::kInTile;
+  if constexpr (sizeof(T) == 2) {
+    if (plan.cuda.wgmma_columns) {
+      if (plan.cuda.wgmma_columns == 256)
+        tiled_wgmma<T, 256>(&s, "gemm_wgmma<128x256>", p, early);
+      else
+        tiled_wgmma<T, 128>(&s, "gemm_wgmma<128x128>", p, early);
+      return s.status();
+    }
+  }
   if (in_tile && plan.cuda.large_tiles)
     tiled<T, LargeShape, Product::kInTile>(&s, "gemm<in tile, 128x128>", p, false);
   else if (in_tile)
@@ -186,11 +225,14 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
   const BackwardWorkspace w(memory, plan);
   Sequence s(stream);
   const bool lora = problem.lora.present() && (b.needs_dx || b.needs_dlora);
+  const bool once = lora && b.needs_dlora && plan.cuda.dy_once;
   const int64_t stride = t_stride(problem.lora);
   const bool precise = !problem.allow_tf32;
   const Matrix x = matrix<T>(args.x, args.x_stride, M, K), dy = matrix<T>(args.dy, N, M, N);
-  const Matrix t = matrix<T>(w.t, stride, M, problem.lora.max_rank),
-               u = matrix<T>(w.u, stride, M, problem.lora.max_rank);
+  const bool has_t = t_is_there(b);
+  const Matrix t = has_t ? matrix<T>(args.t, kept_t_columns(problem.lora), M, problem.lora.max_rank)
+                         : matrix<T>(w.t, stride, M, problem.lora.max_rank);
+  const Matrix u = matrix<T>(w.u, stride, M, problem.lora.max_rank);
   const Dropout dropout = dropout_of(problem, args);
   Routing routing;
   Matrix a;
@@ -207,18 +249,34 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
     p.factor = dropout_factor(problem);
     p.t_stride = stride;
     p.precise = precise;
-    if (b.needs_dlora) {
+    if (b.needs_dlora && !has_t) {
       p.x = x;
       p.a = a;
       p.dropout = dropout;
       p.t = w.t;
       down_all<T>(&s, p);
     }
-    p.x = dy;
-    p.a = matrix<T>(w.b, N, R, N);
-    p.dropout = Dropout();
-    p.t = w.u;
-    down_all<T>(&s, p);
+    if (once) {
+      DyOnceParams both;
+      both.dy = dy;
+      both.b = matrix<T>(w.b, N, R, N);
+      both.t = t;
+      both.routing = routing;
+      both.row_tiles = plan.cuda.row_tiles;
+      both.row_splits = plan.cuda.row_splits;
+      both.column_splits = plan.cuda.column_splits;
+      both.width = static_cast<int>(stride);
+      both.u_parts = w.u_parts;
+      both.b_parts = w.b_parts;
+      both.precise = precise;
+      dy_at_once<T>(&s, both, plan.cuda, {both, p.factor, w.u, stride, args.dlora_b});
+    } else {
+      p.x = dy;
+      p.a = matrix<T>(w.b, N, R, N);
+      p.dropout = Dropout();
+      p.t = w.u;
+      down_all<T>(&s, p);
+    }
   }
   if (b.needs_dx) {
     GemmParams p;
@@ -250,11 +308,13 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
   p.precise = precise;
   if (b.needs_dlora && lora) {
     p.routing = routing;
-    p.a = t;
-    p.b = dy;
-    p.columns = static_cast<int>(N);
-    p.splits = plan.cuda.b_splits;
-    row_sums<T, SmallShape>(&s, "gemm<dB>", p, R, routing.max_rank, args.dlora_b, w.b_sums);
+    if (!once) {
+      p.a = t;
+      p.b = dy;
+      p.columns = static_cast<int>(N);
+      p.splits = plan.cuda.b_splits;
+      row_sums<T, SmallShape>(&s, "gemm<dB>", p, R, routing.max_rank, args.dlora_b, w.b_sums);
+    }
     p.a = u;
     p.b = x;
     p.dropout = dropout;

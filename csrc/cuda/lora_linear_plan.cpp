@@ -19,6 +19,11 @@ constexpr int64_t kMostFewRows = 32;       // four products of eight columns for
 constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
 constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
 
+// Of wgmma: 4,096 per clock, of which tiles that are filled by cp.async are expected to reach this; vendors' libraries,
+// with TMA, reach about 0.8. Since nothing has been measured, it is taken only where it is predicted to need no more
+// than this part of the time by mma.sync.
+constexpr double kWgmmaFlopsPerClock = 4096, kWgmmaTiles = 0.65, kClearlyBetter = 0.85;
+
 // FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
 // reaches. Unknown ones are taken for the slowest: a path that needs less arithmetic then wins, and all work.
 double flops_per_clock(int arch) {
@@ -36,10 +41,69 @@ Machine machine_of(const CudaDevice& d, DType type, bool allow_tf32) {
   return {d, flops_per_clock(d.arch) / slower};
 }
 
+// Tiles of 128 x 128 or 128 x 256 by wgmma, one at a time on a multiprocessor: the better width, and its time.
+TiledTime wgmma_tiles(const CudaDevice& device, const LoraLinearProblem& p, double bytes, double depth, int* columns) {
+  const Machine machine(device, kWgmmaFlopsPerClock);
+  TiledTime best{true, 0};
+  *columns = 0;
+  for (int width : {128, 256}) {
+    const double tiles =
+        static_cast<double>((p.rows + 127) / 128) * static_cast<double>((p.out_features + width - 1) / width);
+    const double products = machine.turns(tiles) * 2.0 * 128 * width * depth / (machine.operations * kWgmmaTiles) * 1e6;
+    // Two (256) or four (128) steps of a tile's 64 of depth are on their way at a time.
+    const double in_flight = width == 256 ? 2 * 49152 : 4 * 32768;
+    const double busy = std::min(1.0, tiles * in_flight / (machine.bytes * kLatencySeconds));
+    const double us = std::max(products, machine.memory_us(bytes) / busy) + kLaunchUs;
+    if (*columns == 0 || us < best.us) {
+      best.us = us;
+      *columns = width;
+    }
+  }
+  return best;
+}
+
 int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
   // Two blocks for each multiprocessor, of at least 256 rows each: fewer would read and add parts for nothing.
   const int64_t wanted = blocks > 0 ? static_cast<int64_t>(2 * machine.multiprocessors) / blocks : 1;
   return static_cast<int>(std::max<int64_t>(1, std::min({wanted, rows / 256, int64_t{64}})));
+}
+
+// u and dB from one reading of dy, or from one each. The kernels apart read dy twice, and from L2 the second time where
+// it fits; together they write and read parts of both instead, and save a launch. Both ways multiply as much, so
+// together they are faster exactly where memory is the bound: at most 32 ranks, and for fp32, of six times the
+// arithmetic, fewer. Not for several adapters: a block would meet them in every order of rows, and rank rows of all of
+// them do not fit its registers.
+struct Readings {
+  bool once = false;
+  int row_tiles = 1, row_splits = 1, column_splits = 1;
+  double us = 0;
+};
+Readings readings_of_dy(const Machine& machine, const LoraLinearProblem& p, int64_t shared_bytes, int64_t l2_bytes) {
+  constexpr int64_t kTile = 64, kMostTiles = 8;
+  const double size = static_cast<double>(size_of(p.dtype)), M = static_cast<double>(p.rows),
+               N = static_cast<double>(p.out_features), R = static_cast<double>(p.lora.total_rank);
+  const double dy_us = machine.memory_us(M * N * size);
+  const double second_us = dy_us / (M * N * size < 0.5 * static_cast<double>(l2_bytes) ? kL2 : 1.0);
+  // Products of sixteen or 32 ranks, of which each result is one.
+  const double width = static_cast<double>(t_stride(p.lora));
+  const double products_us = 4 * M * N * width / (machine.multiprocessors * machine.operations * kSmallTiles) * 1e6;
+  Readings r;
+  r.us = std::max(dy_us + second_us, products_us) + 3 * kLaunchUs;
+  const int64_t stages = p.dtype == DType::kFloat32 ? 2 : 3;
+  const int64_t staged = stages * 64 * (64 + 32 + 32) * static_cast<int64_t>(size_of(p.dtype));
+  const int64_t left = (shared_bytes > 0 ? shared_bytes : 48 << 10) - staged;
+  const int64_t tile_bytes = kTile * t_stride(p.lora) * 4;
+  if (p.lora.adapters != 1 || p.lora.max_rank > 32 || p.rows == 0 || p.out_features == 0 || left < tile_bytes) return r;
+  // As many rows in a block as fit, since dB is written once for each block of rows; columns then give the blocks, two
+  // for each multiprocessor.
+  const int64_t rows = (p.rows + kTile - 1) / kTile, columns = (p.out_features + kTile - 1) / kTile;
+  const int64_t tiles = std::min({rows, kMostTiles, left / tile_bytes}), row_splits = (rows + tiles - 1) / tiles;
+  const auto wanted = static_cast<int64_t>(2 * machine.multiprocessors) / row_splits;
+  const int64_t column_splits = std::max<int64_t>(1, std::min(columns, wanted));
+  const double parts = (static_cast<double>(column_splits) * M * width + static_cast<double>(row_splits) * R * N) * 4;
+  const double us = std::max(dy_us + machine.memory_us(2 * parts), products_us) + 2 * kLaunchUs;
+  if (us >= r.us) return r;
+  return {true, static_cast<int>(tiles), static_cast<int>(row_splits), static_cast<int>(column_splits), us};
 }
 
 }  // namespace
@@ -52,7 +116,7 @@ ForwardWorkspace::ForwardWorkspace(Workspace& w, const LoraLinearPlan& plan) {
   const bool separate = plan.cuda.path == CudaLoraLinearPath::kTwoSteps ||
                         (plan.cuda.path == CudaLoraLinearPath::kFewRows && !plan.cuda.t_in_blocks);
   a = w.take(plan.cuda.convert_a ? p.lora.total_rank * p.in_features * size : 0);
-  t = w.take(separate && p.lora.present() ? p.rows * t_stride(p.lora) * size : 0);
+  t = w.take(separate && p.lora.present() && !p.keeps_t ? p.rows * t_stride(p.lora) * size : 0);
   sums = static_cast<float*>(w.take(plan.cuda.splits > 1 ? plan.cuda.splits * p.rows * p.out_features * 4 : 0));
 }
 
@@ -67,10 +131,13 @@ BackwardWorkspace::BackwardWorkspace(Workspace& w, const LoraLinearBackwardPlan&
   void* converted = w.take(convert_a ? p.lora.total_rank * p.in_features * size : 0);
   a = convert_a ? converted : nullptr;
   b = w.take(lora ? p.lora.total_rank * p.out_features * size : 0);
-  t = w.take(factors ? p.rows * t_stride(p.lora) * size : 0);
+  t = w.take(factors && !t_is_there(plan.problem) ? p.rows * t_stride(p.lora) * size : 0);
   u = w.take(lora ? p.rows * t_stride(p.lora) * size : 0);
+  const bool once = factors && plan.cuda.dy_once;
+  u_parts = static_cast<float*>(w.take(once ? plan.cuda.column_splits * p.rows * t_stride(p.lora) * 4 : 0));
+  b_parts = static_cast<float*>(w.take(once ? plan.cuda.row_splits * p.lora.total_rank * p.out_features * 4 : 0));
   a_sums = parts(factors, plan.cuda.a_splits, p.lora.total_rank, p.in_features);
-  b_sums = parts(factors, plan.cuda.b_splits, p.lora.total_rank, p.out_features);
+  b_sums = parts(factors && !once, plan.cuda.b_splits, p.lora.total_rank, p.out_features);
   w_sums = parts(plan.problem.needs_dweight, plan.cuda.w_splits, p.out_features, p.in_features);
 }
 
@@ -113,8 +180,13 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
   c.large_tiles = two.large;
   c.predicted_us = two.us + down_us;
+  int wgmma_columns = 0;
+  double wgmma_us = 0;
+  if (device.cuda.wgmma && p.dtype != DType::kFloat32)
+    wgmma_us = wgmma_tiles(device.cuda, p, base_bytes, K + round_up(p.lora.max_rank, 16), &wgmma_columns).us + down_us;
 
-  if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a) {
+  if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a &&
+      !p.keeps_t) {
     const double made = rank <= 16 ? 16 : 32;
     const TiledTime in_tile = tiled(machine, p.rows, p.out_features, base_bytes + total * K * size,
                                     [&](int tile) { return K * (1 + made / tile) + rank; });
@@ -130,8 +202,8 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
                                        base_bytes, &us);
     us += kLaunchUs;
     // t in every block: A comes from L2 for each sixteen columns, beside W's own bytes.
-    const bool one =
-        lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 && !c.convert_a;
+    const bool one = lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 &&
+                     !c.convert_a && !p.keeps_t;
     const double in_blocks_us = machine.memory_us((N / 16 + 1) * total * K * size) / kL2 + kT;
     const bool t_in_blocks = one && splits == 1 && in_blocks_us < down_us;
     us += t_in_blocks ? in_blocks_us : down_us;
@@ -143,8 +215,16 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
       c.predicted_us = us;
     }
   }
+  if (wgmma_columns && wgmma_us < kClearlyBetter * c.predicted_us) {
+    c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
+    c.wgmma_columns = wgmma_columns;
+    c.large_tiles = true;
+    c.splits = 1;
+    c.t_in_blocks = false;
+    c.predicted_us = wgmma_us;
+  }
   c.tile_rows = c.large_tiles ? 128 : 64;
-  c.tile_columns = c.tile_rows;
+  c.tile_columns = c.wgmma_columns ? c.wgmma_columns : c.tile_rows;
   if (c.path == CudaLoraLinearPath::kFewRows) {
     c.tile_rows = static_cast<int>(round_up(std::max<int64_t>(p.rows, 1), 8));
     c.tile_columns = 16;
@@ -153,6 +233,12 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   Workspace w;
   ForwardWorkspace(w, *plan);
   plan->workspace = w.used;
+}
+
+void configure_mma(const DeviceInfo& device, LoraLinearPlan* plan) {
+  DeviceInfo without = device;
+  without.cuda.wgmma = false;
+  configure(without, plan);
 }
 
 void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
@@ -176,8 +262,18 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   c.b_splits = parts_of_rows(machine, small_b * factors, p.rows);
   c.w_splits = parts_of_rows(machine, ((p.out_features + 127) / 128) * ((p.in_features + 127) / 128), p.rows);
   if (b.needs_dx) c.predicted_us += dx.us;
-  if (lora && (b.needs_dx || b.needs_dlora)) c.predicted_us += machine.memory_us(M * N * size) + 2 * kLaunchUs;
-  if (lora && b.needs_dlora) c.predicted_us += machine.memory_us(M * (2 * K + N) * size) + 5 * kLaunchUs;
+  if (lora && b.needs_dlora) {
+    const Readings r = readings_of_dy(machine, p, device.cuda.shared_bytes, device.cuda.l2_bytes);
+    c.dy_once = r.once;
+    c.row_tiles = r.row_tiles;
+    c.row_splits = r.row_splits;
+    c.column_splits = r.column_splits;
+    // B's conversion, u and dB; dA; t, unless the forward pass has handed it over.
+    c.predicted_us += r.us + machine.memory_us(M * K * size) + 3 * kLaunchUs;
+    if (!t_is_there(b)) c.predicted_us += machine.memory_us(M * K * size) + kLaunchUs;
+  } else if (lora && b.needs_dx) {
+    c.predicted_us += machine.memory_us(M * N * size) + 2 * kLaunchUs;
+  }
   if (b.needs_dweight)
     c.predicted_us +=
         tiled(machine, p.out_features, p.in_features, (M * (K + N)) * size + 4 * N * K, [&](int) { return M; }).us;
@@ -198,8 +294,8 @@ std::string to_string(const CudaLoraLinearPlan& c) {
            : c.path == CudaLoraLinearPath::kTwoSteps ? "two_steps"
            : c.path == CudaLoraLinearPath::kInTile   ? "in_tile"
                                                      : "few_rows")
-       << " tile=" << c.tile_rows << "x" << c.tile_columns << " splits=" << c.splits
-       << (c.t_in_blocks ? " t_in_blocks" : "") << (c.early_start ? " early_start" : "")
+       << (c.wgmma_columns ? " wgmma" : "") << " tile=" << c.tile_rows << "x" << c.tile_columns
+       << " splits=" << c.splits << (c.t_in_blocks ? " t_in_blocks" : "") << (c.early_start ? " early_start" : "")
        << (c.convert_a ? " convert_a" : "");
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
@@ -211,6 +307,7 @@ std::string to_string(const CudaLoraLinearBackwardPlan& c) {
   std::ostringstream text;
   text << "sm_" << c.arch << " dx_tile=" << (c.large_tiles ? 128 : 64) << " splits=" << c.a_splits << "," << c.b_splits
        << "," << c.w_splits << (c.early_start ? " early_start" : "");
+  if (c.dy_once) text << " dy_once=" << c.row_splits << "x" << c.column_splits;
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
   text << predicted;

@@ -63,6 +63,9 @@ __device__ inline T from_bits(uint32_t bits) {
   return x;
 }
 
+__device__ inline float negative_infinity() { return __uint_as_float(0xFF800000u); }
+__device__ inline float not_a_number() { return __uint_as_float(0x7FFFFFFFu); }
+
 // Element `at` of an array whose type is known at run time only: factors and biases.
 __device__ inline float load_as_float(const void* p, int64_t at, DType type) {
   if (type == DType::kFloat32) return static_cast<const float*>(p)[at];

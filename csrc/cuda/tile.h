@@ -4,7 +4,7 @@
 // of the row, so that the eight rows of one column of chunks that ldmatrix reads at a time lie in eight different bank
 // groups. Rows of 64 bytes: two rows share the 32 banks, bits 1 and 2 of the row. Longer rows: the low three bits. fp32
 // with depth along rows cannot be transposed by ldmatrix and is read as words, four rows by eight columns: twice the
-// low two bits.
+// low two bits, and the third bit below them, for ldmatrix of tiles that are longer than a step.
 #pragma once
 
 #include "cuda/numbers.h"
@@ -36,7 +36,7 @@ struct Tile {
 
   __device__ static int swizzle(int row) {
     if constexpr (kChunks == 4) return row >> 1 & 3;
-    if constexpr (sizeof(T) == 4) return (row & 3) << 1;
+    if constexpr (sizeof(T) == 4) return (row & 3) << 1 | (row >> 2 & 1);
     return row & 7;
   }
   __device__ static int offset(int row, int chunk) { return (row * kChunks + (chunk ^ swizzle(row))) * 16; }

@@ -6,7 +6,7 @@ of a device's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -188,6 +188,15 @@ class EngineRunner:
     memory
         None: :func:`cuda_memory`.
 
+    Attributes
+    ----------
+    inputs, outputs
+        Names.
+    types, shapes
+        Of each tensor by name; -1 is an open size.
+    aliases
+        Input by output, of caches that are appended to in place.
+
     Raises
     ------
     LoraKernelsError
@@ -225,7 +234,11 @@ class EngineRunner:
         kinds = {name: engine.get_tensor_mode(name) for name in names}
         self.inputs = [n for n in names if kinds[n] == trt.TensorIOMode.INPUT]
         self.outputs = [n for n in names if n not in self.inputs]
-        self._types = {name: _numpy_type(trt, engine.get_tensor_dtype(name)) for name in names}
+        self.types = {name: _numpy_type(trt, engine.get_tensor_dtype(name)) for name in names}
+        self.shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
+        # Caches that a plugin appends to in place: the output is the input's memory.
+        aliased = getattr(engine, "get_aliased_input_tensor", lambda name: None)
+        self.aliases = {n: i for n in self.outputs if (i := aliased(n))}
         self._buffers: dict[str, DeviceArray] = {}
         self._profile = 0
 
@@ -258,14 +271,15 @@ class EngineRunner:
     def _buffer(self, name: str, shape: tuple[int, ...]) -> DeviceArray:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != shape:
-            buffer = self._buffers[name] = DeviceArray(self.memory, shape, self._types[name])
+            buffer = self._buffers[name] = DeviceArray(self.memory, shape, self.types[name])
         return buffer
 
     def __call__(
         self,
         inputs: Mapping[str, np.ndarray | DeviceArray],
         outputs: Mapping[str, DeviceArray] | None = None,
-    ) -> dict[str, np.ndarray]:
+        keep: Collection[str] = (),
+    ) -> dict[str, Any]:
         """One pass.
 
         Parameters
@@ -275,11 +289,15 @@ class EngineRunner:
         outputs
             Memory of the caller's for some outputs, which then stay on the device. A cache that is
             appended to in place is the same :class:`DeviceArray` in both.
+        keep
+            Names of outputs that stay on the device, in memory of their own, or in that of the
+            input that they continue in place.
 
         Returns
         -------
         dict
-            The other outputs, on the host.
+            What was kept, as :class:`DeviceArray`, and the outputs that ``outputs`` does not name,
+            on the host.
 
         Raises
         ------
@@ -289,20 +307,21 @@ class EngineRunner:
         """
         bound = dict(outputs or {})
         for name in (*inputs, *bound):
-            if name not in self._types:
+            if name not in self.types:
                 raise LoraKernelsError(
-                    f"{name!r} is no tensor of the engine; {describe_nearest(name, self._types)}"
+                    f"{name!r} is no tensor of the engine; {describe_nearest(name, self.types)}"
                 )
         missing = [name for name in self.inputs if name not in inputs]
         if missing:
             raise LoraKernelsError(f"inputs: expected {', '.join(missing)} as well, got none")
         for name, value in inputs.items():
-            if value.dtype != self._types[name]:
+            if value.dtype != self.types[name]:
                 raise LoraKernelsError(
-                    f"{name}: expected {self._types[name]}, got {value.dtype}; convert it"
+                    f"{name}: expected {self.types[name]}, got {value.dtype}; convert it"
                 )
         self._choose_profile({name: tuple(inputs[name].shape) for name in self.inputs})
         arrays: list[np.ndarray] = []  # alive until the stream has read them
+        placed: dict[str, DeviceArray] = {}
         for name in self.inputs:
             value = inputs[name]
             if not isinstance(value, DeviceArray):
@@ -310,20 +329,26 @@ class EngineRunner:
                 device = self._buffer(name, value.shape)
                 self.memory.to_device(device.address, arrays[-1])
                 value = device
+            placed[name] = value
             self._context.set_input_shape(name, value.shape)
             self._context.set_tensor_address(name, value.address)
         results: dict[str, np.ndarray] = {}
+        kept: dict[str, DeviceArray] = {}
         for name in self.outputs:
             shape = tuple(self._context.get_tensor_shape(name))
+            if name in keep and name not in bound:
+                alias = self.aliases.get(name)
+                new = placed[alias] if alias else DeviceArray(self.memory, shape, self.types[name])
+                bound[name] = kept[name] = new
             target = bound.get(name) or self._buffer(name, shape)
-            if target.shape != shape or target.dtype != self._types[name]:
+            if target.shape != shape or target.dtype != self.types[name]:
                 raise LoraKernelsError(
-                    f"outputs: {name}: expected {self._types[name]} {list(shape)}, got "
+                    f"outputs: {name}: expected {self.types[name]} {list(shape)}, got "
                     f"{target.dtype} {list(target.shape)}"
                 )
             self._context.set_tensor_address(name, target.address)
             if name not in bound:
-                results[name] = np.empty(shape, self._types[name])
+                results[name] = np.empty(shape, self.types[name])
         if not self._context.execute_async_v3(self.memory.stream):
             raise LoraKernelsError(
                 "the engine failed; what a plugin refused stands on standard error"
@@ -331,4 +356,4 @@ class EngineRunner:
         for name, array in results.items():
             self.memory.to_host(array, self._buffers[name].address)
         self.memory.synchronize()
-        return results
+        return {**kept, **results}

@@ -40,7 +40,12 @@ class Composite:
     @staticmethod
     def runs_on(device: torch.device) -> bool:
         """Whether this build can record operators on tensors of a device."""
-        operators = (_ops.int8_lora_linear, _ops.int8_lora_topk, _ops.kv_attention_step)
+        operators = (
+            _ops.int8_lora_linear,
+            _ops.int8_lora_topk,
+            _ops.kv_attention_step,
+            _ops.kv_pack,
+        )
         return device.type == "cpu" or (
             device.type == "cuda" and all(has_cuda(operator.default) for operator in operators)
         )

@@ -83,6 +83,14 @@ def kv_attention_step(
         row, two rows that would append in the same place, int8 caches without scales, scales per
         channel that are not finite or not above 0. The text names the argument, what was expected,
         what came, and the fix; nothing has been written then.
+
+    Notes
+    -----
+    On a CUDA device D is at most 128, caches have the dtype of ``q`` or int8 (with fp32 ``q`` fp16
+    and bf16 too), and lengths, slots and scales are not waited for: a row whose length or slot is
+    out of range becomes NaN and appends nothing, a scale per channel that a CPU would refuse makes
+    NaN of its head, and of two rows that append in the same place one is lost. ``q`` is split into
+    14 bits for blocked caches whatever T is.
     """
     return _op(q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, heads)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from .recompute import origin
 
 _op = torch.ops.lora_kernels.lora_linear.default
 _straight = straight(_op)
+_keeping_t_op = torch.ops.lora_kernels.lora_linear_keeping_t.default
+_straight_keeping_t = straight(_keeping_t_op)
 _backward_op = torch.ops.lora_kernels.lora_linear_backward.default
 
 
@@ -98,16 +101,68 @@ def lora_linear(
         dropout_seed,
     )
     kernel = _straight(x)
-    if kernel is None:
-        return _op(*arguments)
-    if torch.is_grad_enabled():
+    if kernel is not None and not torch.is_grad_enabled():
+        return kernel(*arguments)  # type: ignore[no-any-return]
+    if _worth_keeping_t(lora_a, lora_b, offsets, activation):
+        if kernel is not None:
+            return _DifferentiableKeepingT.apply(*arguments)[0]  # type: ignore[no-any-return]
+        if not torch.compiler.is_exporting():  # what leaves PyTorch is the plain operator
+            return _keeping_t_op(*arguments)[0]
+    if kernel is not None:
         return _Differentiable.apply(*arguments)  # type: ignore[no-any-return]
-    return kernel(*arguments)  # type: ignore[no-any-return]
+    return _op(*arguments)
+
+
+# Of the adapters of a bank. A row of the t that is kept is as wide as all ranks together, of which
+# its adapter's are a part.
+_MOST_RANK_ROWS_KEPT = 64
+
+
+def _worth_keeping_t(
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    activation: str,
+) -> bool:
+    """Whether the forward pass hands its s (x At) to the backward pass.
+
+    dB needs it. Behind an activation the backward pass computes what went into it, and has t from
+    there.
+    """
+    return (
+        lora_a is not None
+        and lora_b is not None
+        and activation == "none"
+        and torch.is_grad_enabled()
+        and (lora_a.requires_grad or lora_b.requires_grad)
+        and (offsets is None or lora_a.shape[0] <= _MOST_RANK_ROWS_KEPT)
+    )
+
+
+def _columns_of_t(lora_a: torch.Tensor) -> Any:
+    return (lora_a.shape[0] + 15) // 16 * 16  # kept_t_columns of the contract
 
 
 @torch.library.register_fake("lora_kernels::lora_linear")
 def _fake(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("lora_kernels::lora_linear_keeping_t")
+def _fake_keeping_t(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor | None,
+    *args: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = 0 if lora_a is None else _columns_of_t(lora_a)
+    t = x.new_empty(
+        math.prod(x.shape[:-1]),
+        columns,
+        dtype=x.dtype if x.is_cuda else torch.float32,
+    )
+    return _fake(x, weight), t
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_backward")
@@ -126,6 +181,7 @@ def _fake_backward(
     needs_dweight: bool,
     needs_dbias: bool,
     needs_dlora: bool,
+    t: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     def fp32(*shape: int) -> torch.Tensor:
         return x.new_empty(shape, dtype=torch.float32)
@@ -141,6 +197,19 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _save(ctx, inputs, None)
+
+
+def _setup_context_keeping_t(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    t = output[1]
+    ctx.mark_non_differentiable(t)
+    ctx.set_materialize_grads(False)
+    _save(ctx, inputs, t)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], t: torch.Tensor | None) -> None:
     x, weight, bias, lora_a, lora_b, scales, offsets, ids = inputs[:8]
     activation, dropout_p, seed = inputs[9:]
     # The bias matters to the gradient only through an activation.
@@ -149,7 +218,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     source = origin(x)
     ctx.make_x = source and source.make
     kept_x = source.source if source else x
-    ctx.save_for_backward(kept_x, weight, kept_bias, lora_a, lora_b, scales, offsets, ids, seed)
+    ctx.save_for_backward(kept_x, weight, kept_bias, lora_a, lora_b, scales, offsets, ids, seed, t)
     ctx.activation = activation
     ctx.dropout_p = dropout_p
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -162,7 +231,7 @@ def through_activation(activation: str, dy: torch.Tensor, z: torch.Tensor) -> to
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, weight, bias, lora_a, lora_b, scales, offsets, ids, seed = ctx.saved_tensors
+    x, weight, bias, lora_a, lora_b, scales, offsets, ids, seed, t = ctx.saved_tensors
     if ctx.make_x is not None:
         with torch.no_grad():
             x = ctx.make_x(x)
@@ -170,7 +239,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.activation != "none":
         # Recomputing what went into the activation costs one forward pass and saves keeping it.
         lora = (lora_a, lora_b, scales, offsets, ids)
-        z = _op(x, weight, bias, *lora, None, "none", ctx.dropout_p, seed)
+        z, t = _keeping_t_op(x, weight, bias, *lora, None, "none", ctx.dropout_p, seed)
         dz = through_activation(ctx.activation, dy, z)
     needs = ctx.needs_input_grad
     needs_lora = lora_a is not None and (needs[3] or needs[4])
@@ -189,6 +258,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs[1],
         needs[2],
         needs_lora,
+        t if needs_lora else None,
     )
     return (
         dx if needs[0] else None,
@@ -211,6 +281,20 @@ torch.library.register_autograd(
 )
 
 
+def _backward_keeping_t(
+    ctx: Any, dy: torch.Tensor | None, dt: None
+) -> tuple[torch.Tensor | None, ...]:
+    # Gradients that are not there are not made of zeros, for the sake of t, which has none.
+    return (None,) * 12 if dy is None else _backward(ctx, dy)
+
+
+torch.library.register_autograd(
+    "lora_kernels::lora_linear_keeping_t",
+    _backward_keeping_t,
+    setup_context=_setup_context_keeping_t,
+)
+
+
 class _Differentiable(torch.autograd.Function):
     """The same gradient for eager calls, without the cost of the registered one."""
 
@@ -220,3 +304,14 @@ class _Differentiable(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+
+
+class _DifferentiableKeepingT(torch.autograd.Function):
+    """The same with t handed from the forward to the backward pass."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return _straight_keeping_t(arguments[0])(*arguments)  # type: ignore[no-any-return]
+
+    setup_context = staticmethod(_setup_context_keeping_t)
+    backward = staticmethod(once_differentiable(_backward_keeping_t))  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from lora_speech.bench.settings import BenchSettings
+from lora_speech.cli_export import export
 from lora_speech.cli_options import (
     Base,
     BatchSize,
@@ -357,6 +358,9 @@ def bench(
     if page is not None:
         write_text(page, render_plots(data))
         typer.echo(f"figures: {json_path}, plots: {page}")
+
+
+app.command()(export)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 // The core without Python or torch: plans are pure and printable, refusals list every reason, and every implementation
 // stays inside its buffers (this program is built with AddressSanitizer and UndefinedBehaviorSanitizer).
 #include <algorithm>
+#include <cerrno>
 #include <vector>
 
 #include "check.h"
@@ -52,6 +53,25 @@ void test_plans() {
   plan(linear_problem(1, 64, 64, 0), device_with(kAll, 16), &again);
   check(chosen.tasks == 16, "a large product uses every thread: " + to_string(chosen));
   check(again.tasks == 1, "a tiny product does not fork: " + to_string(again));
+
+  // Tiles come first where the CPU has them and the operating system gives them, for many rows.
+  const uint32_t with_tiles = kAll | kIsaAmxInt8 | kIsaAmxBf16;
+  DeviceInfo tiles = device_with(with_tiles), refused = device_with(with_tiles);
+  refused.tile_refusal = EPERM;
+  Int8LoraLinearProblem many;
+  many.rows = many.in_features = many.out_features = 512;
+  Int8LoraLinearPlan int8;
+  plan(many, tiles, &int8);
+  check(int8.tiles && contains(to_string(int8), "amx tiles"), to_string(int8) + ": many rows are multiplied in tiles");
+  many.rows = 47;
+  plan(many, tiles, &int8);
+  check(!int8.tiles, to_string(int8) + ": few rows are not");
+  plan(many, refused, &int8);
+  check(contains(to_string(int8), "avx512"), to_string(int8) + ": tiles that are refused are passed over");
+  force_implementation("amx");
+  const Status why = plan(many, refused, &int8);
+  force_implementation("");
+  check(contains(why.text, "amx: the operating system refuses this process"), "the refusal is a reason: " + why.text);
 
   LoraLinearProblem half = p;
   half.dtype = DType::kBFloat16;
@@ -330,7 +350,7 @@ int main() {
   test_plans();
   test_refusals();
   DeviceInfo host = host_device();
-  for (const char* name : {"generic", "avx2", "avx2_vnni", "avx512"}) {
+  for (const char* name : {"generic", "avx2", "avx2_vnni", "avx512", "amx"}) {
     LoraLinearPlan probe;
     Int8LoraLinearProblem smallest;
     smallest.rows = smallest.in_features = smallest.out_features = 1;
@@ -358,6 +378,8 @@ int main() {
       run_lora_linear(fast, DType::kBFloat16, 13, 96, 67);
       for (int64_t rank : {1, 5, 16, 40}) run_int8(fast, 97, 96, 131, rank);
     }
+    if (std::string(name) == "amx")
+      for (int64_t rank : {0, 5, 16, 40}) run_int8(host, 97, 70, 131, rank);
     std::printf("%s: done\n", name);
   }
   force_implementation("");

@@ -23,12 +23,13 @@ namespace {
 struct Call {
   int64_t rows, in_features, out_features, dtype, bias_dtype, activation, has_bias, has_residual;
   int64_t adapters, total_rank, max_rank, groups, lora_dtype, allow_tf32;
-  int64_t arch, path, large_tiles, splits;  // path -1: the heuristic's own choice, tiles and splits included
+  // path -1: the heuristic's own choice, tiles and splits included. large_tiles 128 or 256: by wgmma, so wide.
+  int64_t arch, path, large_tiles, splits;
   int64_t x_stride, weight_stride, a_stride, b_stride_rank, b_stride_out, dropout_seed;
-  int64_t needs_dx, needs_dweight, needs_dbias, needs_dlora;
+  int64_t needs_dx, needs_dweight, needs_dbias, needs_dlora, with_t, dy_once;  // dy_once -1: the heuristic's own choice
   double dropout_p;
   const void *x, *weight, *bias, *lora_a, *lora_b, *scales, *offsets, *adapter_ids, *residual, *dy;
-  void *y, *dx, *dweight, *dbias, *dlora_a, *dlora_b;
+  void *t, *y, *dx, *dweight, *dbias, *dlora_a, *dlora_b;
 };
 
 int answer(const std::string& text, char* message, int64_t size, int code) {
@@ -60,6 +61,7 @@ LoraLinearProblem problem_of(const Call& c) {
   p.lora.dtype = static_cast<DType>(c.lora_dtype);
   p.dropout_p = c.dropout_p;
   p.allow_tf32 = c.allow_tf32 != 0;
+  p.keeps_t = c.with_t != 0;
   return p;
 }
 
@@ -105,6 +107,13 @@ uint64_t emulated_bank_conflicts() {
   return count;
 }
 
+// Boxes that TMA would have loaded since the last call.
+uint64_t emulated_boxes() {
+  const uint64_t count = emulation::boxes;
+  emulation::boxes = 0;
+  return count;
+}
+
 // 0: ran, and message is the plan; else message is the error.
 int emulated_forward(const Call* c, char* message, int64_t size) {
   const DeviceInfo device = device_of(c->arch);
@@ -116,6 +125,7 @@ int emulated_forward(const Call* c, char* message, int64_t size) {
   if (c->path >= 0) {
     plan.cuda.path = static_cast<CudaLoraLinearPath>(c->path);
     plan.cuda.large_tiles = c->large_tiles != 0;
+    plan.cuda.wgmma_columns = c->large_tiles > 1 ? static_cast<int>(c->large_tiles) : 0;
     // Few rows have no tiles: the same wish says whether blocks make t.
     plan.cuda.t_in_blocks = plan.cuda.path == CudaLoraLinearPath::kFewRows && c->large_tiles != 0;
     plan.cuda.splits = static_cast<int>(c->splits);
@@ -133,6 +143,7 @@ int emulated_forward(const Call* c, char* message, int64_t size) {
   args.lora = bank_of(*c);
   args.residual = c->residual;
   args.y = c->y;
+  args.t = c->t;
   args.dropout_seed = static_cast<uint64_t>(c->dropout_seed);
   args.workspace = workspace.get();
   status = cuda::launch(plan, args, Executor());
@@ -147,12 +158,20 @@ int emulated_backward(const Call* c, char* message, int64_t size) {
   plan.problem.needs_dweight = c->needs_dweight != 0;
   plan.problem.needs_dbias = c->needs_dbias != 0;
   plan.problem.needs_dlora = c->needs_dlora != 0;
+  plan.problem.has_t = c->with_t != 0;
   Status status = cuda::supported(plan.problem.forward, device.cuda);
   if (!status.ok()) return answer(status.text, message, size, 1);
   cuda::configure_backward(device, &plan);
   if (c->path >= 0) {
     plan.cuda.large_tiles = c->large_tiles != 0;
     plan.cuda.a_splits = plan.cuda.b_splits = plan.cuda.w_splits = static_cast<int>(c->splits);
+    if (c->dy_once >= 0) {
+      plan.cuda.dy_once = c->dy_once != 0 && c->adapters == 1 && c->max_rank <= 32;
+      plan.cuda.row_tiles = 2;
+      plan.cuda.row_splits = static_cast<int>((c->rows + 127) / 128);
+      const int64_t column_tiles = (c->out_features + 63) / 64;
+      plan.cuda.column_splits = static_cast<int>(c->splits < column_tiles ? c->splits : column_tiles);
+    }
     cuda::Workspace w;
     cuda::BackwardWorkspace(w, plan);
     plan.workspace = w.used;
@@ -165,6 +184,7 @@ int emulated_backward(const Call* c, char* message, int64_t size) {
   args.weight = c->weight;
   args.weight_stride = c->weight_stride;
   args.lora = bank_of(*c);
+  args.t = c->t;
   args.dropout_seed = static_cast<uint64_t>(c->dropout_seed);
   args.dx = c->dx;
   args.dweight = static_cast<float*>(c->dweight);

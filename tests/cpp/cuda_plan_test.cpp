@@ -4,6 +4,7 @@
 #include <set>
 
 #include "check.h"
+#include "lora_kernels/composite.h"
 #include "lora_kernels/implementations.h"
 #include "lora_kernels/int8_lora_linear.h"
 #include "lora_kernels/lora_linear.h"
@@ -147,6 +148,81 @@ void test_workspaces() {
   check(contains(to_string(chosen), "dx dlora") && contains(to_string(chosen), "cuda sm_90"), to_string(chosen));
 }
 
+void test_one_reading_of_dy() {
+  const auto plan_of_gradients = [](const LoraLinearProblem& p, const CudaDevice& device, bool has_t) {
+    LoraLinearBackwardProblem b;
+    b.forward = p;
+    b.needs_dx = b.needs_dlora = true;
+    b.has_t = has_t;
+    LoraLinearBackwardPlan chosen;
+    const Status status = plan(b, on_cuda(device), &chosen);
+    check(status.ok(), status.text);
+    return chosen;
+  };
+  for (const CudaDevice& d : {kT4, kA100, kL4, kH100, kB200, k5090}) {
+    const LoraLinearProblem p = problem_of(12000, 1280, 5120, 16);
+    const LoraLinearBackwardPlan made = plan_of_gradients(p, d, false), given = plan_of_gradients(p, d, true);
+    check(made.cuda.dy_once && given.cuda.dy_once, "rank 16 is bound by memory: " + to_string(made));
+    const int64_t tiles = (12000 + 63) / 64;
+    check(int64_t{made.cuda.row_splits} * made.cuda.row_tiles >= tiles &&
+              int64_t{made.cuda.row_splits - 1} * made.cuda.row_tiles < tiles,
+          "every row is in a block: " + to_string(made));
+    check(made.workspace - given.workspace == 12000 * 16 * 2, "a t that is handed over takes no room");
+    check(given.cuda.predicted_us < made.cuda.predicted_us && contains(to_string(given), "from t"), to_string(given));
+  }
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 64), kH100, false).cuda.dy_once, "not with many ranks");
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16, 3), kH100, false).cuda.dy_once, "nor with a bank");
+  LoraLinearProblem p = problem_of(12000, 1280, 5120, 32);
+  p.dtype = p.lora.dtype = DType::kFloat32;
+  check(!plan_of_gradients(p, kL4, false).cuda.dy_once, "nor where arithmetic is the bound: fp32 on an L4");
+  CudaDevice unknown;
+  unknown.arch = 130;
+  check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16), unknown, false).cuda.dy_once,
+        "nor on a device that does not say how much shared memory it has");
+  // A t for the gradients has to be in memory: it is made by a kernel of its own.
+  p = problem_of(1500, 384, 384, 16);
+  p.keeps_t = true;
+  check(plan_of(p, kA100).cuda.path == CudaLoraLinearPath::kTwoSteps, "t is not made in tiles");
+  p.rows = 1;
+  check(!plan_of(p, kA100).cuda.t_in_blocks, "nor in blocks");
+  LoraLinearArgs args;
+  const Status refused = run(plan_of(p, kA100), args, serial_executor());
+  check(refused.code == StatusCode::kInvalidArgument && contains(refused.text, "t: expected the address"),
+        refused.text);
+}
+
+void test_wgmma() {
+  CudaDevice with = kH100;
+  with.wgmma = true;
+  for (const int64_t rank : {0, 16, 64}) {
+    const LoraLinearProblem p = problem_of(12000, 1280, 5120, rank);
+    const LoraLinearPlan mma = plan_of(p, kH100), wgmma = plan_of(p, with);
+    check(mma.cuda.wgmma_columns == 0 && !contains(to_string(mma), "wgmma"),
+          "without machine code for sm_90a there is none: " + to_string(mma));
+    check(wgmma.cuda.wgmma_columns > 0 && wgmma.cuda.predicted_us < 0.85 * mma.cuda.predicted_us,
+          "a large product is predicted to be clearly faster: " + to_string(wgmma));
+    check(contains(to_string(wgmma), "wgmma tile=128x" + std::to_string(wgmma.cuda.wgmma_columns)), to_string(wgmma));
+    check(wgmma.cuda.path == (rank ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase), to_string(wgmma));
+  }
+  for (const int64_t rows : {1, 32, 100})
+    check(plan_of(problem_of(rows, 1280, 1280, 16), with).cuda.wgmma_columns == 0, "few rows are bound by memory");
+  LoraLinearProblem p = problem_of(12000, 1280, 5120, 16);
+  p.dtype = p.lora.dtype = DType::kFloat32;
+  check(plan_of(p, with).cuda.wgmma_columns == 0, "fp32 keeps its precision, which wgmma has no products for");
+  check(force_implementation("cuda_mma").ok(), "it can be left out by name");
+  p = problem_of(12000, 1280, 5120, 16);
+  const LoraLinearPlan forced = plan_of(p, with);
+  Int8LoraLinearPlan other;
+  Int8LoraLinearProblem int8;
+  int8.rows = int8.in_features = int8.out_features = 64;
+  int8.dtype = DType::kFloat16;
+  check(plan(int8, on_cuda(with), &other).ok(), "which other operators take for their CUDA kernels");
+  LoraLinearPlan refused;
+  check(!plan(p, DeviceInfo(), &refused).ok(), "and a CPU refuses");
+  force_implementation("");
+  check(forced.cuda.wgmma_columns == 0 && to_string(forced) == to_string(plan_of(p, kH100)), to_string(forced));
+}
+
 void test_refusals() {
   LoraLinearPlan chosen;
   LoraLinearProblem p = problem_of(16, 64, 64, 4);
@@ -253,6 +329,156 @@ void test_int8_paths() {
   check(s.code == StatusCode::kUnsupported && contains(s.text, "LORA_KERNELS_CUDA=ON"), s.text);
 }
 
+// Whisper large-v3: 20 heads of 64.
+KvAttentionStepProblem kv_problem(int64_t rows, int64_t capacity, bool append) {
+  KvAttentionStepProblem p;
+  p.rows = p.cache_rows = rows;
+  p.heads = 20;
+  p.head_size = 64;
+  p.capacity = capacity;
+  p.dtype = p.cache_dtype = DType::kFloat16;
+  p.append = append;
+  return p;
+}
+
+KvAttentionStepProblem cross_problem(int64_t utterances, int64_t beams) {
+  KvAttentionStepProblem p = kv_problem(utterances, 1500, false);
+  p.rows = utterances * beams;
+  p.slots = KvSlots::kPerRow;
+  p.cache_dtype = DType::kInt8;
+  p.scales = KvScales::kPerChannel;
+  p.layout = KvLayout::kBlocked;
+  return p;
+}
+
+KvAttentionStepPlan kv_plan(const KvAttentionStepProblem& p, const CudaDevice& device) {
+  KvAttentionStepPlan chosen;
+  const Status status = plan(p, on_cuda(device), &chosen);
+  check(status.ok(), status.text);
+  return chosen;
+}
+
+void test_kv_plans() {
+  CudaDevice unknown;
+  unknown.arch = 130;
+  for (const CudaDevice& d : {kT4, kA100, kL4, kH200, unknown}) {
+    const KvAttentionStepPlan own = kv_plan(kv_problem(16, 448, true), d);
+    check(own.cuda.fused && own.cuda.splits == 1 && own.cuda.chunks == 1,
+          "a step of self-attention is one launch: " + to_string(own));
+    check(workspace_bytes(own) == 0, "which needs no memory: " + to_string(own));
+    check(std::isfinite(own.cuda.predicted_us) && own.cuda.predicted_us > 0, to_string(own));
+    const KvAttentionStepPlan alone = kv_plan(cross_problem(1, 5), d);
+    check(alone.cuda.splits > 1, "few heads over many positions are split: " + to_string(alone));
+    check(workspace_bytes(alone) >= alone.cuda.splits * 5 * 20 * 66 * 4, "partial sums have room: " + to_string(alone));
+    check(int64_t{alone.cuda.splits} * alone.cuda.split_positions >= 1500 &&
+              int64_t{alone.cuda.splits - 1} * alone.cuda.split_positions < 1500,
+          "no split is empty: " + to_string(alone));
+    check(to_string(alone) == to_string(kv_plan(cross_problem(1, 5), d)), "a plan is a function");
+    // The beams of an utterance are one block's queries: K and V are read once, whoever shares them.
+    const double one = kv_plan(cross_problem(16, 1), d).cuda.predicted_us;
+    const KvAttentionStepPlan beams = kv_plan(cross_problem(16, 5), d);
+    check(beams.cuda.grouped && beams.cuda.chunks == 1 && beams.cuda.predicted_us < 1.1 * one,
+          "five beams take what one takes: " + to_string(beams));
+    check(own.cuda.early_start == (d.arch >= 90), "kernels start early from sm_90 on");
+  }
+  KvAttentionStepProblem p = kv_problem(4, 448, true);
+  p.slots = KvSlots::kPerPosition;
+  check(kv_plan(p, kA100).cuda.places && !kv_plan(p, kA100).cuda.grouped, "a table is looked up");
+  p.capacity = 20000;
+  check(kv_plan(p, kA100).cuda.split_positions <= 4096, "in parts that fit shared memory");
+  p = kv_problem(4, 448, true);
+  p.cache_dtype = DType::kInt8;
+  p.scales = KvScales::kPerPosition;
+  check(!kv_plan(p, kA100).cuda.fused, "an int8 cache is appended to first");
+  p = kv_problem(4, 448, true);
+  p.tokens = 17;
+  check(!kv_plan(p, kA100).cuda.fused && kv_plan(p, kA100).cuda.chunks == 2, "and so is a long prompt");
+  p = kv_problem(4, 448, true);
+  p.head_size = 80;
+  check(kv_plan(p, kA100).cuda.groups == 2, "heads of more than 64 channels");
+
+  KvAttentionStepPlan chosen;
+  p = kv_problem(4, 448, true);
+  p.dtype = DType::kBFloat16;
+  p.head_size = 129;
+  Status s = plan(p, on_cuda(kT4), &chosen);
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "q: on sm_75 expected float16") &&
+            contains(s.text, "k_cache, v_cache: expected bfloat16, as q is, or int8, got float16") &&
+            contains(s.text, "head size: expected at most 128, got 129") && contains(s.text, "move them to the CPU"),
+        s.text);
+  p = kv_problem(4, 8, true);
+  p.tokens = 9;
+  s = plan(p, on_cuda(kH100), &chosen);
+  check(contains(s.text, "k, v: expected at most as many new tokens as the cache has positions, 8, got 9"), s.text);
+  p = kv_problem(4, 8, true);
+  p.slots = KvSlots::kPerRow;
+  p.cache_rows = 0;
+  check(contains(plan(p, on_cuda(kH100), &chosen).text, "got a cache without any"), "no cache rows at all");
+
+  p = kv_problem(4, 448, true);
+  p.weight_heads = 1;
+  check(plan(p, on_cuda(kH100), &chosen).ok(), "weights of heads have a plan");
+  KvAttentionStepArgs args;
+  const int64_t head = 20;
+  args.weight_heads = &head;
+  s = run(chosen, args, serial_executor());
+  check(s.code == StatusCode::kInvalidArgument && contains(s.text, "heads: entry 0 is 20, expected a head, 0 to 19"),
+        "what the host knows is refused before the launch: " + s.text);
+  check(plan(cross_problem(2, 5), on_cuda(kH100), &chosen).ok(), "blocked caches have a plan");
+  args.k_cache = reinterpret_cast<void*>(uintptr_t{24});
+  s = run(chosen, args, serial_executor());
+  check(contains(s.text, "k_cache: expected an address that is a multiple of 16, got one of 8 beyond"), s.text);
+  args.k_cache = nullptr;
+  s = run(chosen, args, serial_executor());
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "LORA_KERNELS_CUDA=ON"), s.text);
+}
+
+void test_kv_pack_plans() {
+  KvPackProblem p;
+  p.cache_rows = 16;
+  p.positions = 1500;
+  p.heads = 20;
+  p.head_size = 64;
+  p.dtype = DType::kFloat16;
+  KvPackPlan chosen;
+  check(plan(p, on_cuda(kH100), &chosen).ok() && contains(to_string(chosen), "cuda sm_90"), to_string(chosen));
+  check(workspace_bytes(chosen) == 0 && chosen.cuda.predicted_us > 0, to_string(chosen));
+  check(contains(run(chosen, KvPackArgs(), serial_executor()).text, "LORA_KERNELS_CUDA=ON"), "nothing runs here");
+  p.dtype = DType::kBFloat16;
+  const Status s = plan(p, on_cuda(kT4), &chosen);
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "on sm_75 expected float16"), s.text);
+}
+
+// A decoder layer, as it is recorded: every stage is planned for the device, and none is left to the CPU.
+void test_composite() {
+  CompositeProblem step;
+  Int8LoraLinearProblem linear = int8_problem(16, 1280, 1280, 16, 4);
+  linear.has_norm = true;
+  KvPackProblem pack;
+  pack.cache_rows = 16;
+  pack.positions = 1500;
+  pack.heads = 20;
+  pack.head_size = 64;
+  pack.dtype = DType::kFloat16;
+  Int8LoraLinearProblem choice = int8_problem(16, 1280, 51866, 0);
+  choice.top_k = 1;
+  step.stages = {pack, linear, kv_problem(16, 448, true), cross_problem(16, 1), choice};
+  CompositePlan chosen;
+  const Status planned = plan(step, on_cuda(kH100), &chosen);
+  check(planned.ok() && chosen.threads == 1, planned.text);
+  for (const StagePlan& stage : chosen.stages) {
+    const std::string text = std::visit([](const auto& p) { return to_string(p); }, stage);
+    check(contains(text, "cuda sm_90"), text);
+    check(std::visit([](const auto& p) { return workspace_bytes(p); }, stage) <= workspace_bytes(chosen), text);
+  }
+  CompositeArgs args;
+  args.stages = {KvPackArgs(), Int8LoraLinearArgs(), KvAttentionStepArgs(), KvAttentionStepArgs(),
+                 Int8LoraLinearArgs()};
+  const Status s = run(chosen, args, serial_executor());
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "kv_pack") && contains(s.text, "LORA_KERNELS_CUDA=ON"),
+        "it stops at its first stage in a library without kernels: " + s.text);
+}
+
 }  // namespace
 
 int main() {
@@ -260,8 +486,13 @@ int main() {
   test_paths();
   test_unknown_devices();
   test_workspaces();
+  test_one_reading_of_dy();
+  test_wgmma();
   test_refusals();
   test_int8_paths();
+  test_kv_plans();
+  test_kv_pack_plans();
+  test_composite();
   if (failures) std::printf("%d checks failed\n", failures);
   if (!failures) std::printf("all checks passed\n");
   return failures != 0;

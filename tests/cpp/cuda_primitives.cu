@@ -1,8 +1,10 @@
 // Every primitive on registers that the caller draws: compiled by nvcc for a GPU and by the host's compiler for the
 // emulation, whose readings of the PTX ISA are the same and have to be compared with the device's. 32 lanes; lane l
-// reads in[l * 16 ...] and writes out[l * 8 ...].
+// reads in[l * 16 ...] and writes out[l * 8 ...]. A warpgroup of 128 threads shares these words.
 #include "cuda/numbers.h"
 #include "cuda/primitives/launch.h"
+#include "cuda/primitives/wgmma.h"
+#include "cuda/tile.h"
 
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
@@ -72,10 +74,54 @@ __global__ void primitive(const Registers p) {
   }
 }
 
+// Tiles of 64 and kColumns rows and 64 of depth, filled with the 1024 halves of `in` in two different orders; two of
+// each thread's sums, which ones the first word says.
+template <class T, int kColumns>
+__global__ void __launch_bounds__(128) warpgroup(const Registers p) {
+  using A = Tile<T, 64, 64>;
+  using B = Tile<T, kColumns, 64>;
+  Shared shared;
+  char* tiles = shared.take<char>(A::kBytes + B::kBytes);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < 64 * 8; i += 128) copy16_async(tiles + A::offset(i / 8, i % 8), p.in + i * 4 % 512, 16);
+  for (int i = thread; i < kColumns * 8; i += 128)
+    copy16_async(tiles + A::kBytes + B::offset(i / 8, i % 8), p.in + (i * 12 + i / 128 * 4) % 512, 16);
+  commit_copies();
+  wait_copies<0>();
+  fence_proxy();
+  __syncthreads();
+  float c[kColumns / 8][4] = {};
+  const uint64_t a = wgmma_operand(tiles), b = wgmma_operand(tiles + A::kBytes);
+  for (uint64_t half = 0; half < 2; ++half) {
+    wgmma_fence();
+    for (uint64_t step = 0; step < 2; ++step)
+      wgmma<T, kColumns>(c, a + (2 * half + step) * kWgmmaStep, b + (2 * half + step) * kWgmmaStep);
+    commit_products();
+  }
+  wait_products<0>();
+  const int chosen = static_cast<int>(p.in[0] % (kColumns / 8));
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j)
+    if (j == chosen) {
+      p.out[2 * thread] = __float_as_uint(p.in[1] & 1 ? c[j][0] : c[j][1]);
+      p.out[2 * thread + 1] = __float_as_uint(p.in[1] & 1 ? c[j][3] : c[j][2]);
+    }
+}
+
+template <class T, int kColumns>
+Status run_warpgroup(const Registers& p) {
+  constexpr size_t kBytes = (64 + kColumns) * 128;
+  return launch<&warpgroup<T, kColumns>>({"warpgroup", dim3(1, 1, 1), dim3(128, 1, 1), kBytes, nullptr}, p);
+}
+
 constexpr int kPrimitives = 12;
 
 template <int kWhich = 0>
 Status run_one(int which, const Registers& p) {
+  if (which == kPrimitives) return run_warpgroup<__half, 128>(p);
+  if (which == kPrimitives + 1) return run_warpgroup<__half, 256>(p);
+  if (which == kPrimitives + 2) return run_warpgroup<__nv_bfloat16, 128>(p);
+  if (which == kPrimitives + 3) return run_warpgroup<__nv_bfloat16, 256>(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

@@ -1,20 +1,25 @@
-// Races, for ThreadSanitizer: built with LORA_KERNELS_SANITIZE=thread. "kernels" runs every path of lora_linear in
-// drawn order and is expected to be silent; "race" runs a kernel whose threads write the same value to the same word,
-// which changes no result and which nothing but the sanitizer sees.
+// Races, for ThreadSanitizer: built with LORA_KERNELS_SANITIZE=thread. "kernels" runs every path of lora_linear, and
+// attention with what belongs to it, in drawn order and is expected to be silent; "race" runs a kernel whose threads
+// write the same value to the same word, which changes no result and which nothing but the sanitizer sees.
 #include <cstdlib>
 #include <cstring>
 
 #include "check.h"
 #include "cuda/emulation/emulation.h"
 #include "cuda/int8_lora_linear.h"
+#include "cuda/kv_attention_step.h"
+#include "cuda/kv_pack.h"
 #include "cuda/lora_linear.h"
 #include "cuda/primitives/launch.h"
 #include "cuda/primitives/shared.h"
+#include "lora_kernels/kv_packing.h"
 
 namespace lora_kernels {
 std::string to_string(const LoraLinearPlan& plan) { return to_string(plan.cuda); }
 std::string to_string(const LoraLinearBackwardPlan& plan) { return to_string(plan.cuda); }
 std::string to_string(const Int8LoraLinearPlan& plan) { return to_string(plan.cuda); }
+std::string to_string(const KvAttentionStepPlan& plan) { return to_string(plan.cuda); }
+std::string to_string(const KvPackPlan& plan) { return to_string(plan.cuda); }
 }  // namespace lora_kernels
 
 using namespace lora_kernels;
@@ -123,8 +128,107 @@ void run_kernels() {
   g.dlora_a = da.get();
   g.dlora_b = db.get();
   g.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(workspace.get()), 256));
-  const Status status = cuda::launch_backward(back, g, Executor());
+  Status status = cuda::launch_backward(back, g, Executor());
   check(status.ok(), status.text);
+  // One adapter, u and dB from one reading of dy.
+  back.problem.forward.lora.adapters = 1;
+  cuda::configure_backward(device, &back);
+  back.cuda.dy_once = true;
+  back.cuda.row_splits = back.cuda.column_splits = 1;
+  back.cuda.row_tiles = 2;
+  cuda::Workspace size;
+  cuda::BackwardWorkspace(size, back);
+  Buffer<char> more = Buffer<char>::aligned(size.used + 256);
+  g.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(more.get()), 256));
+  g.lora.offsets = nullptr;
+  status = cuda::launch_backward(back, g, Executor());
+  check(status.ok(), status.text);
+}
+
+// A step of self-attention whose rows name each other's new tokens, and one of cross-attention over what was packed.
+void run_attention() {
+  DeviceInfo device;
+  cuda_device(0, &device);
+  const int64_t kRows = 3, kHeads = 2, D = 40, C = 150;
+  Buffer<uint16_t> q = halves(kRows * kHeads * D), k = halves(kRows * kHeads * D), v = halves(kRows * kHeads * D);
+  Buffer<uint16_t> k_cache = halves(kRows * kHeads * C * D), v_cache = halves(kRows * kHeads * C * D);
+  Buffer<uint16_t> out = halves(kRows * kHeads * D);
+  Buffer<int32_t> lengths(kRows), slots(kRows * C);
+  Buffer<float> weights(kRows * C);
+  for (int64_t i = 0; i < kRows; ++i) {
+    lengths[i] = static_cast<int32_t>(60 + 30 * i);
+    for (int64_t p = 0; p < C; ++p) slots[i * C + p] = static_cast<int32_t>(p < lengths[i] ? p % kRows : i);
+  }
+  const int64_t head = 1;
+  KvAttentionStepPlan plan;
+  KvAttentionStepProblem& p = plan.problem;
+  p.rows = p.cache_rows = kRows;
+  p.heads = kHeads;
+  p.head_size = D;
+  p.capacity = C;
+  p.dtype = p.cache_dtype = DType::kFloat16;
+  p.slots = KvSlots::kPerPosition;
+  p.append = true;
+  p.weight_heads = 1;
+  KvAttentionStepArgs args;
+  args.q = q.get();
+  args.k = k.get();
+  args.v = v.get();
+  args.k_cache = k_cache.get();
+  args.v_cache = v_cache.get();
+  args.lengths = lengths.get();
+  args.slots = slots.get();
+  args.scale = 0.15f;
+  args.weight_heads = &head;
+  args.weights = weights.get();
+  args.out = out.get();
+  const auto launch = [&] {
+    cuda::configure(device, &plan);
+    plan.cuda.splits = 2;
+    plan.cuda.split_positions = 128;
+    cuda::Workspace size;
+    cuda::KvWorkspace(size, plan);
+    Buffer<char> workspace = Buffer<char>::aligned(size.used + 256);
+    args.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(workspace.get()), 256));
+    const Status status = cuda::launch(plan, args, Executor());
+    check(status.ok(), status.text);
+  };
+  launch();
+
+  KvPackPlan packing;
+  KvPackProblem& packed = packing.problem;
+  packed.cache_rows = kRows;
+  packed.positions = C;
+  packed.heads = kHeads;
+  packed.head_size = D;
+  packed.dtype = DType::kFloat16;
+  const int64_t key_bytes = kRows * kHeads * kv_key_bytes(C, D), value_bytes = kRows * kHeads * kv_value_bytes(C, D);
+  Buffer<char> keys = Buffer<char>::aligned(key_bytes), values = Buffer<char>::aligned(value_bytes);
+  Buffer<float> k_scales(kRows * kHeads * D), v_scales(kRows * kHeads * D);
+  KvPackArgs pack;
+  pack.k = k_cache.get();
+  pack.v = v_cache.get();
+  pack.k_stride = pack.v_stride = kHeads * D;
+  pack.k_row_stride = pack.v_row_stride = C * kHeads * D;
+  pack.packed_k = reinterpret_cast<int8_t*>(keys.get());
+  pack.packed_v = reinterpret_cast<int8_t*>(values.get());
+  pack.k_scales = k_scales.get();
+  pack.v_scales = v_scales.get();
+  cuda::configure(device, &packing);
+  const Status status = cuda::launch(packing, pack, Executor());
+  check(status.ok(), status.text);
+
+  p.append = false;
+  p.slots = KvSlots::kPerRow;
+  p.cache_dtype = DType::kInt8;
+  p.scales = KvScales::kPerChannel;
+  p.layout = KvLayout::kBlocked;
+  for (int64_t i = 0; i < kRows; ++i) slots[i] = static_cast<int32_t>(i / 2);
+  args.k_cache = keys.get();
+  args.v_cache = values.get();
+  args.k_scales = k_scales.get();
+  args.v_scales = v_scales.get();
+  launch();
 }
 
 }  // namespace
@@ -133,7 +237,7 @@ int main(int count, char** words) {
   const std::string what = count > 1 ? words[1] : "kernels";
   emulation::options = {emulation::Order::kShuffled, 3};
   if (what == "kernels")
-    run_kernels();
+    run_kernels(), run_attention();
   else
     run_race(what == "ordered");
   if (!failures) std::printf("all checks passed\n");

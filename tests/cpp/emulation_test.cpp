@@ -11,6 +11,8 @@
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
 
+void test_wgmma();  // emulation_wgmma.cpp
+
 namespace {
 
 using emulation::Order;
@@ -339,6 +341,7 @@ int main() {
     test_blocks();
   }
   test_tf32();
+  test_wgmma();
   if (failures) std::printf("%d checks failed\n", failures);
   if (!failures) std::printf("all checks passed\n");
   return failures != 0;

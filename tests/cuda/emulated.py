@@ -24,9 +24,9 @@ _INTEGERS = """rows in_features out_features dtype bias_dtype activation has_bia
 adapters total_rank max_rank groups lora_dtype allow_tf32 arch path large_tiles splits x_stride
 weight_stride
 a_stride b_stride_rank b_stride_out dropout_seed needs_dx needs_dweight needs_dbias
-needs_dlora"""
-_POINTERS = """x weight bias lora_a lora_b scales offsets adapter_ids residual dy y dx dweight dbias
-dlora_a dlora_b"""
+needs_dlora with_t dy_once"""
+_POINTERS = """x weight bias lora_a lora_b scales offsets adapter_ids residual dy t y dx dweight
+dbias dlora_a dlora_b"""
 
 
 class Call(ctypes.Structure):
@@ -133,7 +133,12 @@ class Emulated:
     order, seed
         "forward", "reverse" or "shuffled" (drawn by the seed).
     path, large, splits
-        The plan, chosen by hand; ``path=None``: what the heuristic takes.
+        The plan, chosen by hand; ``path=None``: what the heuristic takes. ``large`` 128 or 256:
+        tiles by wgmma, so wide.
+    keeps_t
+        The forward pass hands out its t, and the backward pass behind it takes it from there.
+    dy_once
+        With a path: whether u and dB come from one reading of dy, where they can.
     """
 
     def __init__(
@@ -142,16 +147,20 @@ class Emulated:
         seed: int = 1,
         *,
         path: str | None = None,
-        large: bool = False,
+        large: int = False,
         splits: int = 1,
         arch: int = 90,
         allow_tf32: bool = False,
         max_rank: int = 0,
+        keeps_t: bool = False,
+        dy_once: bool | None = None,
         lib: ctypes.CDLL | None = None,
     ) -> None:
         self.lib = lib or library()
         self.order, self.seed = ORDERS[order], seed
         self.plan = ""
+        self.keeps_t, self.dy_once = keeps_t, -1 if dy_once is None else int(dy_once)
+        self.t: torch.Tensor | None = None
         self.wishes = (path, large, splits, arch, allow_tf32, max_rank)
 
     def _prepare(self) -> None:
@@ -170,6 +179,10 @@ class Emulated:
         call.activation = ACTIVATIONS[activation]
         call.has_residual, call.residual = int(residual is not None), _pointer(residual)
         call.y = y.data_ptr()
+        if self.keeps_t and lora_a is not None:
+            width = (lora_a.shape[0] + 15) // 16 * 16
+            self.t = torch.full((x.shape[0], width), float("nan"), dtype=x.dtype)
+            call.with_t, call.t = 1, self.t.data_ptr()
         self._prepare()
         self.plan = _run(self.lib.emulated_forward, call)
         return y
@@ -196,7 +209,10 @@ class Emulated:
             setattr(call, f"needs_{name}", 1)
         for name, tensor in out.items():
             setattr(call, name, tensor.data_ptr())
-        call.dy = dy.data_ptr()
+        call.dy, call.dy_once = dy.data_ptr(), self.dy_once
+        if self.keeps_t and lora_a is not None:
+            assert self.t is not None, "the forward pass comes first"
+            call.with_t, call.t = 1, self.t.data_ptr()
         self._prepare()
         self.plan = _run(self.lib.emulated_backward, call)
         return out

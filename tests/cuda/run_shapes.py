@@ -5,12 +5,14 @@ A program of its own, since AddressSanitizer has to be loaded before the interpr
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import test_emulated_int8_lora_linear as int8  # noqa: E402
+import test_emulated_kv_attention_step as kv  # noqa: E402
 import torch  # noqa: E402
 from emulated import Emulated, EmulationError  # noqa: E402
 from emulated_int8 import EmulatedInt8  # noqa: E402
@@ -28,6 +30,9 @@ PLANS = [
     ("few_rows", False, 2),
     ("few_rows", True, 1),
 ]
+# In a library for another architecture than sm_90 the kernels by wgmma are empty.
+if "LORA_KERNELS_EMULATED_WITHOUT_WGMMA" not in os.environ:
+    PLANS.append(("two_steps", 128, 1))
 
 
 def same_bits() -> None:
@@ -51,18 +56,29 @@ def main(dtypes: list[torch.dtype]) -> int:
             for path, large, splits in PLANS:
                 shape = (9, 101, 67) if path == "few_rows" else (70, 136, 67)
                 for mode in ("peft", "bank", "dropout"):
+                    if large > 1:  # more steps than it has places for them; by TMA, or not
+                        shape = (70, 520 if mode == "peft" else 517, 67)
                     if not possible(path, mode, shape[0], large):
+                        continue
+                    if large > 1 and dtype == torch.float32:
                         continue
                     emulated = Emulated(*order, path=path, large=large, splits=splits)
                     try:
                         check_forward(emulated, shape, dtype, mode, "silu")
                     except (AssertionError, EmulationError) as error:
-                        print(f"WRONG: {path} {mode} {order}: {error}")
+                        print(
+                            f"WRONG: {path} {'wgmma ' if large > 1 else ''}{mode} {order}: {error}"
+                        )
                         wrong += 1
             try:
                 emulated = Emulated(*order, path="two_steps", splits=2)
                 check_backward(emulated, (70, 40, 67), dtype, "dropout")
                 check_backward(emulated, (70, 40, 67), dtype, "bank")
+                for keeps_t in (False, True):
+                    emulated = Emulated(
+                        *order, path="two_steps", splits=2, keeps_t=keeps_t, dy_once=True
+                    )
+                    check_backward(emulated, (150, 40, 135), dtype, "dropout", 19)
             except (AssertionError, EmulationError) as error:
                 print(f"WRONG: gradients {order}: {error}")
                 wrong += 1
@@ -76,10 +92,21 @@ def main(dtypes: list[torch.dtype]) -> int:
                     except (AssertionError, EmulationError) as error:
                         print(f"WRONG: int8 {path} {mode} {order}: {error}")
                         wrong += 1
+            for wishes in ({}, {"split_positions": 128, "apart": True}):
+                try:
+                    kv.check_steps(dtype, order, **wishes)
+                    kv.check_blocked(dtype, order, **wishes)
+                    kv.check_pack(dtype, order)
+                except (AssertionError, EmulationError) as error:
+                    print(f"WRONG: {order} {wishes}: {error}")
+                    wrong += 1
     for name, check in (
         ("same bits", same_bits),
         ("int8 choice", lambda: int8.check_topk("few_rows", dtypes[0])),
         ("int8 unpack", int8.test_unpack),
+        ("kv: others' new tokens", kv.test_new_tokens_of_other_rows_are_seen),
+        ("kv: what a query does not see", kv.test_what_a_query_does_not_see_stays_away),
+        ("kv: bad indices", lambda: kv.test_bad_indices_make_their_row_nan_and_write_nothing(0)),
     ):
         try:
             check()

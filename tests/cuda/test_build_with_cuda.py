@@ -24,6 +24,7 @@ assert build.without_cuda == "", build.without_cuda
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 assert has("lora_kernels::lora_linear", "CUDA")
 assert has("lora_kernels::lora_linear_backward", "CUDA")
+assert ops.Composite.runs_on(torch.device("cuda"))
 row = next(r for r in rows if r.op == "lora_linear" and r.name == "cuda")
 assert not row.available and "could not be asked" in row.reason, row  # there is no driver here
 x, w = torch.randn(3, 5), torch.randn(4, 5)
@@ -115,22 +116,107 @@ except RuntimeError as error:
     assert "where gradients are needed" in str(error), error
 else:
     raise AssertionError("gradients took a bank of blocks")
+# t of the forward pass, handed to the backward pass.
+t = np.full((M, r.kept_t_columns(lora)), np.nan, np.float32)
+keeping = r.LoraLinearProblem(
+    rows=M, in_features=K, out_features=N, lora=lora, keeps_t=True
+)
+by_rank = dict(lora_b=b.ctypes.data, b_stride_rank=N)
+r.run(r.plan(keeping, r.host_device()), **fixed, **by_rank, y=y.ctypes.data, t=t.ctypes.data)
+np.testing.assert_allclose(t[:, :R], x @ a.T, rtol=1e-4, atol=1e-4)
+da, db = np.empty((R, K), np.float32), np.empty((R, N), np.float32)
+backward = r.plan(
+    r.LoraLinearBackwardProblem(forward=problem, needs_dlora=True, has_t=True), r.host_device()
+)
+more = np.empty(backward.workspace_bytes + 64, np.uint8)
+fixed["workspace"] = more.ctypes.data + -more.ctypes.data % 64
+dy = draw((M, N)).astype(np.float32)
+results = dict(dy=dy.ctypes.data, dlora_a=da.ctypes.data, dlora_b=db.ctypes.data)
+r.run(backward, **fixed, **by_rank, **results, t=t.ctypes.data)
+np.testing.assert_allclose(db, t[:, :R].T @ dy, rtol=1e-4, atol=1e-4)
+np.testing.assert_allclose(da, (dy @ b.T).T @ x, rtol=1e-4, atol=1e-4)
+try:
+    r.run(backward, **fixed, **by_rank, **results)
+except RuntimeError as error:
+    assert "t: expected the address" in str(error), error
+else:
+    raise AssertionError("a t that was promised and not given was followed")
 print("arguments")
+"""
+
+# int8_lora_linear, from a weight to y and to the largest outputs.
+RAW_INT8 = """
+import numpy as np, _raw as r
+M, K, N, R = 3, 20, 70, 2
+rng = np.random.default_rng(0)
+x, a, b, bias, residual = (
+    rng.standard_normal(s).astype(np.float32) for s in ((M, K), (R, K), (R, N), (N,), (M, N))
+)
+w = rng.integers(-127, 128, (N, K)).astype(np.int8)
+w_scales = rng.random(N).astype(np.float32) / 127
+def aligned(size):
+    memory = np.zeros(size + 64, np.uint8)
+    return memory, memory.ctypes.data + -memory.ctypes.data % 64
+keep, packed = aligned(r.int8_packed_bytes(N, K))
+r.int8_pack(
+    weight=w.ctypes.data, scales=w_scales.ctypes.data, out_features=N, in_features=K, packed=packed
+)
+lora = r.LoraShape(adapters=1, total_rank=R, max_rank=R, dtype=r.DType.float32)
+sizes = dict(rows=M, in_features=K, out_features=N, lora=lora, has_bias=True)
+bank = dict(
+    lora_a=a.ctypes.data, a_stride=K, lora_b=b.ctypes.data, b_stride_rank=N, b_stride_out=1
+)
+fixed = dict(x=x.ctypes.data, x_stride=K, packed_weight=packed, bias=bias.ctypes.data, **bank)
+s_x = np.abs(x).max(1, keepdims=True) / 127
+want = (np.rint(x / s_x) @ w.T.astype(np.float64)) * s_x * w_scales + bias + (x @ a.T) @ b
+plan = r.plan(r.Int8LoraLinearProblem(**sizes, has_residual=True), r.host_device())
+also_keep, workspace = aligned(plan.workspace_bytes)
+y = np.full((M, N), np.nan, np.float32)
+r.run(plan, **fixed, residual=residual.ctypes.data, y=y.ctypes.data, workspace=workspace)
+np.testing.assert_allclose(y, want + residual, rtol=1e-3, atol=1e-3)
+plan = r.plan(r.Int8LoraLinearProblem(**sizes, top_k=2, log_sum=True), r.host_device())
+also_keep, workspace = aligned(plan.workspace_bytes)
+columns, values = np.empty((M, 2), np.int64), np.empty((M, 2), np.float32)
+log_sum = np.empty(M, np.float32)
+r.run(
+    plan, **fixed, top_columns=columns.ctypes.data, top_values=values.ctypes.data,
+    log_sum=log_sum.ctypes.data, workspace=workspace,
+)
+assert (columns == np.argsort(-want, axis=1)[:, :2]).all()
+np.testing.assert_allclose(log_sum, np.log(np.exp(want).sum(1)), rtol=1e-3)
+static = r.plan(r.Int8LoraLinearProblem(**sizes, static_scale=True), r.host_device())
+also_keep, workspace = aligned(static.workspace_bytes)
+scale = np.array([s_x.max()], np.float32)
+r.run(static, **fixed, x_scale=scale.ctypes.data, y=y.ctypes.data, workspace=workspace)
+want = (np.rint(x / scale) @ w.T.astype(np.float64)) * scale * w_scales + bias + (x @ a.T) @ b
+np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-3)
+device = r.on_cuda(r.CudaDevice(arch=90, multiprocessors=132, shared_bytes=227 << 10))
+there = r.plan(r.Int8LoraLinearProblem(**sizes), device)
+assert "cuda sm_90" in str(there), there
+try:
+    r.run(there, **fixed, y=y.ctypes.data, workspace=workspace)
+except RuntimeError as error:
+    assert "could not be launched" in str(error), error
+    assert "the plan was: int8_lora_linear rows=3" in str(error), error
+else:
+    raise AssertionError("a kernel was launched without a GPU")
+print("int8")
 """
 
 
 @pytest.mark.slow
-def test_the_raw_module_passes_on_every_argument(built: Path) -> None:
+@pytest.mark.parametrize(("code", "word"), [(RAW_ARGUMENTS, "arguments"), (RAW_INT8, "int8")])
+def test_the_raw_module_passes_on_every_argument(built: Path, code: str, word: str) -> None:
     if not list(built.glob("_raw*.so")):
         pytest.skip("Python.h is not installed")
     run = subprocess.run(
-        [sys.executable, "-c", RAW_ARGUMENTS],
+        [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(built), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "arguments" in run.stdout
+    assert word in run.stdout
 
 
 @pytest.mark.slow

@@ -28,10 +28,14 @@ SHAPES = [
     (130, 96, 260),
     (600, 24, 70),
 ]
-# path, large tiles (in few_rows: t is made in every block), splits of K
+# By wgmma: one row, both sides of a tile and of its step of depth.
+WGMMA_SHAPES = [(1, 64, 64), (33, 40, 16), (129, 257, 191), (130, 136, 260)]
+# path, large tiles (in few_rows: t is made in every block; 128, 256: by wgmma), splits of K
 PLANS = [
     ("two_steps", False, 1),
     ("two_steps", True, 1),
+    ("two_steps", 128, 1),
+    ("two_steps", 256, 1),
     ("in_tile", False, 1),
     ("in_tile", True, 1),
     ("few_rows", False, 1),
@@ -42,7 +46,9 @@ ORDERS = [("forward", 1), ("reverse", 1), ("shuffled", 1), ("shuffled", 2)]
 
 
 def bank(mode: str, rows: int, k: int, n: int, dtype: torch.dtype, rank: int = 5) -> dict:
-    """LoRA operands: PEFT's own layout, by rank row, a ragged bank, dropout, factors in fp32."""
+    """LoRA operands: PEFT's own layout, by rank row, a ragged bank, dropout, factors in fp32, rows
+    of one adapter among rows without.
+    """
     if mode == "none":
         return {}
     if mode == "bank":
@@ -64,6 +70,8 @@ def bank(mode: str, rows: int, k: int, n: int, dtype: torch.dtype, rank: int = 5
         else torch.randn(n, rank).to(factors).t(),
         "scales": torch.tensor([0.7]),
     }
+    if mode == "some":
+        operands["adapter_ids"] = torch.randint(-1, 1, (rows,), dtype=torch.int32)
     if mode == "dropout":
         operands |= {"dropout_p": 0.3, "dropout_seed": torch.tensor([-1234567])}
     return operands
@@ -95,10 +103,17 @@ def check_forward(emulated: Emulated, shape, dtype, mode, activation, rank: int 
     assert_close(got, exact, plain.to(dtype), what=f"{rows}x{k}x{n} {activation} {emulated.plan}")
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p[0]}-{'large' if p[1] else p[2]}")
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, bool, int]) -> None:
+def plan_id(plan: tuple[str, int, int]) -> str:
     path, large, splits = plan
+    return f"{path}-{f'wgmma{large}' if large > 1 else 'large' if large else splits}"
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, int, int]) -> None:
+    path, large, splits = plan
+    if large > 1 and dtype == torch.float32:
+        pytest.skip("wgmma is for 16 bits")
     shape = (9, 101, 67) if path == "few_rows" else (70, 101, 67)
     for mode in ("peft", "bank"):
         if possible(path, mode, shape[0], large):
@@ -107,15 +122,17 @@ def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, bool, int]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p[0]}-{'large' if p[1] else p[2]}")
+@pytest.mark.parametrize("plan", PLANS, ids=plan_id)
 @pytest.mark.parametrize("mode", ["none", "peft", "by_rank", "bank", "dropout", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, bool, int]) -> None:
+def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int]) -> None:
     path, large, splits = plan
+    if large > 1 and dtype == torch.float32:
+        pytest.skip("wgmma is for 16 bits")
     orders = itertools.cycle(ORDERS)
     activations = itertools.cycle(["none", "gelu", "silu"])
     ran = 0
-    for shape in SHAPES:
+    for shape in WGMMA_SHAPES if large > 1 else SHAPES:
         if not possible(path, mode, shape[0], large):
             continue
         emulated = Emulated(*next(orders), path=path, large=large, splits=splits)
@@ -124,6 +141,19 @@ def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, bool, int]) -> 
         ran += 1
     if not ran:
         pytest.skip("this path does not take such operands")
+
+
+def test_operands_of_wgmma_come_by_tma_where_their_alignment_allows_it() -> None:
+    emulated = Emulated(path="two_steps", large=128)
+    emulated.lib.emulated_boxes()
+    check_forward(emulated, (130, 520, 136), torch.float16, "peft", "none")
+    # Two tiles of rows and two of columns, nine steps of x and W each.
+    assert emulated.lib.emulated_boxes() == 2 * 2 * 9 * 2
+    check_forward(emulated, (130, 521, 136), torch.float16, "peft", "none")
+    x, weight = torch.randn(40, 71).half()[:, 3:67], torch.randn(30, 64).half()
+    got = emulated.forward(x, weight)
+    assert_close(got, x.double() @ weight.double().T, x @ weight.T)
+    assert emulated.lib.emulated_boxes() == 0
 
 
 def gradients(x, weight, operands, dy, dtype) -> dict[str, torch.Tensor]:
@@ -145,10 +175,12 @@ def gradients(x, weight, operands, dy, dtype) -> dict[str, torch.Tensor]:
     return found | {"dbias": dy.to(dtype).sum(0)}
 
 
-def check_backward(emulated: Emulated, shape, dtype, mode) -> None:
+def check_backward(emulated: Emulated, shape, dtype, mode, rank: int = 5) -> None:
     rows, k, n = shape
     x, weight, _, dy = base(rows, k, n, dtype)
-    operands = bank(mode, rows, k, n, dtype)
+    operands = bank(mode, rows, k, n, dtype, rank)
+    if emulated.keeps_t:
+        emulated.forward(x, weight, **operands)
     got = emulated.backward(dy, x, weight, **operands)
     exact = gradients(x, weight, operands, dy, torch.float64)
     plain = gradients(x, weight, operands, dy, dtype)
@@ -173,6 +205,39 @@ def test_gradients(dtype: torch.dtype, mode: str, large: bool, splits: int) -> N
     for shape in [(1, 64, 64), (3, 37, 53), (9, 101, 67), (300, 72, 136)]:
         emulated = Emulated(*next(orders), path="two_steps", large=large, splits=splits)
         check_backward(emulated, shape, dtype, mode)
+
+
+@pytest.mark.parametrize("mode", ["peft", "dropout", "some"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_gradients_from_one_reading_of_dy(dtype: torch.dtype, mode: str) -> None:
+    """Uneven tiles of rows and columns, in one block and in several; t handed over or not."""
+    orders = itertools.cycle(ORDERS)
+    for shape, splits, rank, keeps_t in [
+        ((1, 8, 1), 1, 1, False),
+        ((70, 40, 67), 1, 5, True),
+        ((200, 24, 200), 3, 16, False),
+        ((150, 24, 130), 2, 29, True),
+    ]:
+        emulated = Emulated(
+            *next(orders), path="two_steps", splits=splits, keeps_t=keeps_t, dy_once=True
+        )
+        check_backward(emulated, shape, dtype, mode, rank)
+        assert "dy_once" in emulated.plan
+
+
+@pytest.mark.parametrize("path", ["two_steps", "few_rows"])
+def test_t_of_the_forward_pass_gives_the_same_bits(path: str) -> None:
+    for mode in ("peft", "bank", "dropout"):
+        rows = 30
+        x, weight, _, dy = base(rows, 200, 70, torch.float16)
+        operands = bank(mode, rows, 200, 70, torch.float16)
+        keeping = Emulated(path=path, keeps_t=True)
+        plain = Emulated(path=path)
+        y = keeping.forward(x, weight, **operands)
+        assert torch.equal(y, plain.forward(x, weight, **operands))
+        handed_over = keeping.backward(dy, x, weight, **operands)
+        for name, gradient in plain.backward(dy, x, weight, **operands).items():
+            assert torch.equal(gradient, handed_over[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda d: str(d)[6:])
@@ -234,7 +299,9 @@ def test_no_bank_conflicts(dtype: torch.dtype) -> None:
         for path in ("two_steps", "in_tile"):
             emulated = Emulated(path=path, large=large)
             check_forward(emulated, (130, 96, 136), dtype, "peft", "none")
-        check_backward(Emulated(path="two_steps", large=large), (130, 96, 136), dtype, "peft")
+        for once in (False, True):
+            emulated = Emulated(path="two_steps", large=large, dy_once=once)
+            check_backward(emulated, (130, 96, 136), dtype, "peft")
     assert emulated.lib.emulated_bank_conflicts() == 0
 
 

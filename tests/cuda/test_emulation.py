@@ -74,10 +74,11 @@ def test_races_under_thread_sanitizer(what: str, silent: bool) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_of_sm_75() -> None:
+def test_kernels_of_sm_75(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 in products of eight steps of depth, all that sm_75 has."""
     flags = os.environ.get("CXXFLAGS", "") + " -DLORA_KERNELS_EMULATED_ARCH=75"
     library = build("libcuda_emulated.so", f"-DCMAKE_CXX_FLAGS={flags.strip()}")
+    monkeypatch.setenv("LORA_KERNELS_EMULATED_WITHOUT_WGMMA", "1")
     run = run_shapes(library, "float16", sanitized=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
@@ -166,6 +167,69 @@ FAULTS = [
         ("relative error",),
     ),
     Fault(
+        "rows of dy read before all are there",
+        "dy_once.cuh",
+        "      __syncthreads();  // step k has landed",
+        "      // step k has landed",
+        ("gradients",),
+    ),
+    Fault(
+        "factor replaced while it is read",
+        "dy_once.cuh",
+        "b_ + k / rows_ % kStages * B::kBytes, b, begin_, column",
+        "b_, b, begin_, column",
+        ("gradients",),
+    ),
+    Fault(
+        "products taken before they are done",
+        "gemm_wgmma.cuh",
+        "    wait_products<0>();\n",
+        "",
+        ("wgmma",),
+    ),
+    Fault(
+        "operands replaced while products read them",
+        "gemm_wgmma.cuh",
+        "wait_products<1>();  // step k - 1",
+        "wait_products<3>();  // step k - 1",
+        ("wgmma",),
+    ),
+    Fault(
+        "boxes that are not waited for",
+        "gemm_wgmma.cuh",
+        "wait_for_bytes(landed_ + k % kStages, k / kStages & 1);",
+        "wait_copies<0>();",
+        ("wgmma",),
+    ),
+    Fault(
+        "products without their fence",
+        "gemm_wgmma.cuh",
+        "    wgmma_fence();\n",
+        "",
+        ("wgmma without wgmma_fence()",),
+    ),
+    Fault(
+        "copies that the products' proxy does not see",
+        "gemm_wgmma.cuh",
+        "      fence_proxy();\n",
+        "",
+        ("has not fenced for its proxy",),
+    ),
+    Fault(
+        "wrong stride in a descriptor",
+        "primitives/wgmma.h",
+        "uint64_t{1024 >> 4} << 32",
+        "uint64_t{512 >> 4} << 32",
+        ("wgmma",),
+    ),
+    Fault(
+        "wrong swizzle in a descriptor",
+        "primitives/wgmma.h",
+        "uint64_t{1} << 62",
+        "uint64_t{2} << 62",
+        ("128-byte swizzle alone",),
+    ),
+    Fault(
         "more shared memory than asked for",
         "gemm_shapes.h",
         "kTSteps * A::kBytes +",
@@ -209,6 +273,92 @@ FAULTS = [
         sanitized=True,
     ),
     Fault(
+        "sums of warps read before all are there",
+        "kv_attend.cuh",
+        "    store_parts();\n    __syncthreads();",
+        "    store_parts();",
+        ("kv ",),
+    ),
+    Fault(
+        "places read before all are found",
+        "kv_attend.cuh",
+        "append(row);\n      __syncthreads();",
+        "append(row);",
+        ("kv ",),
+    ),
+    Fault(
+        "new tokens read from the cache",
+        "kv_rows.cuh",
+        "place = place < 0 ? kKvNowhere : kv_new_token(row, rows.tokens, p - length);",
+        "place = place < 0 ? kKvNowhere : place;",
+        ("kv ",),
+    ),
+    Fault(
+        "new tokens of other rows read from the cache",
+        "kv_rows.cuh",
+        "p >= first_new && place >= 0",
+        "p > rows.capacity && place >= 0",
+        ("others' new tokens",),
+    ),
+    Fault(
+        "channels of V as they lie",
+        "kv_attend.cuh",
+        "j / 8 * 64 + (2 * t_ + e) * 8 + j % 8",
+        "j * 8 + 2 * t_ + e",
+        ("kv ",),
+    ),
+    Fault(
+        "positions of blocked scores as they lie",
+        "kv_blocked.cuh",
+        "const int position = at + 8 * t_ + 4 * e + j;",
+        "const int position = at + 8 * j + 2 * t_ + e;",
+        ("kv blocked",),
+    ),
+    Fault(
+        "halves of weights exchanged",
+        "kv_blocked.cuh",
+        "128 * sum[e] + sum[2 + e]",
+        "128 * sum[2 + e] + sum[e]",
+        ("kv blocked",),
+    ),
+    Fault(
+        "sums that no larger score scales",
+        "kv_attend.cuh",
+        "sums_[j][2 * i] *= share, sums_[j][2 * i + 1] *= share;",
+        "sums_[j][2 * i] *= 1, sums_[j][2 * i + 1] *= 1;",
+        ("kv ",),
+    ),
+    Fault(
+        "what one query does not see reaches it",
+        "kv_attend.cuh",
+        "if (g_ + 8 * (e / 2) != only) sums_",
+        "if (false) sums_",
+        ("not see",),
+    ),
+    Fault(
+        "bytes of a tile overwritten while they are read",
+        "kv_pack.cuh",
+        "first + column] = word;\n      }\n    }\n    __syncthreads();",
+        "first + column] = word;\n      }\n    }",
+        ("kv pack",),
+    ),
+    Fault(
+        "slot that is followed",
+        "kv_rows.cuh",
+        "slot >= 0 && slot < cache_rows ? slot : -1;",
+        "slot;",
+        ("AddressSanitizer", "lora_kernels::cuda::"),
+        sanitized=True,
+    ),
+    Fault(
+        "position beyond V",
+        "kv_blocked.cuh",
+        "step < p_.value_steps && channel",
+        "step < p_.value_steps + 1 && channel",
+        ("heap-buffer-overflow", "lora_kernels::cuda::KvBlocked<"),
+        sanitized=True,
+    ),
+    Fault(
         "row beyond the result",
         "gemm.cuh",
         "if (row < p_.rows && column < p_.columns)",
@@ -245,7 +395,7 @@ def test_planted_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
     source = path.read_text()
     assert source.count(fault.before) == 1, f"{fault.file} no longer has {fault.before!r} once"
     path.write_text(source.replace(fault.before, fault.after))
-    options = [ADDRESS] if fault.sanitized else []
+    options = ["-DLORA_KERNELS_F16_ALONE=ON", *([ADDRESS] if fault.sanitized else [])]
     library = build("libcuda_emulated.so", *options, sources=tmp_path, folder=tmp_path / "build")
     run = run_shapes(library, "float16", sanitized=fault.sanitized)
     text = run.stdout + run.stderr

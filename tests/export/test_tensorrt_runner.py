@@ -51,6 +51,7 @@ class Engine:
     names = ("x", "cache", "y", "cache_out")
     num_io_tensors, num_optimization_profiles = 4, 2
     rows = ((1, 2, 4), (5, 6, 8))  # of the two profiles
+    in_place = False
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -79,7 +80,10 @@ class Engine:
         self.shapes[name] = shape
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes["x" if name == "y" else "cache"]
+        return self.shapes.get("x" if name in ("x", "y") else "cache", (-1,))
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return "cache" if name == "cache_out" and self.in_place else None
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self.addresses[name] = address
@@ -139,6 +143,28 @@ def test_a_cache_stays_on_the_device(runner: EngineRunner) -> None:
         got = runner({"x": inputs(1)["x"], "cache": cache}, {"cache_out": cache})
         assert list(got) == ["y"]
     np.testing.assert_array_equal(cache.get(), np.full(3, 5.0))
+
+
+def test_what_is_kept_goes_on_on_the_device(engine: Engine, runner: EngineRunner) -> None:
+    first = runner(inputs(1), keep=["cache_out"])["cache_out"]
+    second = runner({"x": inputs(1)["x"], "cache": first}, keep=["cache_out"])["cache_out"]
+    assert second.address != first.address
+    np.testing.assert_array_equal(first.get(), np.full(3, 3.0))
+    np.testing.assert_array_equal(second.get(), np.full(3, 5.0))
+    runner.aliases = {"cache_out": "cache"}
+    third = runner({"x": inputs(1)["x"], "cache": second}, keep=["cache_out"])["cache_out"]
+    assert third is second
+    np.testing.assert_array_equal(third.get(), np.full(3, 7.0))
+
+
+def test_an_engine_tells_what_it_continues_in_place(
+    engine: Engine, runner: EngineRunner, tmp_path
+) -> None:
+    assert runner.aliases == {}
+    engine.in_place = True
+    assert EngineRunner(tmp_path / "e.engine", memory=HostMemory()).aliases == {
+        "cache_out": "cache"
+    }
 
 
 def test_the_profile_that_covers_the_input_is_chosen(runner: EngineRunner, engine: Engine) -> None:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 from test_emulated_lora_linear import bank, base, gradients
 from tolerances import assert_close
 
+import lora_kernels as lk
 from lora_kernels import ops, reference
 
 
@@ -80,6 +81,23 @@ def test_gradients(dtype: torch.dtype, mode: str) -> None:
         for name, leaf in names.items():
             got = everything[leaf].grad.cpu()
             assert_close(got, exact[name], plain[name], what=f"{name} at {rows}x{k}x{n}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("mode", ["none", "peft", "bank", "dropout"])
+def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
+    """At sizes whose plan takes wgmma, in uneven tiles, against the same call without it."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is of sm_90a alone")
+    for rows, k, n in [(4096, 1280, 1280), (4001, 1001, 1283), (12000, 512, 2560)]:
+        x, weight, bias, _ = base(rows, k, n, dtype)
+        operands = there(bank(mode, rows, k, n, dtype, 16))
+        arguments = [x.cuda(), weight.cuda(), bias.cuda()]
+        got = ops.lora_linear(*arguments, **operands)
+        assert torch.equal(got, ops.lora_linear(*arguments, **operands))
+        with lk.force_implementation("cuda_mma"):
+            plain = ops.lora_linear(*arguments, **operands)
+        assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
 
 
 def test_same_bits_every_time() -> None:

@@ -31,9 +31,14 @@ PRIMITIVES = [
     "conversions",
     "activations",
     "dropout",
+    "wgmma.f16.n128",
+    "wgmma.f16.n256",
+    "wgmma.bf16.n128",
+    "wgmma.bf16.n256",
 ]
 # Sums in another order, and other implementations of exp and erfc; everything else is exact.
 ROUNDED = {"mma.f16", "mma.bf16", "mma.tf32", "mma.f16.k8", "activations"}
+ROUNDED |= {name for name in PRIMITIVES if name.startswith("wgmma")}
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -45,7 +50,9 @@ def compiled(folder: Path, *, device: bool) -> ctypes.CDLL:
     if device:
         nvcc = shutil.which("nvcc") or str(TOOLKIT / "bin" / "nvcc")
         major, minor = torch.cuda.get_device_capability()
-        command = [nvcc, "-std=c++17", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler", "-fPIC"]
+        feature = "a" if (major, minor) == (9, 0) else ""  # wgmma is of sm_90a alone
+        arch = f"-arch=sm_{major}{minor}{feature}"
+        command = [nvcc, "-std=c++17", arch, "-shared", "-Xcompiler", "-fPIC"]
         command += [*includes, "-o", str(out), str(source)]
     else:
         emulation = ROOT / "csrc" / "cuda" / "emulation"
@@ -73,6 +80,11 @@ def registers(name: str, seed: int) -> torch.Tensor:
     """512 words: small numbers of the right type where they are multiplied, else anything."""
     g = torch.Generator().manual_seed(seed)
     words = torch.randint(-(2**31), 2**31 - 1, (32, 16), generator=g, dtype=torch.int32)
+    if name.startswith("wgmma"):
+        kind = torch.bfloat16 if "bf16" in name else torch.float16
+        chosen = words[0, :2].clone()
+        words = torch.randn(32, 32, generator=g).to(kind).view(torch.int32)
+        words[0, :2] = chosen & 0x3FFF3FFF  # which sums are looked at, and small numbers
     if name.startswith("mma") and name != "mma.s8":
         kind = {"mma.bf16": torch.bfloat16, "mma.tf32": torch.float32}.get(name, torch.float16)
         per_word = 4 // torch.empty(0, dtype=kind).element_size()
@@ -109,6 +121,8 @@ def test_device_and_emulation_agree(device: ctypes.CDLL, host: ctypes.CDLL, name
     which = PRIMITIVES.index(name)
     if name in ("mma.bf16", "mma.tf32", "mma.s8") and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("sm_80 has it, this device does not")
+    if name.startswith("wgmma") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("sm_90 has it, this device does not")
     for seed in range(20):
         words = registers(name, seed)
         got, want = run(device, which, words), run(host, which, words)

@@ -27,17 +27,19 @@ def runs_of(name: str) -> int:
 
 def runs_of_others(name: str) -> int:
     """Runs under other names; an operator without a row of its own runs the row it refines."""
-    return sum(row[4] for row in table() if row[1] not in (name, name.split("_")[0]))
+    refined = {"avx2_vnni": "avx2", "amx": "avx512"}.get(name, name)
+    return sum(row[4] for row in table() if row[1] not in (name, refined))
 
 
-@pytest.fixture(params=["generic", "avx2", "avx2_vnni", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx2_vnni", "avx512", "amx"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Force the implementation of this name; afterwards check that it, and no other, has run."""
     name = request.param
-    if name == "avx2_vnni" and not any(
-        part in request.module.__name__ for part in ("int8", "blocked")
-    ):
+    module = request.module.__name__
+    if name == "avx2_vnni" and not any(part in module for part in ("int8", "blocked")):
         pytest.skip("only integer products have a row of this name")
+    if name == "amx" and not any(part in module for part in ("linear", "int8", "blocked")):
+        pytest.skip("what this computes is not computed in tiles")
     known = [row for row in table() if row[1] == name]
     if not known or not all(row[2] for row in known):
         reasons = {row[5] for row in known} or {"not built for this processor"}

@@ -83,7 +83,7 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["generic", "avx2", "avx2_vnni", "avx512"])
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx2_vnni", "avx512", "amx"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_equals_its_operators_bit_for_bit(name: str, rows: int, threads: int) -> None:
     available = {row.name for row in describe()[1] if row.available}

@@ -15,7 +15,7 @@ from tolerances import assert_close
 from lora_kernels import ops, reference
 from lora_kernels.adapters.bank import in_blocks
 
-NAMES = ["generic", "avx2", "avx2_vnni", "avx512"]
+NAMES = ["generic", "avx2", "avx2_vnni", "avx512", "amx"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, in, out): empty, one row, primes, and both sides of every boundary: steps of 4 k, vectors
 # of up to 64 bytes, register tiles of 2, 4 and 6 rows, blocks of 64 channels, chunks of 96 rows.
@@ -218,8 +218,41 @@ def test_bf16_adapters_at_many_rows(implementation: str, k: int, dtype: torch.dt
     one = bank | {"adapter_ids": torch.tensor([2]).int()}
     few = ops.int8_lora_linear(x[:47], packed, n, lora_b=lora_b, **one)
     pairs = implementation == "avx512" and k % 2 == 0 and has_fast_bf16_dots()
+    pairs = pairs or implementation == "amx"  # whose tiles are padded
     if dtype == torch.float32:
         assert torch.equal(few, results[0][:47]) != pairs
+
+
+@pytest.mark.parametrize("factors", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("rows", "k", "n"), [(55, 61, 131), (300, 200, 70)])
+def test_adapters_of_groups_of_many_rows(
+    implementation: str, factors: torch.dtype, rows: int, k: int, n: int
+) -> None:
+    """Ranks about and beyond a tile of 16, and none; fp32's precision but for bf16 adapters."""
+    ranks = [16, 0, 41, 3]
+    operands = {
+        "lora_a": (torch.randn(sum(ranks), k) / k**0.5).to(factors),
+        "lora_b": torch.randn(sum(ranks), n).to(factors),
+        "scales": torch.tensor([0.7, 1.0, 2.0, -0.3]),
+        "offsets": torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32),
+        "adapter_ids": torch.tensor([2, 2, -1, 0, 1, 3], dtype=torch.int32),
+    }
+    x, (packed, q, scales) = torch.randn(6, rows, k), quantized(n, k)
+    got = ops.int8_lora_linear(x, packed, n, **operands)
+    exact = reference.int8_lora_linear(x, q, scales, **operands)
+    assert_close(got, exact, extra=8e-3 if factors == torch.bfloat16 else 0.0)
+    plain = ops.int8_lora_linear(x, packed, n)
+    assert torch.equal(got[[2, 4]], plain[[2, 4]]), "rows without an adapter"
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [(48, 64, 64), (97, 61, 131), (290, 700, 130)])
+def test_sums_of_many_rows_are_exact(implementation: str, rows: int, k: int, n: int) -> None:
+    """Powers of two as scales: the result is the integer sum itself."""
+    x = torch.randint(-127, 128, (rows, k)).float()
+    x[:, 0] = 127  # the scale is 1
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    got = ops.int8_lora_linear(x, ops.int8_pack(weight, torch.full((n,), 2.0**-10)), n)
+    assert torch.equal(got, (x.double() @ weight.double().t()).float() / 1024)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])

@@ -10,6 +10,7 @@ from attention_steps import FLOATS, Step, check, int32, make_blocked_step, make_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lora_kernels as lk
 from lora_kernels import ops, reference
 
 OP = torch.ops.lora_kernels.kv_attention_step.default
@@ -70,6 +71,28 @@ def test_many_queries_are_rounded_to_eight_bits(implementation, positions):
     torch.testing.assert_close(step.run()[0], coarse.run()[0], rtol=0, atol=1e-4)
     few = dataclasses.replace(step, q=step.q[:, :63].contiguous())
     check(few)  # one less than many: 14 bits
+
+
+@pytest.mark.parametrize(("head_size", "positions"), [(64, 5), (64, 1100), (128, 130)])
+def test_many_queries_of_whole_tiles(implementation, head_size, positions):
+    """Sizes that tiles take: two times 32 queries and 6, any number of positions, or none."""
+    step = make_blocked_step(
+        tokens=70,
+        positions=positions,
+        head_size=head_size,
+        lengths=int32(positions, 0, positions // 2 + 1),
+        slots=int32(2, 1, 0),
+        chosen=[1],
+    )
+    step.q[0, 4] = 0
+    scales = step.k_scales[step.slots.long()].transpose(1, 2)
+    unit = (step.q * scales).abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    check(dataclasses.replace(step, q=(step.q * scales / unit).round() * unit / scales))
+    if implementation == "amx":  # the same sums, and everything else by the same operations
+        results = step.run()
+        with lk.force_implementation("avx512"):
+            for got, want in zip(results, step.run(), strict=True):
+                assert torch.equal(got, want)
 
 
 def test_large(implementation):

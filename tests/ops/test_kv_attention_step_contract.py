@@ -189,7 +189,7 @@ def test_slots_of_positions_that_are_not_read_may_hold_anything():
 
 def test_an_unknown_implementation_is_an_error():
     with pytest.raises(
-        RuntimeError, match="'sse2'; expected 'avx512', 'avx2', 'generic', 'avx2_vnni'"
+        RuntimeError, match="'sse2'; expected 'amx', 'avx512', 'avx2', 'generic', 'avx2_vnni'"
     ):
         torch.ops.lora_kernels.force_implementation("sse2")
 

@@ -78,6 +78,28 @@ def test_forward(implementation: str, dtype: torch.dtype, mode: str) -> None:
         assert_close(got, exact, plain.to(dtype), what=f"{rows}x{k}x{n} {activation}")
 
 
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "k", "n"), [(55, 61, 131), (150, 200, 70)])
+def test_groups_of_many_rows_of_bf16(
+    implementation: str, factors: torch.dtype, rows: int, k: int, n: int
+) -> None:
+    """What tiles compute: ranks about and beyond 16, and none; rows and sizes of no tile."""
+    ranks = [16, 0, 41]
+    operands = {
+        "lora_a": (torch.randn(sum(ranks), k) / k**0.5).to(factors),
+        "lora_b": torch.randn(sum(ranks), n).to(factors),
+        "scales": torch.tensor([0.7, 1.0, 2.0]),
+        "offsets": torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32),
+        "adapter_ids": torch.tensor([2, 2, -1, 0, 1], dtype=torch.int32),
+    }
+    x, weight, bias, residual = base(5 * rows, k, n, torch.bfloat16)
+    x, residual = x.unflatten(0, (5, rows)), residual.unflatten(0, (5, rows))
+    for extras in ({}, {"dropout_p": 0.3, "dropout_seed": torch.tensor([7])}):
+        given = operands | extras | {"residual": residual, "activation": "gelu"}
+        got = ops.lora_linear(x, weight, bias, **given)
+        assert_close(got, reference.lora_linear(x, weight, bias, **given))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_activations_over_their_whole_range(implementation: str, activation: str) -> None:
     special = [0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 88.0, -88.0, 1e4, -1e4, 3e38, -3e38]
@@ -96,13 +118,16 @@ def test_activations_over_their_whole_range(implementation: str, activation: str
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("mode", ["peft", "bank", "dropout"])
 def test_gradients(implementation: str, dtype: torch.dtype, mode: str) -> None:
-    for rows, k, n in [(1, 64, 64), (3, 37, 53), (9, 101, 67), (300, 70, 130)]:
+    # Behind an activation the backward pass makes t again, else it has that of the forward pass.
+    for (rows, k, n), activation in itertools.product(
+        [(1, 64, 64), (3, 37, 53), (9, 101, 67), (300, 70, 130)], ["gelu", "none"]
+    ):
         x, weight, bias, residual = base(rows, k, n, dtype)
         operands = bank(mode, rows, k, n, dtype)
         factors = [operands.pop("lora_a"), operands.pop("lora_b")]
         dy = torch.randn(rows, n).to(dtype)
 
-        def gradients(function, leaves, dy=dy, operands=operands, **extra):
+        def gradients(function, leaves, dy=dy, operands=operands, act=activation, **extra):
             leaves = [leaf.clone().requires_grad_() for leaf in leaves]
             x, weight, bias, a, b, residual = leaves
             y = function(
@@ -112,7 +137,7 @@ def test_gradients(implementation: str, dtype: torch.dtype, mode: str) -> None:
                 lora_a=a,
                 lora_b=b,
                 residual=residual,
-                activation="gelu",
+                activation=act,
                 **operands,
                 **extra,
             )
@@ -126,6 +151,56 @@ def test_gradients(implementation: str, dtype: torch.dtype, mode: str) -> None:
         names = ["x", "weight", "bias", "lora_a", "lora_b", "residual"]
         for name, *values in zip(names, got, exact, plain, strict=True):
             assert_close(*values, what=f"d{name} at {rows}x{k}x{n}")
+
+
+@pytest.mark.parametrize("rows", [5, 150])
+@pytest.mark.parametrize("mode", ["peft", "bank", "dropout"])
+def test_t_of_the_forward_pass_gives_the_same_bits(
+    implementation: str, mode: str, rows: int
+) -> None:
+    x, weight, bias, dy = base(rows, 70, 130, torch.float32)
+    operands = bank(mode, rows, 70, 130, torch.float32)
+    names = ["lora_a", "lora_b", "scales", "offsets", "adapter_ids"]
+    lora = [operands.get(name) for name in names]
+    dropout = (operands.get("dropout_p", 0.0), operands.get("dropout_seed"))
+    y, t = torch.ops.lora_kernels.lora_linear_keeping_t(
+        x, weight, bias, *lora, None, "none", *dropout
+    )
+    assert torch.equal(y, ops.lora_linear(x, weight, bias, **operands))
+    assert t.shape == (rows, (operands["lora_a"].shape[0] + 15) // 16 * 16)
+    back = (dy, x, weight, *lora, *dropout, True, False, False, True)
+    again = torch.ops.lora_kernels.lora_linear_backward(*back)
+    handed_over = torch.ops.lora_kernels.lora_linear_backward(*back, t)
+    assert all(map(torch.equal, again, handed_over))
+    # It is read, not made again: dB follows what it says.
+    doubled = torch.ops.lora_kernels.lora_linear_backward(*back, 2 * t)
+    assert torch.equal(doubled[4], 2 * again[4])
+    for wrong in (t[:, 1:], t.half(), t[1:]):
+        with pytest.raises(RuntimeError, match=rf"t: expected what .*\[{rows}, {t.shape[1]}\]"):
+            torch.ops.lora_kernels.lora_linear_backward(*back, wrong)
+
+
+def test_what_is_kept_for_the_gradients_grows_by_rows_times_ranks_alone() -> None:
+    x, weight, bias, _ = base(40, 64, 48, torch.float32)
+    x.requires_grad_()
+
+    def kept(a: torch.Tensor, b: torch.Tensor, **operands) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t)
+        with hooks:
+            ops.lora_linear(x, weight, bias, a, b, **operands)
+        known = {t.data_ptr() for t in (x, weight, bias, a, b)}
+        return [t for t in seen if t.is_floating_point() and t.data_ptr() not in known]
+
+    a, b = torch.randn(5, 64), torch.randn(5, 48)
+    assert kept(a, b) == []  # frozen factors
+    trained = a.clone().requires_grad_(), b.clone().requires_grad_()
+    assert [t.shape for t in kept(*trained)] == [(40, 16)]
+    assert kept(*trained, activation="gelu") == []
+    many = torch.randn(80, 64, requires_grad=True), torch.randn(80, 48)
+    offsets = torch.arange(0, 81, 4, dtype=torch.int32)
+    ids = torch.zeros(40, dtype=torch.int32)
+    assert kept(*many, offsets=offsets, adapter_ids=ids) == []  # mostly other adapters' ranks
 
 
 def test_only_wanted_gradients_are_computed(implementation: str) -> None:
@@ -306,12 +381,17 @@ def test_opcheck(rows: int) -> None:
         (x, weight, bias, a, b, *rest, residual, "gelu", 0.0, None),
     )
     torch.library.opcheck(
+        torch.ops.lora_kernels.lora_linear_keeping_t.default,
+        (x, weight, bias, a, b, *rest, residual, "none", 0.0, None),
+    )
+    torch.library.opcheck(
         torch.ops.lora_kernels.lora_linear_backward.default,
         (residual, x, weight, a.detach(), b.detach(), *rest, 0.0, None, True, True, True, True),
     )
 
 
-def test_compile_and_export() -> None:
+@pytest.mark.parametrize("activation", ["silu", "none"])
+def test_compile_and_export(activation: str) -> None:
     class Module(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -326,7 +406,7 @@ def test_compile_and_export() -> None:
                 self.linear.bias,
                 self.a,
                 self.b.t(),
-                activation="silu",
+                activation=activation,
             )
             return y + 1
 
@@ -342,6 +422,7 @@ def test_compile_and_export() -> None:
     exported = torch.export.export(
         module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2)}}
     )
+    assert torch.ops.lora_kernels.lora_linear.default in {n.target for n in exported.graph.nodes}
     more = torch.randn(9, 16)
     assert torch.equal(exported.module()(more), module(more))
 

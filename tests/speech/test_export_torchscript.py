@@ -17,7 +17,7 @@ from tiny_whisper import make_adapter, tone
 
 from lora_speech.audio import load_audio
 from lora_speech.errors import SpeechError
-from lora_speech.export import export_model
+from lora_speech.export.run import export_model
 from lora_speech.export.torch_graphs import TOKENS
 from lora_speech.models.loading import load_for_serving
 from lora_speech.transcription import transcribe

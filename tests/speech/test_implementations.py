@@ -63,7 +63,7 @@ def usual(served: SpeechModel, utterances: list[Utterance]) -> Evaluation:
     return result
 
 
-@pytest.fixture(params=["generic", "avx2", "avx2_vnni", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx2_vnni", "avx512", "amx"])
 def forced(request: pytest.FixtureRequest) -> Iterator[str]:
     rows = [row for row in describe()[1] if row.name == request.param]
     missing = {row.reason for row in rows if not row.available}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import lora_kernels as lk
 from lora_kernels import ops
 
 from ..case import Aim, Case, Contestant, Function
@@ -36,6 +37,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
         for k, n in ((1280, 1280), (1280, 5120), (5120, 1280))
     ]
     over_base = (Aim("time", 1.05, "base_alone"),)
+    if has_wgmma("cuda"):
+        over_base += (Aim("time", 0.85, "ours_mma"),)  # what the plan takes it for
     many = [
         Case(f"{m}x{k}x{n}", shape(m, k, n), dtype, work, forward, over_base)
         for m, k, n in (
@@ -60,6 +63,15 @@ def cases(dtype: torch.dtype) -> list[Case]:
     )
     # The aims' cheapest cases first: what no time is left for is then the least missed.
     return [mixed, *steps, *many, *few]
+
+
+def has_wgmma(device: str) -> bool:
+    """Whether plans may take wgmma there, and the row "cuda_mma" leaves it out."""
+    return (
+        device == "cuda"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() == (9, 0)
+    )
 
 
 def sizes(case: Case) -> tuple[int, int, int]:
@@ -142,12 +154,19 @@ def forward(case: Case, device: str) -> dict[str, Contestant]:
     def addmm() -> torch.Tensor:
         return F.linear(x, weight, bias).addmm_(x @ down, scaled_b)
 
+    def ours_mma() -> torch.Tensor:
+        with lk.force_implementation("cuda_mma"):
+            return ours()
+
     def peft_compiled() -> Function:
         module = compiled(layer)
         return lambda: module(x)
 
+    # Forcing asks the host, beside which many rows take long; few rows are captured, and alike.
+    more = {"ours_mma": Contestant(lambda: ours_mma)} if has_wgmma(device) and rows > 32 else {}
     return {
         "ours": Contestant(lambda: ours),
+        **more,
         "base_alone": Contestant(lambda: lambda: F.linear(x, weight, bias)),
         "addmm": Contestant(lambda: addmm),
         "merged": Contestant(lambda: lambda: F.linear(x, merged, bias)),
@@ -217,8 +236,11 @@ def every_kernel(dtypes: list[torch.dtype]) -> None:
     sys.path[:0] = [str(tests), str(tests / "cuda")]
     from test_emulated_lora_linear import bank, base
 
+    shapes = [(1, 512, 1024), (9, 101, 67), (32, 512, 520), (70, 136, 130)]
+    if has_wgmma("cuda"):
+        shapes.append((4000, 1000, 1290))
     for dtype in dtypes:
-        for rows, k, n in [(1, 512, 1024), (9, 101, 67), (32, 512, 520), (70, 136, 130)]:
+        for rows, k, n in shapes:
             for mode in ("none", "peft", "bank", "dropout"):
                 x, weight, bias, residual = (t.cuda() for t in base(rows, k, n, dtype))
                 operands = {

@@ -1,4 +1,4 @@
-// kv_attention_step as a torch operator on the CPU.
+// kv_attention_step as a torch operator.
 #include "lora_kernels/kv_attention_step.h"
 
 #include <tuple>
@@ -117,19 +117,20 @@ std::tuple<Tensor, Tensor> kv_attention_step(const Tensor& q, const OptionalTens
                                              const OptionalTensor& k_scales, const OptionalTensor& v_scales,
                                              const Tensor& lengths, const OptionalTensor& slots, double scale,
                                              const std::optional<std::vector<int64_t>> heads) {
+  CallDevice device(kOp, q);
   KvAttentionStepCall call =
       kv_attention_step_call({q, k, v, k_cache, v_cache, k_scales, v_scales, lengths, slots, scale, heads});
   const KvAttentionStepProblem& p = call.problem;
   KvAttentionStepPlan chosen;
-  raise_if_failed(plan(p, current_device(), &chosen));
+  raise_if_failed(plan(p, device.info(), &chosen));
   Tensor out = new_tensor(q, {p.rows, p.tokens, p.heads, p.head_size});
   Tensor weights = new_tensor(
       q, heads ? std::vector<int64_t>{p.rows, p.weight_heads, p.tokens, p.capacity} : std::vector<int64_t>{0},
       ScalarType::Float);
   call.args.weights = p.weight_heads > 0 ? static_cast<float*>(weights.data_ptr()) : nullptr;
   call.args.out = out.data_ptr();
-  call.args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, call.args, torch_executor()));
+  call.args.workspace = device.workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, call.args, device.executor()));
   return std::make_tuple(out, weights);
 }
 
@@ -200,3 +201,9 @@ KvAttentionStepCall kv_attention_step_call(const KvAttentionStepTensors& t) {
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("kv_attention_step", TORCH_BOX(&lora_kernels::kv_attention_step));
 }
+
+#if defined(LORA_KERNELS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
+  m.impl("kv_attention_step", TORCH_BOX(&lora_kernels::kv_attention_step));
+}
+#endif

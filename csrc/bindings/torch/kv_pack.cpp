@@ -1,4 +1,4 @@
-// kv_pack as a torch operator on the CPU.
+// kv_pack as a torch operator.
 #include "lora_kernels/kv_pack.h"
 
 #include <tuple>
@@ -16,16 +16,17 @@ constexpr const char* kOp = "kv_pack";
 Tensor states_of(const Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1 ? t : torch::stable::contiguous(t); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kv_pack(const Tensor& k, const Tensor& v, int64_t heads) {
+  CallDevice device(kOp, k);
   KvPackCall call = kv_pack_call(k, v, heads);
   KvPackPlan chosen;
-  raise_if_failed(plan(call.problem, current_device(), &chosen));
+  raise_if_failed(plan(call.problem, device.info(), &chosen));
   const Tensor packed_k = new_tensor(k, packed_key_sizes(call.problem), ScalarType::Char);
   const Tensor packed_v = new_tensor(k, packed_value_sizes(call.problem), ScalarType::Char);
   const std::vector<int64_t> scales = {call.problem.cache_rows, heads, 1, call.problem.head_size};
   const Tensor k_scales = new_tensor(k, scales, ScalarType::Float), v_scales = new_tensor(k, scales, ScalarType::Float);
   set_outputs(&call, packed_k, packed_v, k_scales, v_scales);
-  call.args.workspace = workspace(workspace_bytes(chosen));
-  raise_if_failed(run(chosen, call.args, torch_executor()));
+  call.args.workspace = device.workspace(workspace_bytes(chosen));
+  raise_if_failed(run(chosen, call.args, device.executor()));
   return std::make_tuple(packed_k, packed_v, k_scales, v_scales);
 }
 
@@ -80,3 +81,7 @@ void set_outputs(KvPackCall* call, const Tensor& packed_k, const Tensor& packed_
 }  // namespace lora_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) { m.impl("kv_pack", TORCH_BOX(&lora_kernels::kv_pack)); }
+
+#if defined(LORA_KERNELS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) { m.impl("kv_pack", TORCH_BOX(&lora_kernels::kv_pack)); }
+#endif

@@ -16,7 +16,7 @@ std::string describe() {
   std::string text = "isa\t" + isa_names(current_device().isa) + "\n";
   text += "build\t" LORA_KERNELS_BUILD_COMPILER "\t" LORA_KERNELS_BUILD_TYPE "\t" LORA_KERNELS_BUILD_CUDA "\n";
   for (ImplementationReport row : implementations(current_device())) {
-    if (row.name == "cuda") {  // its operands are elsewhere: what matters is whether there is such a device
+    if (row.name.rfind("cuda", 0) == 0) {  // its operands are elsewhere: what matters is whether there is such a device
       DeviceInfo device;
       const Status found = cuda_device(0, &device);
       row.available = found.ok();
@@ -36,10 +36,17 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
       "Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, float dropout_p, "
       "Tensor? dropout_seed) -> Tensor");
+  // The same, and t = s (dropout(x) At), which lora_linear_backward takes. Its rows and their type are the device's
+  // own.
+  m.def(
+      "lora_linear_keeping_t(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
+      "Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, float dropout_p, "
+      "Tensor? dropout_seed) -> (Tensor, Tensor)");
   m.def(
       "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
       "Tensor? offsets, Tensor? adapter_ids, float dropout_p, Tensor? dropout_seed, bool needs_dx, "
-      "bool needs_dweight, bool needs_dbias, bool needs_dlora) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool needs_dweight, bool needs_dbias, bool needs_dlora, Tensor? t=None) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "int8_lora_linear(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? lora_a, "
       "Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, "

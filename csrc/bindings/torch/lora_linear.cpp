@@ -58,11 +58,15 @@ Operands operands(const char* op, const Tensor& x, const Tensor& weight, const O
   return o;
 }
 
-Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& lora_a,
-                   const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
-                   const OptionalTensor& adapter_ids, const OptionalTensor& residual, const std::string activation,
-                   double dropout_p, const OptionalTensor& dropout_seed) {
-  const char* op = "lora_linear";
+ScalarType kept_t_type(const Tensor& x, const LoraLinearProblem& problem, const DeviceInfo& device) {
+  return kept_t_dtype(problem, device) == DType::kFloat32 ? ScalarType::Float : x.scalar_type();
+}
+
+// With `t`, what the gradients need of the LoRA branch is left there.
+Tensor forward(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+               const OptionalTensor& lora_a, const OptionalTensor& lora_b, const OptionalTensor& scales,
+               const OptionalTensor& offsets, const OptionalTensor& adapter_ids, const OptionalTensor& residual,
+               const std::string& activation, double dropout_p, const OptionalTensor& dropout_seed, Tensor* t) {
   CallDevice device(op, x);
   Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
   o.problem.activation = activation_of(op, activation);
@@ -71,8 +75,14 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   o.problem.has_bias = extra.bias != nullptr;
   o.problem.bias_dtype = extra.bias_dtype;
   o.problem.has_residual = extra.residual != nullptr;
+  o.problem.keeps_t = t && o.problem.lora.present();
   LoraLinearPlan chosen;
-  raise_if_failed(plan(o.problem, device.info(), &chosen));
+  const DeviceInfo info = device.info();
+  raise_if_failed(plan(o.problem, info, &chosen));
+  if (t) {
+    *t = new_tensor(x, {o.x.rows, kept_t_columns(o.problem.lora)}, kept_t_type(x, o.problem, info));
+    args.t = t->data_ptr();
+  }
   Tensor y = new_tensor(x, output_sizes(x, o.problem.out_features));
   args.x = o.x.data;
   args.x_stride = o.x.stride;
@@ -89,11 +99,32 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return y;
 }
 
+Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& lora_a,
+                   const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
+                   const OptionalTensor& adapter_ids, const OptionalTensor& residual, const std::string activation,
+                   double dropout_p, const OptionalTensor& dropout_seed) {
+  return forward("lora_linear", x, weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual, activation,
+                 dropout_p, dropout_seed, nullptr);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_keeping_t(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                 const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+                                                 const OptionalTensor& scales, const OptionalTensor& offsets,
+                                                 const OptionalTensor& adapter_ids, const OptionalTensor& residual,
+                                                 const std::string activation, double dropout_p,
+                                                 const OptionalTensor& dropout_seed) {
+  Tensor t;
+  Tensor y = forward("lora_linear_keeping_t", x, weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual,
+                     activation, dropout_p, dropout_seed, &t);
+  return std::make_tuple(y, t);
+}
+
 // Gradients that are not needed come back as empty tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
     const OptionalTensor& scales, const OptionalTensor& offsets, const OptionalTensor& adapter_ids, double dropout_p,
-    const OptionalTensor& dropout_seed, bool needs_dx, bool needs_dweight, bool needs_dbias, bool needs_dlora) {
+    const OptionalTensor& dropout_seed, bool needs_dx, bool needs_dweight, bool needs_dbias, bool needs_dlora,
+    const OptionalTensor& t) {
   const char* op = "lora_linear_backward";
   CallDevice device(op, x);
   Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
@@ -108,8 +139,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   problem.needs_dweight = needs_dweight;
   problem.needs_dbias = needs_dbias;
   problem.needs_dlora = needs_dlora && o.problem.lora.adapters > 0;
+  LoraLinearBackwardArgs args;
+  const DeviceInfo info = device.info();
+  if (t && problem.needs_dlora) {
+    expect_same_device(op, "t", *t);
+    const int64_t columns = kept_t_columns(o.problem.lora);
+    if (!(t->dim() == 2 && t->size(0) == M && t->size(1) == columns && t->is_contiguous() &&
+          t->scalar_type() == kept_t_type(x, o.problem, info)))
+      refuse(op, "t",
+             "expected what lora_linear_keeping_t returned for these operands, [" + std::to_string(M) + ", " +
+                 std::to_string(columns) + "], got " + shape_of(*t) + " or another type or layout");
+    problem.has_t = true;
+    args.t = t->data_ptr();
+  }
   LoraLinearBackwardPlan chosen;
-  raise_if_failed(plan(problem, device.info(), &chosen));
+  raise_if_failed(plan(problem, info, &chosen));
   const auto fp32 = [&](bool wanted, std::vector<int64_t> sizes) {
     return new_tensor(x, wanted ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
   };
@@ -117,7 +161,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   Tensor dweight = fp32(needs_dweight, {N, K}), dbias = fp32(needs_dbias, {N});
   const int64_t R = o.problem.lora.total_rank;
   Tensor da = fp32(problem.needs_dlora, {R, K}), db = fp32(problem.needs_dlora, {R, N});
-  LoraLinearBackwardArgs args;
   args.dy = g.data_ptr();
   args.x = o.x.data;
   args.x_stride = o.x.stride;
@@ -141,12 +184,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_kernels::lora_linear));
+  m.impl("lora_linear_keeping_t", TORCH_BOX(&lora_kernels::lora_linear_keeping_t));
   m.impl("lora_linear_backward", TORCH_BOX(&lora_kernels::lora_linear_backward));
 }
 
 #if defined(LORA_KERNELS_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_kernels::lora_linear));
+  m.impl("lora_linear_keeping_t", TORCH_BOX(&lora_kernels::lora_linear_keeping_t));
   m.impl("lora_linear_backward", TORCH_BOX(&lora_kernels::lora_linear_backward));
 }
 #endif

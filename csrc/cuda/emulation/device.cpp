@@ -11,6 +11,7 @@ Status cuda_device(int, DeviceInfo* device) {
   d.l2_bytes = 50 << 20;
   d.clock_hz = 1.755e9;
   d.memory_bytes_per_second = 3.35e12;
+  d.wgmma = true;
   device->isa = kIsaCuda;
   device->cuda = d;
   return {};

@@ -76,6 +76,34 @@ void start_copy(void* to, const void* from, int bytes, int valid, Copy copy);
 void commit_copies();
 void wait_copies(int newest);  // all but the newest groups have landed
 
+// The asynchronous proxy, through which wgmma reads shared memory. A chunk of 16 bytes that a thread wrote is invisible
+// to it until that thread has called fence_proxy().
+void wrote(const void* chunk);
+void fence_proxy();
+void expect_visible(const void* chunk);
+uint32_t shared_offset(const void* p);  // within the block's shared memory, as descriptors have it
+const void* shared_at(uint32_t offset);
+
+// A thread's part of a warpgroup's product. It is made at its wait, at once, or by chance, as copies land.
+using Multiply = void (*)(void* registers, uint64_t a, uint64_t b);
+void fence_products();
+void start_product(void* registers, uint64_t a, uint64_t b, Multiply multiply);
+void commit_products();
+void wait_products(int newest);
+
+// A box of a matrix in global memory, in bytes but for rows, and barriers that count its bytes. A box lands when somebody
+// waits for it, at once, or by chance. Who waits for a phase that nothing on its way can end is refused.
+struct Box {
+  const char* data;
+  int64_t rows, row_bytes, stride;
+  int box_rows, row, column;
+};
+extern uint64_t boxes;  // that were loaded; counted until the caller sets it back
+void init_arrivals(const void* barrier);
+void expect_bytes(const void* barrier, int bytes);
+void load_box(void* to, const Box& box, const void* barrier);
+void wait_for_bytes(const void* barrier, int parity);
+
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arg);
 
 template <class Out, class In>
@@ -106,5 +134,8 @@ void mma_m16n8k8_f16(Slot* slots, uint32_t lanes);
 void mma_m16n8k8_tf32(Slot* slots, uint32_t lanes);
 void mma_m8n8k16_s8(Slot* slots, uint32_t lanes);
 void mma_m16n8k32_s8(Slot* slots, uint32_t lanes);
+void same_operands(Slot* slots, uint32_t lanes);  // of wgmma
+
+const float* half_values();  // fp16 by its bits
 
 }  // namespace lora_kernels::emulation

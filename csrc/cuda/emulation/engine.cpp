@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <vector>
 
 #include "cuda/emulation/emulation.h"
@@ -62,12 +63,13 @@ lora_kernels_switch_fiber:
 namespace lora_kernels::emulation {
 
 Options options;
-uint64_t bank_conflicts = 0;
+uint64_t bank_conflicts = 0, boxes = 0;
 
 namespace {
 
 constexpr size_t kMostThreads = 1024, kMostShared = 227 << 10, kStackBytes = 256 << 10;
 constexpr size_t kGap = 0 ASAN(+64), kGaps = 0 ASAN(+4096);  // bytes behind each part of shared memory, and of all
+constexpr size_t kAlignment = 1024;
 constexpr uint32_t kUnwritten = 0xFFFFFFFFu;
 
 struct Context {
@@ -82,6 +84,26 @@ struct PendingCopy {
   int bytes, valid, group;
   Copy copy;
 };
+struct PendingProduct {
+  void* registers;
+  uint64_t a, b;
+  int group;
+  Multiply multiply;
+};
+struct Arrivals {  // of one phase at a time: one arrival, and bytes that are still to come
+  int phase, arrived;
+  int64_t bytes;
+  void look() {
+    if (arrived == 0 || bytes != 0) return;
+    ++phase;
+    arrived = 0;
+  }
+};
+struct PendingBox {
+  void* to;
+  Box box;
+  uint32_t barrier;
+};
 enum class State { kReady, kBarrier, kWarp, kDone };
 struct Fiber : Context {
   State state;
@@ -91,6 +113,10 @@ struct Fiber : Context {
   Call call;
   std::vector<PendingCopy> copies;
   int group;
+  std::vector<PendingProduct> products;
+  int product_group;
+  bool registers_fenced;
+  std::vector<uint32_t> unfenced;  // chunks of shared memory
 };
 struct Warp {
   Slot slots[32];
@@ -113,6 +139,9 @@ struct Block {
   const void* arg;
   char* shared;
   size_t shared_bytes, shared_capacity;  // what the launch asked for, and with gaps
+  std::vector<uint16_t> writers;         // of each chunk: a thread's index + 1, until it has fenced what it wrote
+  std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
+  std::vector<PendingBox> boxes;
   std::string error;
   std::exception_ptr thrown;
   uint64_t random;
@@ -182,7 +211,37 @@ void open_barrier() {
   wake(b.fibers, b.threads, [](const Fiber& f) { return f.state == State::kBarrier; });
 }
 
-void land(const PendingCopy& c) { c.copy(c.to, c.from, c.bytes, c.valid); }
+void land(const PendingCopy& c) {
+  c.copy(c.to, c.from, c.bytes, c.valid);
+  wrote(c.to);
+}
+
+constexpr int kBoxWidth = 128;  // bytes
+
+void land(const PendingBox& p) {
+  const Box& box = p.box;
+  const uint32_t begin = shared_offset(p.to);
+  for (int r = 0; r < box.box_rows; ++r)
+    for (int chunk = 0; chunk < kBoxWidth / 16; ++chunk) {
+      uint32_t at = begin + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
+      at ^= (at >> 7 & 7) << 4;
+      const int64_t row = box.row + r, column = box.column + chunk * 16;
+      int64_t inside = row < box.rows ? box.row_bytes - column : 0;
+      inside = inside < 0 ? 0 : inside > 16 ? 16 : inside;
+      memset(b.shared + at, 0, 16);
+      if (inside) memcpy(b.shared + at, box.data + row * box.stride + column, static_cast<size_t>(inside));
+      b.writers[at / 16] = 0;  // written through the proxy that wgmma reads by
+    }
+  Arrivals& a = b.arrivals[p.barrier];
+  a.bytes -= box.box_rows * kBoxWidth;
+  a.look();
+}
+
+Arrivals& arrivals_at(uint32_t place) {
+  const auto found = b.arrivals.find(place);
+  if (found == b.arrivals.end()) refuse("a barrier of bytes that nobody has made");
+  return found->second;
+}
 
 // The first code of a fiber, and its last.
 void enter() {
@@ -211,6 +270,10 @@ void prepare(int i, uint3 block, dim3 size, dim3 grid) {
   f.index = i;
   f.copies.clear();
   f.group = 0;
+  f.products.clear();
+  f.product_group = 0;
+  f.registers_fenced = false;
+  f.unfenced.clear();
   f.call = {"", "", 0};
   b.warps[i / 32].exists |= 1u << i % 32;
   char* low = b.stacks + static_cast<size_t>(i) * kStackBytes;
@@ -235,6 +298,9 @@ void run_block(uint3 block, dim3 size, dim3 grid) {
   memset(b.shared, 0xFF, b.shared_capacity);
   ASAN(__asan_poison_memory_region(b.shared, b.shared_capacity);)
   memset(static_cast<void*>(b.warps), 0, sizeof(Warp) * static_cast<size_t>((b.threads + 31) / 32));
+  b.arrivals.clear();
+  b.boxes.clear();
+  b.writers.assign(b.shared_capacity / 16, 0);
   b.live = b.threads;
   b.waiting = b.ready_count = 0;
   TSAN(__tsan_release(&b.body);)
@@ -346,6 +412,102 @@ void wait_copies(int newest) {
   copies.erase(copies.begin(), copies.begin() + static_cast<ptrdiff_t>(i));
 }
 
+void wrote(const void* chunk) {
+  const char* at = static_cast<const char*>(chunk);
+  if (at < b.shared || at >= b.shared + b.shared_capacity) return;
+  const auto i = static_cast<uint32_t>((at - b.shared) / 16);
+  const auto me = static_cast<uint16_t>(b.current->index + 1);
+  if (b.writers[i] == me) return;
+  b.writers[i] = me;
+  b.current->unfenced.push_back(i);
+}
+
+void fence_proxy() {
+  for (uint32_t i : b.current->unfenced)
+    if (b.writers[i] == b.current->index + 1) b.writers[i] = 0;
+  b.current->unfenced.clear();
+}
+
+void expect_visible(const void* chunk) {
+  const int writer = b.writers[static_cast<size_t>(static_cast<const char*>(chunk) - b.shared) / 16];
+  if (writer)
+    refuse("wgmma reads shared memory that thread " + std::to_string(writer - 1) +
+           " wrote and has not fenced for its proxy");
+}
+
+uint32_t shared_offset(const void* p) {
+  const char* at = static_cast<const char*>(p);
+  if (at < b.shared || at >= b.shared + b.shared_capacity) refuse("an operand of wgmma outside shared memory");
+  return static_cast<uint32_t>(at - b.shared);
+}
+
+const void* shared_at(uint32_t offset) {
+  if (offset + 16 > b.shared_capacity) refuse("wgmma reads beyond shared memory");
+  return b.shared + offset;
+}
+
+void fence_products() { b.current->registers_fenced = true; }
+
+void start_product(void* registers, uint64_t a, uint64_t operand_b, Multiply multiply) {
+  Fiber& f = *b.current;
+  if (!f.registers_fenced) refuse("wgmma without wgmma_fence() before the first of a group");
+  // In order: a product is not made while an earlier one is pending.
+  if (f.products.empty() && (options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2))))
+    multiply(registers, a, operand_b);
+  else
+    f.products.push_back({registers, a, operand_b, f.product_group, multiply});
+}
+
+void commit_products() {
+  ++b.current->product_group;
+  b.current->registers_fenced = false;
+}
+
+void wait_products(int newest) {
+  Fiber& f = *b.current;
+  size_t i = 0;
+  for (; i < f.products.size() && f.products[i].group < f.product_group - newest; ++i)
+    f.products[i].multiply(f.products[i].registers, f.products[i].a, f.products[i].b);
+  f.products.erase(f.products.begin(), f.products.begin() + static_cast<ptrdiff_t>(i));
+}
+
+void init_arrivals(const void* barrier) { b.arrivals[shared_offset(barrier)] = {0, 0, 0}; }
+
+void expect_bytes(const void* barrier, int bytes) {
+  Arrivals& a = arrivals_at(shared_offset(barrier));
+  if (a.arrived) refuse("a second arrival in one phase of a barrier of bytes");
+  a.arrived = 1;
+  a.bytes += bytes;
+  a.look();
+}
+
+void load_box(void* to, const Box& box, const void* barrier) {
+  const uint32_t place = shared_offset(barrier);
+  arrivals_at(place);
+  if (shared_offset(to) % 128) refuse("a box to an address that is no multiple of 128");
+  ++boxes;
+  const PendingBox p{to, box, place};
+  if (options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2)))
+    land(p);
+  else
+    b.boxes.push_back(p);
+}
+
+void wait_for_bytes(const void* barrier, int parity) {
+  const uint32_t place = shared_offset(barrier);
+  Arrivals& a = arrivals_at(place);
+  for (size_t i = 0; i < b.boxes.size() && (a.phase & 1) == parity;) {
+    if (b.boxes[i].barrier != place) {
+      ++i;
+      continue;
+    }
+    const PendingBox p = b.boxes[i];
+    b.boxes.erase(b.boxes.begin() + static_cast<ptrdiff_t>(i));
+    land(p);
+  }
+  if ((a.phase & 1) == parity) refuse("waits for bytes that nothing on its way brings");
+}
+
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
             const void* arg) {
   const size_t threads = size_t{block.x} * block.y * block.z, blocks = size_t{grid.x} * grid.y * grid.z;
@@ -360,12 +522,12 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void
   b.body = body;
   b.arg = arg;
   b.shared_bytes = shared_bytes;
-  b.shared_capacity = (shared_bytes + kGaps + 127) / 128 * 128 + 128;
+  b.shared_capacity = (shared_bytes + kGaps + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
   ASAN(b.caller.low = nullptr;)
   TSAN(b.caller.tsan = __tsan_get_current_fiber();)
   b.random = options.seed * 0x9E3779B97F4A7C15ull | 1;
   struct Memory {
-    Memory() { b.shared = static_cast<char*>(std::aligned_alloc(128, b.shared_capacity)); }
+    Memory() { b.shared = static_cast<char*>(std::aligned_alloc(kAlignment, b.shared_capacity)); }
     ~Memory() {
       ASAN(__asan_unpoison_memory_region(b.shared, b.shared_capacity);)
       std::free(b.shared);

@@ -22,19 +22,6 @@ uint32_t bits_of(float f) {
   return bits;
 }
 
-const float* half_values() {
-  static const std::vector<float> values = [] {
-    std::vector<float> v(65536);
-    for (unsigned i = 0; i < 65536; ++i) {
-      __half_raw raw;
-      raw.x = static_cast<unsigned short>(i);
-      v[i] = __half2float(__half(raw));
-    }
-    return v;
-  }();
-  return values.data();
-}
-
 void expect_all(uint32_t lanes, const char* what) {
   if (lanes != ~0u) refuse(std::string(what) + " needs all 32 lanes of a warp");
 }
@@ -82,6 +69,25 @@ float bf16_value(uint32_t word, int e) { return float_of((word >> 16 * e & 0xFFF
 float tf32_value(uint32_t word, int) { return float_of(word & 0xFFFFE000u); }  // the low 13 bits are not looked at
 
 }  // namespace
+
+const float* half_values() {
+  static const std::vector<float> values = [] {
+    std::vector<float> v(65536);
+    for (unsigned i = 0; i < 65536; ++i) {
+      __half_raw raw;
+      raw.x = static_cast<unsigned short>(i);
+      v[i] = __half2float(__half(raw));
+    }
+    return v;
+  }();
+  return values.data();
+}
+
+void same_operands(Slot* slots, uint32_t lanes) {
+  expect_all(lanes, "wgmma");
+  for (int lane = 1; lane < 32; ++lane)
+    if (memcmp(slots[lane].in, slots[0].in, 16) != 0) refuse("wgmma: the lanes of a warp name different operands");
+}
 
 void shuffle(Slot* slots, uint32_t lanes) {
   for (int lane = 0; lane < 32; ++lane) {

@@ -26,6 +26,7 @@ __device__ inline Vector load16_constant(const void* from) {
 __device__ inline void store16(void* to, const Vector& v) {
 #if defined(LORA_KERNELS_EMULATION)
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::refuse("a store of 16 bytes to a misaligned address");
+  emulation::wrote(to);
 #endif
   *static_cast<Vector*>(to) = v;
 }

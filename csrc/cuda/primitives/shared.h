@@ -25,7 +25,7 @@ class Shared {
 
  public:
   __device__ Shared() {
-    extern __shared__ __align__(128) char memory[];
+    extern __shared__ __align__(1024) char memory[];
     next_ = memory;
   }
   template <class T>

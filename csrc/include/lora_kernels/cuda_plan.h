@@ -20,6 +20,7 @@ struct CudaLoraLinearPlan {
   int tile_columns = 0;      //
   int splits = 1;            // of K among blocks (kFewRows): partial sums go to the workspace
   bool large_tiles = false;  // which of the two tile shapes
+  int wgmma_columns = 0;     // kBase, kTwoSteps: 128 or 256, of tiles by wgmma; 0: by mma.sync
   bool early_start = false;  // a kernel may start before the one whose result it needs at its end has finished
   bool t_in_blocks = false;  // kFewRows: every block makes t for itself, which saves the kernel before
   bool convert_a = false;    // A is of another type than x: a kernel converts it first
@@ -34,7 +35,11 @@ struct CudaLoraLinearBackwardPlan {
   int a_splits = 1;          // of the rows, in the sums over rows: partial sums go to the workspace and are
   int b_splits = 1;          // added in order by a last kernel
   int w_splits = 1;          //
-  double predicted_us = 0;   //
+  // u = s dy Bt and dB = tt dy in one kernel that reads dy once; blocks take so many tiles of 64 rows, and split rows
+  // and columns among them. Parts of both are added by a second kernel.
+  bool dy_once = false;
+  int row_tiles = 1, row_splits = 1, column_splits = 1;
+  double predicted_us = 0;  //
 };
 std::string to_string(const CudaLoraLinearBackwardPlan& plan);
 
@@ -55,5 +60,25 @@ struct CudaInt8LoraLinearPlan {
   double predicted_us = 0;   // as in CudaLoraLinearPlan
 };
 std::string to_string(const CudaInt8LoraLinearPlan& plan);
+
+struct CudaKvAttentionStepPlan {
+  int arch = 0;              //
+  int groups = 1;            // of 64 channels of a head
+  bool fused = false;        // new tokens are appended by the kernel that attends; else by one before it
+  bool grouped = false;      // a block has all queries of a cache row, which is read once for them; else those of a row
+  bool places = false;       // the places of positions are looked up beforehand: new tokens, or slots per position
+  int chunks = 1;            // of queries among blocks; more than so many follow in turns
+  int splits = 1;            // of the positions among blocks: partial sums go to the workspace, a kernel adds them up
+  int split_positions = 0;   // of each
+  bool early_start = false;  // kernels behind the first may start before the one before has finished
+  double predicted_us = 0;   // as in CudaLoraLinearPlan, with a cache that is full
+};
+std::string to_string(const CudaKvAttentionStepPlan& plan);
+
+struct CudaKvPackPlan {
+  int arch = 0;             //
+  double predicted_us = 0;  // as in CudaLoraLinearPlan
+};
+std::string to_string(const CudaKvPackPlan& plan);
 
 }  // namespace lora_kernels

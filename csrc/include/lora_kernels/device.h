@@ -15,8 +15,8 @@ enum Isa : uint32_t {
   kIsaAvx512Vnni = 1u << 2,  // vpdpbusd: four INT8 products and their sum per lane
   kIsaAvx512Bf16 = 1u << 3,  // vdpbf16ps: two bf16 products and their sum per lane
   kIsaAvxVnni = 1u << 4,     // vpdpbusd on 256 bits without AVX-512
-  kIsaAmxInt8 = 1u << 5,
-  kIsaAmxBf16 = 1u << 6,
+  kIsaAmxInt8 = 1u << 5,     // tdpbusd: 16 x 16 sums of 64 INT8 products each, in tile registers
+  kIsaAmxBf16 = 1u << 6,     // tdpbf16ps: the same of 32 bf16 products
   kIsaCuda = 1u << 31,  // not of a CPU: the operands are in the memory of a CUDA device, described by DeviceInfo::cuda
 };
 
@@ -29,13 +29,17 @@ struct CudaDevice {
   int64_t l2_bytes = 0;                //
   double clock_hz = 0;                 // of the multiprocessors
   double memory_bytes_per_second = 0;  // of the data sheet: clock times width
+  bool wgmma = false;                  // sm_90, and this library has machine code for sm_90a
 };
 
 struct DeviceInfo {
   // Whether vdpbf16ps does more per cycle than fp32 multiply-adds: twice as much on AMD's Zen 4 and 5, half as much on
   // Intel's Sapphire Rapids (measured: 96 against 200 GFLOP/s on one core).
   bool fast_bf16_dot = false;
-  uint32_t isa = 0;            // Isa bits
+  uint32_t isa = 0;  // Isa bits
+  // errno where the operating system refuses this process the tile registers that AMX computes in; 0: it may use them,
+  // or the CPU has none.
+  int tile_refusal = 0;
   int threads = 1;             // how many tasks the executor runs at the same time
   int64_t l2_bytes = 1 << 20;  // per core
   CudaDevice cuda;             // of the operands; isa is then kIsaCuda alone
@@ -47,7 +51,8 @@ Status cuda_device(int index, DeviceInfo* device);
 // A device that may not be here, for plans: the DeviceInfo of operands on it.
 DeviceInfo on_cuda(const CudaDevice& device);
 
-// The CPU that this process runs on; `threads` is left at 1, the caller knows its own pool.
+// The CPU that this process runs on; `threads` is left at 1, the caller knows its own pool. The first call asks the
+// operating system for AMX's tile registers where there are any.
 DeviceInfo host_device();
 
 // "avx2 avx512 avx512_vnni", or "none".

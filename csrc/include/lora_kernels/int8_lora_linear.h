@@ -67,7 +67,8 @@ struct Int8LoraLinearPlan {
   Int8LoraLinearProblem problem;
   const Int8LoraLinearImplementation* implementation = nullptr;
   int tasks = 1;
-  bool bf16_dot = false;  // vdpbf16ps on bf16 adapters
+  bool bf16_dot = false;  // bf16 adapters are multiplied as bf16, x too (vdpbf16ps, or in tiles)
+  bool tiles = false;     // AMX
   int64_t workspace = 0;
   CudaInt8LoraLinearPlan cuda;  // on a CUDA device, where tasks and bf16_dot are idle and a screen is not read
 };

@@ -1,6 +1,8 @@
 // kv_attention_step: append the new tokens' k, v to a cache and attend over it: one decoding step of self-attention
 // (growing; beams reordered by an index table, never by copying) or of cross-attention (fixed K/V, shared by the beams
-// of an utterance).
+// of an utterance). On a CUDA device lengths, slots and scales are in its memory and cannot be refused before the
+// launch: a row whose length or slot is out of range, or whose scale per channel is no positive finite number, becomes
+// NaN.
 //   out[i, t, h] = sum_p softmax_p(scale * q[i, t, h] . K[p, h]) V[p, h]; softmax and sums in fp32.
 //   FLOPs 4 rows T H D positions; bytes 2 rows H positions D * element size (shared rows are read once): bound by
 //   memory.
@@ -8,6 +10,7 @@
 
 #include <string>
 
+#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/status.h"
@@ -62,7 +65,7 @@ struct KvAttentionStepArgs {
   const int32_t* lengths = nullptr;  // [rows]: valid positions before this call
   const int32_t* slots = nullptr;    // by Problem.slots
   float scale = 1;
-  const int64_t* weight_heads = nullptr;  // [weight_heads]
+  const int64_t* weight_heads = nullptr;  // [weight_heads], in the CPU's memory on any device
   float* weights = nullptr;               // [rows, weight_heads, T, C], or null
   void* out = nullptr;                    // [rows, T, H, D] contiguous
   void* workspace = nullptr;
@@ -73,6 +76,7 @@ struct KvAttentionStepPlan {
   const KvAttentionStepImplementation* implementation = nullptr;
   int tasks = 1;
   int64_t workspace = 0;
+  CudaKvAttentionStepPlan cuda;  // of a CUDA device
 };
 
 Status plan(const KvAttentionStepProblem& problem, const DeviceInfo& device, KvAttentionStepPlan* plan);

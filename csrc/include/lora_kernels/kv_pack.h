@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/status.h"
@@ -41,6 +42,7 @@ struct KvPackPlan {
   const KvPackImplementation* implementation = nullptr;
   int tasks = 1;
   int64_t workspace = 0;
+  CudaKvPackPlan cuda;  // of a CUDA device
 };
 
 Status plan(const KvPackProblem& problem, const DeviceInfo& device, KvPackPlan* plan);

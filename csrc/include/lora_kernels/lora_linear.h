@@ -28,6 +28,7 @@ struct LoraLinearProblem {
   Activation activation = Activation::kNone;
   LoraShape lora;
   double dropout_p = 0;  // of the LoRA branch's input; 0: none
+  bool keeps_t = false;  // run() hands out t = s (dropout(x) At), for the gradients to come
   // On CUDA, products of fp32 storage are made of three tf32 products each, which keeps fp32's precision. This allows
   // one, of 10 bits, as torch.backends.cuda.matmul.allow_tf32 does.
   bool allow_tf32 = false;
@@ -42,10 +43,18 @@ struct LoraLinearArgs {
   LoraBank lora;
   const void* residual = nullptr;  // [M, N] contiguous
   void* y = nullptr;               // [M, N] contiguous
+  void* t = nullptr;               // with keeps_t: [M, kept_t_columns(lora)] of kept_t_dtype()
   uint64_t dropout_seed = 0;
   const int64_t* dropout_seed_on_device = nullptr;  // CUDA: read by the kernels in place of dropout_seed, unless null
   void* workspace = nullptr;                        // workspace_bytes(plan), aligned to 64 bytes (256 on a CUDA device)
 };
+
+// t of row m holds the ranks of m's own adapter, from column 0 on; what else is in a row, and in rows of the base
+// alone, is for nobody to read. Its width follows from the sum of the ranks alone: offsets may be on a device.
+inline int64_t kept_t_columns(const LoraShape& lora) { return round_up(lora.total_rank, 16); }
+inline DType kept_t_dtype(const LoraLinearProblem& p, const DeviceInfo& device) {
+  return device.cuda.arch ? p.dtype : DType::kFloat32;
+}
 
 // How the product is computed; chosen by plan() from the problem and the device alone.
 enum class LoraLinearPath : uint8_t {
@@ -59,7 +68,7 @@ struct LoraLinearPlan {
   LoraLinearPath path = LoraLinearPath::kDot;
   int tasks = 1;            // of the executor
   int64_t l2_bytes = 0;     // of the device: blocks of rows are cut to fit it
-  bool bf16_dot = false;    // vdpbf16ps on bf16 storage
+  bool bf16_dot = false;    // bf16 storage is multiplied as bf16 (vdpbf16ps, or in tiles)
   int64_t workspace = 0;    // bytes
   CudaLoraLinearPlan cuda;  // on a CUDA device: everything above but problem, implementation and workspace is idle
 };
@@ -76,6 +85,7 @@ struct LoraLinearBackwardProblem {
   bool needs_dweight = false;
   bool needs_dbias = false;
   bool needs_dlora = false;  // dA and dB
+  bool has_t = false;        // args.t is what the forward pass handed out: it need not be made again for dB
 };
 
 struct LoraLinearBackwardArgs {
@@ -85,6 +95,7 @@ struct LoraLinearBackwardArgs {
   const void* weight = nullptr;
   int64_t weight_stride = 0;
   LoraBank lora;
+  const void* t = nullptr;  // with has_t: as in the forward pass
   uint64_t dropout_seed = 0;
   const int64_t* dropout_seed_on_device = nullptr;
   void* dx = nullptr;        // [M, K] contiguous, forward.dtype

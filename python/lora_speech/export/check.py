@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from lora_speech.decoding import greedy_decode
 from lora_speech.errors import ModelError
+from lora_speech.export.speakers import speaker_of
 from lora_speech.export.target import Plan, Recognizer
-from lora_speech.features import extract_features
-from lora_speech.prompts import default_language, prompt_tokens, special_tokens, token_limit
-from lora_speech.transcription import decode_text
 
 
 @dataclass(frozen=True)
@@ -96,43 +92,29 @@ def check_export(
     """
     import jiwer
 
-    model = plan.model
-    tokens = special_tokens(model.model)
-    language = default_language(tokens)
-    prompt = prompt_tokens(tokens, language)
-    limit = token_limit(tokens, len(prompt), None)
-    longest = int((model.window_seconds or 30.0) * model.sampling_rate)
+    speaker = speaker_of(plan, recognizer)
+    window = plan.model.window_seconds
+    longest = None if window is None else int(window * plan.model.sampling_rate)
     comparisons = []
     for name, samples in zip(names, recordings, strict=True):
-        features = extract_features(model, [samples[:longest]])[model.family.features.input_name]
+        features = speaker.features(samples[:longest])
         for adapter in (None, *plan.live):
-
-            def by_torch(features: torch.Tensor = features, adapter: str | None = adapter) -> Any:
-                chosen = [adapter] if plan.live else None
-                found = greedy_decode(model.model, features, adapters=chosen, language=language)
-                return found.tokens[0]
-
-            def by_export(features: torch.Tensor = features, adapter: str | None = adapter) -> Any:
-                return recognizer.decode(features.numpy(), prompt, limit, adapter)
-
-            expected, torch_ms = _timed(by_torch)
-            got, export_ms = _timed(by_export)
-            pairs = zip(expected, got, strict=False)
-            differ = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
-            same = min(len(expected), len(got)) if differ is None else differ
-            comparisons.append(
-                Comparison(
-                    name,
-                    adapter,
-                    decode_text(model, expected),
-                    decode_text(model, got),
-                    len(expected),
-                    same,
-                    expected == got,
-                    torch_ms,
-                    export_ms,
+            for way, by_torch, by_export in speaker.ways(features, adapter):
+                expected, torch_ms = _timed(by_torch)
+                got, export_ms = _timed(by_export)
+                comparisons.append(
+                    Comparison(
+                        name + way,
+                        adapter,
+                        speaker.text(expected),
+                        speaker.text(got),
+                        len(expected),
+                        _same(expected, got),
+                        expected == got,
+                        torch_ms,
+                        export_ms,
+                    )
                 )
-            )
     heard = [c for c in comparisons if c.expected]
     if not heard:
         raise ModelError(
@@ -145,7 +127,13 @@ def check_export(
     return Check(comparisons, wer)
 
 
-def _timed(run: Any) -> tuple[list[int], float]:
+def _same(expected: Sequence[int], got: Sequence[int]) -> int:
+    """How many tokens come before the first that differs."""
+    pairs = enumerate(zip(expected, got, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(expected), len(got)))
+
+
+def _timed(run: Callable[[], Sequence[int]]) -> tuple[list[int], float]:
     run()
     begin = time.perf_counter()
     found = run()

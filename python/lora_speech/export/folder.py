@@ -1,22 +1,21 @@
 """What stands beside exported graphs: how to decode, and the adapters as a runtime binds them.
 
-`decoding.json` holds all that a program needs besides the graphs to turn recordings into tokens;
-the processor's own files turn tokens into text.
+`decoding.json` holds all that a program needs besides the graphs to turn features into tokens; the
+processor's own files make features of recordings and text of tokens. What writes them is
+`companions.py`: reading them needs no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_speech.errors import ModelError
-from lora_speech.export.target import Plan
-from lora_speech.prompts import default_language, prompt_tokens, special_tokens, token_limit
 
 DECODING = "decoding.json"
 ADAPTERS = "adapters"
@@ -61,85 +60,57 @@ class Decoding:
     cross_positions: int
     live: list[str]
     int8: bool
-
-    @classmethod
-    def of(cls, plan: Plan) -> Decoding:
-        """Of a Whisper."""
-        whisper, extractor = plan.model.model, plan.model.processor.feature_extractor
-        config, tokens = whisper.config, special_tokens(whisper)
-        prompt = prompt_tokens(tokens, default_language(tokens))
-        return cls(
-            sampling_rate=int(extractor.sampling_rate),
-            n_fft=int(extractor.n_fft),
-            hop_length=int(extractor.hop_length),
-            mel_bands=int(extractor.feature_size),
-            window_samples=int(extractor.n_samples),
-            prompt=prompt,
-            end=tokens.end,
-            suppressed=list(tokens.suppressed),
-            suppressed_first=list(tokens.suppressed_first),
-            max_new_tokens=token_limit(tokens, len(prompt), None),
-            positions=tokens.max_positions,
-            layers=int(config.decoder_layers),
-            heads=int(config.decoder_attention_heads),
-            head_size=int(config.d_model) // int(config.decoder_attention_heads),
-            cross_positions=int(config.max_source_positions),
-            live=list(plan.live),
-            int8=plan.int8,
-        )
-
-    @classmethod
-    def read(cls, folder: Path) -> Decoding:
-        """From an exported folder.
-
-        Raises
-        ------
-        ModelError
-            It holds none.
-        """
-        path = folder / DECODING
-        if not path.is_file():
-            raise ModelError(
-                f"{folder}: expected an exported model with {DECODING}, got none; name a folder "
-                "that lora-speech export wrote"
-            )
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+    objective: str = "sequence"
 
 
-def write_companions(plan: Plan, folder: Path) -> None:
-    """Write `decoding.json` and the processor's files."""
-    record = json.dumps(asdict(Decoding.of(plan)), indent=1)
-    (folder / DECODING).write_text(record + "\n", encoding="utf-8")
-    plan.model.processor.save_pretrained(folder)
+@dataclass(frozen=True)
+class CtcDecoding:
+    """How the graphs of a CTC model are used.
 
-
-def adapted_linears(plan: Plan) -> tuple[str, ...]:
-    """Names, within `WhisperModel`, of the linears that any live adapter changes."""
-    import lora_kernels as lk
-
-    changed = {n for name in plan.live for n in lk.get_adapter(plan.model.model, name).layers}
-    order = [name for name, _ in plan.model.model.named_modules() if name in changed]
-    return tuple(name.removeprefix("model.") for name in order)
-
-
-def write_adapters(plan: Plan, folder: Path) -> None:
-    """Write `adapters/NAME.safetensors`: lora_a [r, K] and lora_b [r, N] of each linear.
-
-    fp32; the scale is in lora_b.
+    Attributes
+    ----------
+    sampling_rate : int
+        Of the recordings.
+    blank : int
+        The token between tokens.
+    chunk, subsampling : int
+        Positions of a step, and frames of a position; 0 where there is no step.
+    caches : dict
+        Shape of each cache of a step, for one utterance.
+    live : list of str
+        Adapters that lie beside the graphs.
+    int8 : bool
+        Whether layers are INT8.
     """
-    from safetensors.numpy import save_file
 
-    import lora_kernels as lk
+    sampling_rate: int
+    blank: int
+    chunk: int
+    subsampling: int
+    caches: dict[str, tuple[int, ...]]
+    live: list[str]
+    int8: bool
+    objective: str = "ctc"
 
-    for name in plan.live:
-        tensors: dict[str, np.ndarray] = {}
-        for linear, layer in lk.get_adapter(plan.model.model, name).layers.items():
-            key = linear.removeprefix("model.")
-            b = layer.b_matrix.detach().float().t() * layer.scale
-            tensors[f"{key}.lora_a"] = layer.a_matrix.detach().float().numpy().copy()
-            tensors[f"{key}.lora_b"] = np.ascontiguousarray(b.numpy())
-        (folder / ADAPTERS).mkdir(exist_ok=True)
-        save_file(tensors, str(folder / ADAPTERS / f"{name}.safetensors"))
+
+def read_decoding(folder: Path) -> Decoding | CtcDecoding:
+    """How the graphs of an exported folder are used.
+
+    Raises
+    ------
+    ModelError
+        It is none.
+    """
+    path = folder / DECODING
+    if not path.is_file():
+        raise ModelError(
+            f"{folder}: expected an exported model with {DECODING}, got none; name a folder "
+            "that lora-speech export wrote"
+        )
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    kind = CtcDecoding if fields.get("objective") == "ctc" else Decoding
+    found: Decoding | CtcDecoding = kind(**fields)
+    return found
 
 
 def read_adapters(folder: Path, live: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -178,3 +149,11 @@ def banks(
         found[f"{linear}.lora_b"] = np.concatenate([m for m in b if m is not None] + spare)
         found[f"{linear}.offsets"] = np.cumsum([0, *ranks], dtype=np.int32)
     return found
+
+
+def input_sizes(names: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, tuple[int, int]]:
+    """(K, N) of each linear whose adapters are inputs, from names and shapes of inputs."""
+    names = list(names)
+    widths = {name: int(shape[1]) for name, shape in names if name.endswith(("lora_a", "lora_b"))}
+    linears = {name.rpartition(".")[0] for name in widths}
+    return {name: (widths[f"{name}.lora_a"], widths[f"{name}.lora_b"]) for name in sorted(linears)}

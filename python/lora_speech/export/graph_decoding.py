@@ -14,6 +14,24 @@ Run = Callable[[str, Arrays], Arrays]
 """Runs ``encode``, ``prefill`` or ``step`` over named inputs and gives its named outputs."""
 
 
+def adapter_index(live: Sequence[str], adapter: str | None) -> dict[str, np.ndarray]:
+    """The input that names the adapter of one utterance; none where none is live.
+
+    Raises
+    ------
+    ModelError
+        The adapter is not among the live ones.
+    """
+    if adapter is not None and adapter not in live:
+        raise ModelError(
+            f"adapter: expected {'one of ' if live else ''}{', '.join(live) or 'None'}, got "
+            f"{adapter!r}; export it with --adapter NAME=FOLDER"
+        )
+    if not live:
+        return {}
+    return {"adapter_ids": np.array([-1 if adapter is None else live.index(adapter)], np.int32)}
+
+
 class GraphRecognizer:
     """A `target.Recognizer` over the three graphs.
 
@@ -36,15 +54,7 @@ class GraphRecognizer:
     ) -> list[int]:
         """See `target.Recognizer`."""
         decoding = self.decoding
-        extra = dict(self.adapters)
-        if decoding.live:
-            if adapter is not None and adapter not in decoding.live:
-                raise ModelError(
-                    f"adapter: expected one of {', '.join(decoding.live)}, got {adapter!r}; export "
-                    "it with --adapter NAME=FOLDER"
-                )
-            index = -1 if adapter is None else decoding.live.index(adapter)
-            extra["adapter_ids"] = np.array([index], np.int32)
+        extra = {**self.adapters, **adapter_index(decoding.live, adapter)}
         cross = self.run("encode", {"features": features, **extra})
         tokens = np.array([list(prompt)], np.int64)
         outputs = self.run("prefill", {"tokens": tokens, **cross, **extra})

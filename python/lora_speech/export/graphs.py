@@ -17,7 +17,8 @@ positions of a row's caches are filled before the call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -187,6 +188,9 @@ class Graph(nn.Module):
     ----------
     inputs, outputs : tuple of str
         Names, in order, without the adapters.
+    open_sizes : mapping
+        By input and dimension, what its size is called, where a graph takes any; besides the first
+        dimension of each, which is the batch.
     adapted : tuple of str
         The linears whose adapters are inputs: ``NAME.lora_a``, ``NAME.lora_b``, ``NAME.offsets``
         of each, and before them all, if there are any, ``adapter_ids`` [B].
@@ -194,12 +198,13 @@ class Graph(nn.Module):
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    open_sizes: Mapping[tuple[str, int], str] = MappingProxyType({})
 
-    def __init__(self, whisper: Any, operators: Operators, adapted: Iterable[str] = ()) -> None:
+    def __init__(self, model: Any, operators: Operators, adapted: Iterable[str] = ()) -> None:
         super().__init__()
-        self.model = whisper.model
+        self.model = model
         self.operators = operators
-        self._names = {module: name for name, module in whisper.model.named_modules()}
+        self._names = {module: name for name, module in model.named_modules()}
         own = {self._names[module] for module in self._linears()}
         self.adapted = tuple(name for name in adapted if name in own)
 
@@ -210,6 +215,22 @@ class Graph(nn.Module):
             return ()
         kinds = ("lora_a", "lora_b", "offsets")
         return ("adapter_ids", *(f"{name}.{kind}" for name in self.adapted for kind in kinds))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of features, caches and adapters."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def width(self, linear: str, kind: str) -> int:
+        """Columns of ``lora_a`` or ``lora_b`` of a linear."""
+        module: Any = self.model.get_submodule(linear)
+        inputs = getattr(module, "in_features", getattr(module, "in_channels", 0))
+        outputs = getattr(module, "out_features", getattr(module, "out_channels", 0))
+        return int(inputs if kind == "lora_a" else outputs)
+
+    def sizes(self, batch: int, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each input, for so many utterances and tokens (or frames)."""
+        raise NotImplementedError
 
     def _linears(self) -> list[Any]:
         raise NotImplementedError
@@ -222,22 +243,34 @@ class Graph(nn.Module):
         return adapters[at], adapters[at + 1], adapters[at + 2], adapters[0]
 
     def _linear(self, module: Any, x: torch.Tensor, adapters: Tensors, **more: Any) -> torch.Tensor:
+        parts = self._parts(module)
+        return self.operators.linear(x, parts, self._bank(module, adapters), **more)
+
+    def _parts(self, module: Any) -> LinearParts:
         parts = linear_parts(module)
+        if parts is None and isinstance(module, nn.Conv1d):  # pointwise: a linear over channels
+            weight = module.weight.squeeze(-1)
+            parts = LinearParts(weight, False, module.out_channels, module.bias)
         if parts is None:
             raise ModelError(
                 f"{self._names[module]}: expected a linear layer of the base or of lora_kernels, "
                 f"got {type(module).__name__}; export the model as load_for_serving gives it"
             )
-        return self.operators.linear(x, parts, self._bank(module, adapters), **more)
+        return parts
 
 
 class EncodeGraph(Graph):
     """Features to the keys and values that the decoder's cross-attention reads."""
 
     def __init__(self, whisper: Any, operators: Operators, adapted: Iterable[str] = ()) -> None:
-        super().__init__(whisper, operators, adapted)
+        super().__init__(whisper.model, operators, adapted)
         self.inputs = ("features",)
         self.outputs = cross_names(len(self.model.decoder.layers))
+
+    def sizes(self, batch: int, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """See `Graph`."""
+        config = self.model.config
+        return [((batch, config.num_mel_bins, 2 * config.max_source_positions), self.dtype)]
 
     def _linears(self) -> list[Any]:
         encoder, decoder = self.model.encoder, self.model.decoder
@@ -280,7 +313,7 @@ class _DecoderGraph(Graph):
     vocabulary: Any
 
     def __init__(self, whisper: Any, operators: Operators, adapted: Iterable[str] = ()) -> None:
-        super().__init__(whisper, operators, adapted)
+        super().__init__(whisper.model, operators, adapted)
         self.proj_out = whisper.proj_out
         first = linear_parts(self._linears()[0])
         # Beside INT8 layers the vocabulary is INT8 too, as where this package decodes itself.
@@ -291,6 +324,20 @@ class _DecoderGraph(Graph):
         self.caches = cache_names("past", layers)
         self.cross = cross_names(layers)
         self.outputs = ("logits", *cache_names("present", layers))
+
+    def sizes(self, batch: int, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """See `Graph`."""
+        config = self.model.config
+        heads = config.decoder_attention_heads
+        cache = (batch, heads, self.capacity, config.d_model // heads)
+        cross = (batch, heads, config.max_source_positions, config.d_model // heads)
+        known = {
+            "tokens": ((batch, tokens), torch.int64),
+            "lengths": ((batch,), torch.int32),
+            **dict.fromkeys(self.caches, (cache, self.dtype)),
+            **dict.fromkeys(self.cross, (cross, self.dtype)),
+        }
+        return [known[name] for name in self.inputs]
 
     def _linears(self) -> list[Any]:
         return [
@@ -342,6 +389,8 @@ class _DecoderGraph(Graph):
 
 class PrefillGraph(_DecoderGraph):
     """A prompt to the logits after it and the caches that it fills."""
+
+    open_sizes = MappingProxyType({("tokens", 1): "prompt"})
 
     def __init__(self, whisper: Any, operators: Operators, adapted: Iterable[str] = ()) -> None:
         super().__init__(whisper, operators, adapted)

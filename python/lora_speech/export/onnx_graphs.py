@@ -1,111 +1,39 @@
-"""The three graphs as ONNX files that share one file of weights."""
+"""Graphs as ONNX files that share one file of weights."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_speech.export.folder import Decoding, adapted_linears
-from lora_speech.export.graphs import (
-    EncodeGraph,
-    Graph,
-    KernelOperators,
-    Operators,
-    PrefillGraph,
-    StepGraph,
-)
-from lora_speech.export.target import Plan, Say
+from lora_speech.export.graph_inputs import example_inputs, open_dimensions
+from lora_speech.export.graphs import Graph
+from lora_speech.export.target import Say
 
-GRAPHS: dict[str, type[Graph]] = {
-    "encode": EncodeGraph,
-    "prefill": PrefillGraph,
-    "step": StepGraph,
-}
 WEIGHTS = "weights.bin"
 OPSET = 18
 _ALIGNMENT = 64  # bytes; runtimes that map the file want weights on a cache line
 _INLINE = 1024  # bytes; what is smaller stays in the graph, where shape inference can read it
 
 
-def make_graph(plan: Plan, name: str, operators: Operators | None = None) -> Graph:
-    """One of the three graphs of a plan's Whisper."""
-    adapted = adapted_linears(plan)
-    return GRAPHS[name](plan.model.model, operators or KernelOperators(), adapted).eval()
-
-
-def example_inputs(
-    plan: Plan, graph: Graph, batch: int = 2, prompt: int = 3
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Inputs of a graph, and its adapters, of the right shapes and types."""
-    decoding = Decoding.of(plan)
-    head = (batch, decoding.heads)
-    window = decoding.window_samples // decoding.hop_length
-    tokens = 1 if isinstance(graph, StepGraph) else prompt
-    shapes: dict[str, torch.Tensor] = {
-        "features": torch.zeros(batch, decoding.mel_bands, window),
-        "tokens": torch.ones(batch, tokens, dtype=torch.int64),
-        "lengths": torch.full((batch,), prompt, dtype=torch.int32),
-    }
-    inputs = []
-    for name in graph.inputs:
-        positions = decoding.cross_positions if name.startswith("cross") else decoding.positions
-        empty = torch.zeros(*head, positions, decoding.head_size)
-        inputs.append(shapes.get(name, empty))
-    adapters = []
-    linears = dict(graph.model.named_modules())
-    for name in graph.adapter_inputs:
-        linear, _, kind = name.rpartition(".")
-        if not linear:
-            adapters.append(torch.zeros(batch, dtype=torch.int32))
-        elif kind == "offsets":
-            adapters.append(torch.tensor([0, 3, 5], dtype=torch.int32))
-        else:
-            module: Any = linears[linear]
-            width = module.in_features if kind == "lora_a" else module.out_features
-            adapters.append(torch.zeros(5, width))
-    return inputs, adapters
-
-
-def _dynamic(graph: Graph) -> tuple[list[Any], list[Any]]:
-    """Which sizes stay open: the batch, the prompt, ranks and the number of adapters."""
-    batch = torch.export.Dim("batch")
-    prompt = torch.export.Dim("prompt")
-    inputs: list[Any] = []
-    for name in graph.inputs:
-        sizes = {0: batch}
-        if name == "tokens" and isinstance(graph, PrefillGraph):
-            sizes[1] = prompt
-        inputs.append(sizes)
-    ranks = {name: torch.export.Dim(f"rank_{i}") for i, name in enumerate(graph.adapted)}
-    bounds = torch.export.Dim("bounds")
-    adapters: list[Any] = []
-    for name in graph.adapter_inputs:
-        linear, _, kind = name.rpartition(".")
-        adapters.append(
-            {0: batch if not linear else bounds if kind == "offsets" else ranks[linear]}
-        )
-    return inputs, adapters
-
-
-def export_onnx(plan: Plan, graph: Graph) -> Any:
+def export_onnx(graph: Graph) -> Any:
     """A graph as an `onnx_ir.Model`, our operators as nodes with bodies."""
     from lora_kernels import export
 
-    inputs, adapters = example_inputs(plan, graph)
+    inputs, adapters = example_inputs(graph)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             graph,
             (inputs, adapters),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=_dynamic(graph),
+            dynamic_shapes=open_dimensions(graph),
             input_names=[*graph.inputs, *graph.adapter_inputs],
             output_names=list(graph.outputs),
             custom_translation_table=export.translations(),
@@ -115,14 +43,14 @@ def export_onnx(plan: Plan, graph: Graph) -> Any:
     return export.finish(program.model)
 
 
-def write_onnx(plan: Plan, folder: Path, say: Say, operators: Operators | None = None) -> None:
-    """Write `encode.onnx`, `prefill.onnx`, `step.onnx` and the weights they share."""
+def write_onnx(graphs: Mapping[str, Graph], folder: Path, say: Say) -> None:
+    """Write `NAME.onnx` of each graph and the weights they share."""
     import onnx_ir as ir
 
     models = {}
-    for name in GRAPHS:
+    for name, graph in graphs.items():
         say(f"exporting {name}")
-        models[name] = export_onnx(plan, make_graph(plan, name, operators))
+        models[name] = export_onnx(graph)
     say("writing the weights")
     _share_weights(models.values(), folder)
     for name, model in models.items():
@@ -165,10 +93,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def input_sizes(names: list[tuple[str, Any]]) -> dict[str, tuple[int, int]]:
-    """(K, N) of each linear whose adapters are inputs, from names and shapes of inputs."""
-    widths = {name: int(shape[1]) for name, shape in names if name.endswith(("lora_a", "lora_b"))}
-    linears = {name.rpartition(".")[0] for name in widths}
-    return {name: (widths[f"{name}.lora_a"], widths[f"{name}.lora_b"]) for name in sorted(linears)}

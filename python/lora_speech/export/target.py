@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, util
 from pathlib import Path
@@ -10,14 +10,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from lora_speech.errors import MissingExtraError
+from lora_speech.errors import MissingExtraError, SpeechError
+from lora_speech.export.names import TARGETS
 from lora_speech.models.loading import SpeechModel
 
-TARGETS: tuple[str, ...] = ("peft", "ctranslate2", "onnx", "torchscript", "aoti")
-"""Names of the targets, each that of its file in `targets`."""
-
 Say = Callable[[str], None]
-"""Told what is done at the moment."""
+"""Told what is done at the moment: a stage, and after a colon how far it is."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,6 @@ class Target:
     ----------
     name : str
         As in `--to`.
-    summary : str
-        What it is, in a few words.
     write : callable
         Writes the plan's model into a folder.
     open : callable
@@ -94,32 +90,49 @@ class Target:
     int8 : {"ours", "own", None}
         Whether INT8 means this package's quantized layers, the target's own quantization, or is
         not there.
+    objectives : tuple of str
+        Of the families that it takes.
     packages : tuple of str
         Importable names that it needs.
     extra : str
         The extra that installs them.
+    options : mapping
+        What it takes besides, by `--option NAME=VALUE`, and what that means.
+    ready : callable
+        Refuses options, and a machine that cannot do it, before anything is loaded.
     usage : callable
         How the written folder is used: lines for the terminal.
     """
 
     name: str
-    summary: str
     write: Callable[[Plan, Path, Say], None]
     open: Callable[[Path], Recognizer]
     live: bool
     int8: Literal["ours", "own"] | None
+    objectives: tuple[str, ...] = ("sequence",)
     packages: tuple[str, ...] = ()
     extra: str = "export"
+    options: Mapping[str, str] = field(default_factory=dict)
+    ready: Callable[[Mapping[str, str]], object] = dict
     usage: Callable[[Path], str] = str
 
-    def require(self) -> None:
-        """Refuse, before anything is loaded, if a package is missing.
+    def require(self, options: Mapping[str, str]) -> None:
+        """Refuse, before anything is loaded, what cannot be done.
 
         Raises
         ------
         MissingExtraError
-            Naming the packages and the extra.
+            Naming the packages that are missing, and the extra.
+        SpeechError
+            An option is unknown or wrong.
         """
+        unknown = [name for name in options if name not in self.options]
+        if unknown:
+            known = ", ".join(f"{name} ({what})" for name, what in self.options.items()) or "none"
+            raise SpeechError(
+                f"--option: expected one that {self.name} takes, {known}, got {unknown[0]!r}; "
+                "leave it out"
+            )
         missing = [name for name in self.packages if util.find_spec(name) is None]
         if missing:
             raise MissingExtraError(
@@ -127,9 +140,18 @@ class Target:
                 f"{', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed; "
                 f"pip install 'lora-kernels[speech,{self.extra}]'"
             )
+        self.ready(options)
 
 
 def target(name: str) -> Target:
-    """The target of a name out of `TARGETS`."""
+    """The target of a name out of `TARGETS`.
+
+    Raises
+    ------
+    SpeechError
+        There is none of that name.
+    """
+    if name not in TARGETS:
+        raise SpeechError(f"to: expected one of {', '.join(TARGETS)}, got {name!r}; choose one")
     found: Target = import_module(f"lora_speech.export.targets.{name}").TARGET
     return found

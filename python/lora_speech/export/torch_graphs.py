@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
 from lora_speech.errors import ModelError
-from lora_speech.export.folder import (
-    Decoding,
+from lora_speech.export.companions import (
     adapted_linears,
-    banks,
-    read_adapters,
+    decoding_of,
     write_adapters,
     write_companions,
 )
+from lora_speech.export.folder import CtcDecoding, banks, read_adapters, read_decoding
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
+from lora_speech.export.graph_inputs import example_inputs
 from lora_speech.export.graphs import EncodeGraph, Graph, KernelOperators, StepGraph, Tensors
-from lora_speech.export.onnx_graphs import example_inputs
 from lora_speech.export.target import Plan
 
 INTERFACE = "graphs.json"
@@ -66,6 +66,7 @@ class InPlaceOperators(KernelOperators):
 class DecodeGraph(StepGraph):
     """Tokens [B, T] to the logits after them; then the caches have them too."""
 
+    open_sizes = MappingProxyType({("tokens", 1): "tokens"})
     cache_dtype = adapter_dtype = torch.float32
 
     def __init__(self, whisper: Any, operators: Any, adapted: Iterable[str] = ()) -> None:
@@ -112,7 +113,7 @@ def write_torch_companions(
         },
     }
     (folder / INTERFACE).write_text(json.dumps(interface, indent=1) + "\n", encoding="utf-8")
-    write_companions(plan, folder)
+    write_companions(plan, folder, decoding_of(plan))
     write_adapters(plan, folder)
     _write_features(plan, folder)
     _write_tokens(plan, folder)
@@ -159,7 +160,8 @@ def _write_tokens(plan: Plan, folder: Path) -> None:
 
 def open_torch_graphs(folder: Path, run: RunTensors) -> GraphRecognizer:
     """The folder's graphs behind the loop of `graph_decoding`."""
-    decoding = Decoding.read(folder)
+    decoding = read_decoding(folder)
+    assert not isinstance(decoding, CtcDecoding)  # which these targets refuse
     interface = json.loads((folder / INTERFACE).read_text(encoding="utf-8"))
     wanted = interface["inputs"]
     outputs = [name for name in wanted["decode"] if name.startswith("cross.")]
@@ -202,25 +204,8 @@ def open_torch_graphs(folder: Path, run: RunTensors) -> GraphRecognizer:
     return GraphRecognizer(decoding, call, held)
 
 
-@torch.no_grad()
-def flat_inputs(plan: Plan, graphs: dict[str, Graph]) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Inputs of the graphs, adapters after them, of the right shapes and types; several tokens."""
-    decode: Any = graphs["decode"]
-    crosses: dict[str, torch.Tensor] = {}
-    inputs: dict[str, torch.Tensor]
-    found = {}
-    for name, graph in graphs.items():
-        given, adapters = example_inputs(plan, graph)
-        inputs = {**dict(zip(graph.inputs, given, strict=True)), **crosses}
-        if name == "decode":
-            inputs["tokens"] = inputs["tokens"].repeat(1, 3)
-            inputs |= {key: inputs[key].to(decode.cache_dtype) for key in decode.caches}
-        adapters = [
-            tensor.to(decode.adapter_dtype) if tensor.is_floating_point() else tensor
-            for tensor in adapters
-        ]
-        if name == "encode":
-            outputs = graph(list(inputs.values()), adapters)
-            crosses = dict(zip(graph.outputs, outputs, strict=True))
-        found[name] = (*(inputs[key] for key in graph.inputs), *adapters)
-    return found
+def flat_inputs(graph: Graph, adapter_dtype: Any) -> tuple[torch.Tensor, ...]:
+    """Inputs of a graph, adapters after them, of the right shapes and types."""
+    inputs, adapters = example_inputs(graph)
+    cast = (t.to(adapter_dtype) if t.is_floating_point() else t for t in adapters)
+    return (*inputs, *cast)

@@ -127,6 +127,23 @@ class Int8DecodeGraph(DecodeGraph):
         self.cross = packed_cross_names(layers)
         self.inputs = ("tokens", "lengths", *cache_names("past", layers), *self.cross)
 
+    def sizes(self, batch: int, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """See `Graph`."""
+        from lora_kernels import ops
+
+        config = self.model.config
+        heads, width = config.decoder_attention_heads, config.d_model
+        encoded = torch.zeros(batch, config.max_source_positions, width)
+        packed = [(tuple(t.shape), t.dtype) for t in ops.kv_pack(encoded, encoded, heads)]
+        cache = ((batch, heads, self.capacity, width // heads), self.cache_dtype)
+        known = {
+            "tokens": ((batch, tokens), torch.int64),
+            "lengths": ((batch,), torch.int32),
+            **dict.fromkeys(self.caches, cache),
+            **dict(zip(self.cross, packed * len(self.model.decoder.layers), strict=True)),
+        }
+        return [known[name] for name in self.inputs]
+
     def _decode(
         self, tokens: torch.Tensor, lengths: torch.Tensor, caches: Tensors, cross: Tensors,
         adapters: Tensors,

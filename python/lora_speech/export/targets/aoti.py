@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,29 +48,32 @@ def _open_sizes(graph: Graph) -> tuple[dict[int, Any], ...]:
     """Which sizes are found out at run time: the batch, the tokens, ranks, the adapters."""
     dynamic = torch.export.Dim.DYNAMIC
     sizes = {name: {0: dynamic} for name in (*graph.inputs, *graph.adapter_inputs)}
-    if "tokens" in sizes:
-        sizes["tokens"][1] = dynamic
+    for name, dimension in graph.open_sizes:
+        sizes[name][dimension] = dynamic
     return tuple(sizes.values())
+
+
+def _ready(options: Mapping[str, str]) -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise SpeechError(
+            "--to aoti: expected a C++ compiler, which AOTInductor calls, got neither g++ nor "
+            "clang++; install one (apt install g++), or export with --to torchscript"
+        )
 
 
 def _write(plan: Plan, folder: Path, say: Say) -> None:
     from torch.fx.experimental import _config
 
     shapes: Any = _config
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise SpeechError(
-            "--to aoti: expected a C++ compiler, which AOTInductor calls, got neither g++ nor "
-            "clang++; install one (apt install g++), or export with --to torchscript"
-        )
     graphs = torch_graphs(plan)
-    examples = flat_inputs(plan, graphs)
+    adapter_dtype = graphs["decode"].adapter_dtype
     for name, graph in graphs.items():
-        sizes = _open_sizes(graph)
+        inputs, sizes = flat_inputs(graph, adapter_dtype), _open_sizes(graph)
         say(f"compiling {name}")
         # Oblivious: what is 1 (a token, a batch, a rank) is compiled as any other size.
         with torch.no_grad(), _quiet(), shapes.patch(backed_size_oblivious=True):
             program = torch.export.export(
-                _Flat(graph).eval(), examples[name], dynamic_shapes=(sizes,), strict=False
+                _Flat(graph).eval(), inputs, dynamic_shapes=(sizes,), strict=False
             )
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(folder / f"{name}.pt2"), inductor_configs=_OPTIONS
@@ -111,10 +114,10 @@ def _usage(folder: Path) -> str:
 
 TARGET = Target(
     name="aoti",
-    summary="compiled by AOTInductor for LibTorch, our operators inside, without Python",
     write=_write,
     open=_open,
     live=True,
     int8="ours",
+    ready=_ready,
     usage=_usage,
 )

@@ -4,65 +4,94 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lora_speech.export.folder import (
-    Decoding,
-    banks,
-    read_adapters,
-    write_adapters,
-    write_companions,
-)
+from lora_speech.errors import SpeechError
+from lora_speech.export.companions import write_adapters, write_companions
+from lora_speech.export.ctc_decoding import CtcRecognizer
+from lora_speech.export.folder import CtcDecoding, banks, input_sizes, read_adapters, read_decoding
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
-from lora_speech.export.onnx_graphs import GRAPHS, input_sizes, write_onnx
+from lora_speech.export.graph_inputs import make_graphs
+from lora_speech.export.onnx_graphs import write_onnx
 from lora_speech.export.target import Plan, Say, Target
+
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 
 
 def _write(plan: Plan, folder: Path, say: Say) -> None:
-    write_onnx(plan, folder, say)
+    graphs, decoding = make_graphs(plan)
+    write_onnx(graphs, folder, say)
     write_adapters(plan, folder)
-    write_companions(plan, folder)
+    write_companions(plan, folder, decoding)
 
 
-def _open(folder: Path) -> GraphRecognizer:
+def open_graphs(folder: Path) -> GraphRecognizer | CtcRecognizer:
+    """The files of a folder in ONNX Runtime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     sessions = {
-        name: onnxruntime.InferenceSession(
-            str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
+        path.stem: onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
         )
-        for name in GRAPHS
+        for path in sorted(folder.glob("*.onnx"))
     }
-    wanted = {name: [i.name for i in session.get_inputs()] for name, session in sessions.items()}
+    wanted = {
+        name: {i.name: _TYPES[i.type] for i in session.get_inputs()}
+        for name, session in sessions.items()
+    }
     given = {name: [o.name for o in session.get_outputs()] for name, session in sessions.items()}
     shapes = [(i.name, i.shape) for session in sessions.values() for i in session.get_inputs()]
-    decoding = Decoding.read(folder)
+    decoding = read_decoding(folder)
 
     def run(name: str, inputs: Arrays) -> Mapping[str, np.ndarray]:
-        feeds = {key: inputs[key] for key in wanted[name]}
+        feeds: Any = {
+            key: inputs[key].astype(kind, copy=False) for key, kind in wanted[name].items()
+        }
         return dict(zip(given[name], sessions[name].run(None, feeds), strict=True))
 
     adapters = banks(read_adapters(folder, decoding.live), input_sizes(shapes))
+    if isinstance(decoding, CtcDecoding):
+        return CtcRecognizer(decoding, run, adapters)
     return GraphRecognizer(decoding, run, adapters)
 
 
+def _ready(options: Mapping[str, str]) -> None:
+    for name in _OPTIONS:
+        text = options.get(name, "1")
+        if not text.isdecimal() or not int(text):
+            raise SpeechError(f"--option {name}: expected a whole number from 1 on, got {text!r}")
+
+
+_OPTIONS = {
+    "chunk": "of a streaming step of Parakeet, positions of 80 ms; 16 by default",
+    "left": "positions that a streaming step sees behind it; 64 by default",
+}
+
+
 def _usage(folder: Path) -> str:
-    return (
-        f"onnxruntime.InferenceSession('{folder}/step.onnx')   # encode, prefill, step: "
-        "docs/export.md"
-    )
+    names = ", ".join(path.name for path in sorted(folder.glob("*.onnx")))
+    return f"{names} in ONNX Runtime: inputs and outputs are explained in docs/export_onnx.md"
 
 
 TARGET = Target(
     name="onnx",
-    summary="ONNX files for ONNX Runtime and TensorRT",
     write=_write,
-    open=_open,
+    open=open_graphs,
     live=True,
     int8="ours",
+    objectives=("sequence", "ctc"),
     packages=("onnx", "onnxscript", "onnxruntime"),
+    options=_OPTIONS,
+    ready=_ready,
     usage=_usage,
 )

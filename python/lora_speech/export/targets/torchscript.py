@@ -43,7 +43,8 @@ class _Methods(nn.Module):
 
 def _write(plan: Plan, folder: Path, say: Say) -> None:
     graphs = torch_graphs(plan)
-    examples = flat_inputs(plan, graphs)
+    adapter_dtype = graphs["decode"].adapter_dtype
+    examples = {name: flat_inputs(graph, adapter_dtype) for name, graph in graphs.items()}
     say("tracing")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is no longer developed
@@ -70,7 +71,6 @@ def _usage(folder: Path) -> str:
 
 TARGET = Target(
     name="torchscript",
-    summary="TorchScript for LibTorch, our operators inside, without Python",
     write=_write,
     open=_open,
     live=True,

@@ -37,6 +37,14 @@ class Step:
             }
         )
 
+    def to(self, device: str) -> Step:
+        return Step(
+            **{
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in vars(self).items()
+            }
+        )
+
     def caches(self) -> list[torch.Tensor]:
         tensors = (self.k_cache, self.v_cache, self.k_scales, self.v_scales)
         return [t for t in tensors if t is not None]

@@ -1,0 +1,3 @@
+#include "cuda/kv_attention_step_launch.cuh"
+
+template struct lora_kernels::cuda::KvAttentionStepKernels<__half>;

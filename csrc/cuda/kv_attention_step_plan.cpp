@@ -1,0 +1,161 @@
+// Which kernels a kv_attention_step takes on a CUDA device: pure functions of the problem and of what the device says
+// of itself. Times are predicted from bytes, in microseconds; they choose the splits, and nothing has measured them.
+#include <algorithm>
+#include <cstdio>
+#include <sstream>
+
+#include "cuda/kv_attention_step.h"
+#include "cuda/kv_shapes.h"
+#include "cuda/machine.h"
+#include "lora_kernels/kv_packing.h"
+
+namespace lora_kernels::cuda {
+namespace {
+
+// A block begins by finding its queries, and ends by adding up its warps: microseconds besides its bytes.
+constexpr double kEdgesUs = 2.0;
+// Of what a warp's registers hold of K and V, the part that is on its way at any time.
+constexpr double kOnItsWay = 0.5;
+// More splits have to gain a little more than predictions err by.
+constexpr double kWorthwhile = 0.97;
+// A growing cache of at most so many positions is not split: decoders want one launch for append and attention.
+constexpr int64_t kMostUnsplit = 512;
+
+int64_t element_size(DType type) { return static_cast<int64_t>(size_of(type)); }
+
+int64_t units_of(const KvAttentionStepProblem& p, bool grouped) { return grouped ? p.cache_rows : p.rows; }
+
+// Blocks share a multiprocessor by their registers: about 150 of a thread, 120 over blocked caches, more than 200 where
+// products are tf32 or heads have more than 64 channels.
+double resident(const KvAttentionStepProblem& p) {
+  if (p.head_size > 64 || (p.dtype == DType::kFloat32 && p.layout == KvLayout::kRowMajor)) return 2;
+  return p.layout == KvLayout::kBlocked ? 4 : 3;
+}
+
+double time_of(const Machine& machine, const KvAttentionStepProblem& p, const CudaKvAttentionStepPlan& c, int splits) {
+  const double size = static_cast<double>(element_size(p.cache_dtype)), D = static_cast<double>(p.head_size);
+  const double units = static_cast<double>(std::min(units_of(p, c.grouped), p.rows)), H = static_cast<double>(p.heads);
+  const double vectors = static_cast<double>(p.rows * p.tokens) * H, blocks = units * H * c.chunks * splits;
+  const double bytes = 2 * static_cast<double>(p.capacity) * D * size / splits;  // of a block
+  const double in_flight =
+      kOnItsWay * kKvWarps * 2 * (p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile) * D * size;
+  // As many blocks as there is room for share the memory, then the rest: few of them cannot keep it busy.
+  const double room = resident(p) * machine.multiprocessors, needed = machine.bytes * kLatencySeconds;
+  const auto wave_us = [&](double count) {
+    return count > 0 ? machine.memory_us(count * bytes) / std::min(1.0, count * in_flight / needed) : 0;
+  };
+  const auto full = static_cast<double>(static_cast<int64_t>(blocks / room));
+  double us = full * wave_us(room) + wave_us(blocks - full * room) + kEdgesUs + kLaunchUs;
+  us += machine.memory_us((p.append ? 6 : 2) * vectors * D * static_cast<double>(element_size(p.dtype)));
+  if (splits > 1) us += machine.memory_us(2 * splits * vectors * (D + 2) * 4) / kL2 + machine.next_launch_us();
+  if (p.append && !c.fused) us += machine.next_launch_us();
+  if (p.weight_heads) us += machine.next_launch_us();
+  return us;
+}
+
+}  // namespace
+
+KvWorkspace::KvWorkspace(Workspace& w, const KvAttentionStepPlan& plan) {
+  const KvAttentionStepProblem& p = plan.problem;
+  const int64_t vectors = plan.cuda.splits > 1 ? plan.cuda.splits * p.rows * p.tokens * p.heads : 0;
+  parts = static_cast<float*>(w.take(vectors * p.head_size * 4));
+  stats = static_cast<float*>(w.take(vectors * 2 * 4));
+}
+
+Status supported(const KvAttentionStepProblem& p, const CudaDevice& device) {
+  std::vector<std::string> reasons;
+  const std::string arch = "sm_" + std::to_string(device.arch);
+  const auto expect_most = [&](const char* what, int64_t most, int64_t value) {
+    if (value > most)
+      reasons.push_back(std::string(what) + ": expected at most " + std::to_string(most) + ", got " +
+                        std::to_string(value));
+  };
+  if (device.arch < 75)
+    reasons.push_back("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
+  else if (device.arch < 80 && p.dtype != DType::kFloat16)
+    reasons.push_back(std::string("q: on ") + arch +
+                      " expected float16, all that its tensor cores multiply beside INT8, got " + name_of(p.dtype));
+  const bool same = p.cache_dtype == p.dtype || p.cache_dtype == DType::kInt8;
+  if (!same && p.dtype != DType::kFloat32)
+    reasons.push_back(std::string("k_cache, v_cache: expected ") + name_of(p.dtype) + ", as q is, or int8, got " +
+                      name_of(p.cache_dtype));
+  expect_most("head size", kKvMostHeadSize, p.head_size);
+  expect_most("heads to return weights of", kKvMostWeightHeads, p.weight_heads);
+  if (p.weight_heads > 0) expect_most("rows of q times tokens, with weights", INT_MAX / 2, p.rows * p.tokens);
+  expect_most("capacity", INT_MAX / 2, p.capacity);
+  // Bounded apart first, so that their products cannot overflow.
+  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of q", p.rows},
+                                    {"tokens", p.tokens},
+                                    {"heads", p.heads},
+                                    {"rows of k_cache", p.cache_rows}})
+    expect_most(name, 1 << 20, value);
+  if (reasons.empty()) {
+    expect_most("rows of q times tokens times heads", INT_MAX / 4, p.rows * p.tokens * p.heads);
+    expect_most("rows of k_cache times heads", INT_MAX / 4096, p.cache_rows * p.heads);
+  }
+  if (reasons.empty()) return {};
+  return Status::unsupported("kv_attention_step: CUDA kernels cannot run this: " + joined(reasons) +
+                             ". Convert the operands to what is supported, or move them to the CPU, whose kernels take "
+                             "any of it.");
+}
+
+void configure(const DeviceInfo& device, KvAttentionStepPlan* plan) {
+  const KvAttentionStepProblem& p = plan->problem;
+  const Machine machine(device.cuda, 1024);
+  CudaKvAttentionStepPlan& c = plan->cuda;
+  c = {};
+  c.arch = device.cuda.arch;
+  c.early_start = machine.early;
+  c.groups = p.head_size > 64 ? 2 : 1;
+  c.grouped = p.slots == KvSlots::kPerRow && !p.append;
+  c.fused = p.append && p.cache_dtype == p.dtype && p.tokens <= kKvMostAppended;
+  c.places = c.fused || p.slots == KvSlots::kPerPosition;
+  const int64_t queries = p.layout == KvLayout::kBlocked ? kKvBlockedQueries : kKvQueries;
+  // On average; a unit with more goes through them in turns.
+  const int64_t of_unit =
+      c.grouped ? (p.rows * p.tokens + p.cache_rows - 1) / std::max<int64_t>(1, p.cache_rows) : p.tokens;
+  c.chunks = static_cast<int>(std::clamp<int64_t>((of_unit + queries - 1) / queries, 1, 65535));
+
+  const auto split_of = [&](int splits) {
+    const int64_t positions = round_up((p.capacity + splits - 1) / splits, kKvSplitStep);
+    return static_cast<int>(std::max<int64_t>(positions, kKvSplitStep));
+  };
+  const auto splits_of = [&](int positions) {
+    return static_cast<int>(std::max<int64_t>(1, (p.capacity + positions - 1) / positions));
+  };
+  int least = 1;  // places wait in shared memory
+  if (c.places) least = splits_of(kKvMostPlaces);
+  c.splits = splits_of(split_of(least));
+  c.predicted_us = time_of(machine, p, c, c.splits);
+  if (!(p.append && p.capacity <= kMostUnsplit))
+    for (int wish : {2, 3, 4, 6, 8, 12, 16, 24, 32}) {
+      if (wish < least) continue;
+      const int splits = splits_of(split_of(wish));  // steps are rounded up, so that fewer may do
+      const double us = time_of(machine, p, c, splits);
+      if (us < kWorthwhile * c.predicted_us) {
+        c.splits = splits;
+        c.predicted_us = us;
+      }
+    }
+  c.split_positions = split_of(c.splits);
+  Workspace w;
+  const KvWorkspace parts(w, *plan);
+  plan->workspace = w.used;
+}
+
+}  // namespace lora_kernels::cuda
+
+namespace lora_kernels {
+
+std::string to_string(const CudaKvAttentionStepPlan& c) {
+  std::ostringstream text;
+  text << "cuda sm_" << c.arch << (c.fused ? " fused" : "") << (c.grouped ? " grouped" : "")
+       << (c.places ? " places" : "") << " channels=" << 64 * c.groups << " chunks=" << c.chunks
+       << " splits=" << c.splits << "x" << c.split_positions << (c.early_start ? " early_start" : "");
+  char predicted[32];
+  std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
+  text << predicted;
+  return text.str();
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,3 @@
+#include "cuda/kv_pack_launch.cuh"
+
+template struct lora_kernels::cuda::KvPackKernels<__nv_bfloat16>;

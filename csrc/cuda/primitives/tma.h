@@ -1,0 +1,125 @@
+// Boxes of a matrix, brought to shared memory by the tensor memory accelerator (sm_90 on), and barriers in shared memory
+// that count their bytes. One thread asks; whoever waits on the barrier sees what has come, and so does wgmma.
+//
+//   make_tensor_map    on the host: where a matrix of 16-bit elements lies, and boxes of it 64 elements wide; no memory is
+//                      taken, the map is a parameter of the kernel (__grid_constant__)
+//   init_arrivals      a barrier of one arrival for each phase
+//   expect_bytes       its arrival, and how many bytes the phase waits for besides
+//   load_box           rows `row` on and columns `column` on, zeros beyond the matrix, in the 128-byte swizzle of wgmma.h
+//   wait_for_bytes     until the phase of this parity is over
+#pragma once
+
+#include "cuda/primitives/shared.h"
+
+#if !defined(LORA_KERNELS_EMULATION)
+#include <cudaTypedefs.h>
+#endif
+
+namespace lora_kernels::cuda {
+
+struct alignas(128) TensorMap {
+  uint64_t opaque[16];
+};
+
+// False where there can be none: an address or a stride that is no multiple of 16 bytes, an empty matrix, a driver that
+// does not know them. The caller then copies by itself.
+inline bool make_tensor_map(TensorMap* map, const void* data, bool bf16, int64_t rows, int64_t columns,
+                            int64_t stride_bytes, int box_rows) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 || stride_bytes % 16 || rows <= 0 || columns <= 0) return false;
+  if (stride_bytes >= int64_t{1} << 40) return false;
+#if defined(LORA_KERNELS_EMULATION)
+  static_cast<void>(bf16);
+  const emulation::Box box{static_cast<const char*>(data), rows, columns * 2, stride_bytes, box_rows, 0, 0};
+  static_assert(sizeof box <= sizeof map->opaque);
+  memcpy(map->opaque, &box, sizeof box);
+  return true;
+#else
+  using Encode = PFN_cuTensorMapEncodeTiled_v12000;
+  static const Encode encode = [] {  // of the driver that is loaded: asked for once
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult state{};
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
+#endif
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess && state == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+  }();
+  if (!encode) return false;
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride_bytes)};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  return encode(reinterpret_cast<CUtensorMap*>(map),
+                bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data),
+                sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+#endif
+}
+
+// By one thread; others, and boxes, may use it after this thread's fence and a barrier of the block.
+__device__ inline void init_arrivals(uint64_t* barrier) {
+#if defined(LORA_KERNELS_EMULATION)
+  emulation::init_arrivals(barrier);
+#else
+  if constexpr (kArch >= 90)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+// Barriers that this thread has made are seen by the boxes that it asks for.
+__device__ inline void fence_arrivals() {
+#if !defined(LORA_KERNELS_EMULATION)
+  if constexpr (kArch >= 90) {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+#endif
+}
+
+__device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
+#if defined(LORA_KERNELS_EMULATION)
+  emulation::expect_bytes(barrier, bytes);
+#else
+  if constexpr (kArch >= 90)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+__device__ inline void load_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+#if defined(LORA_KERNELS_EMULATION)
+  emulation::Box box;
+  memcpy(&box, map.opaque, sizeof box);
+  box.row = row;
+  box.column = column * 2;
+  emulation::load_box(to, box, barrier);
+#else
+  if constexpr (kArch >= 90)
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(to)),
+        "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+#endif
+}
+
+__device__ inline void wait_for_bytes(uint64_t* barrier, int parity) {
+#if defined(LORA_KERNELS_EMULATION)
+  emulation::wait_for_bytes(barrier, parity);
+#else
+  if constexpr (kArch >= 90) {
+    uint32_t over = 0;
+    while (!over)
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+          : "=r"(over)
+          : "r"(shared_address(barrier)), "r"(parity)
+          : "memory");
+  }
+#endif
+}
+
+}  // namespace lora_kernels::cuda

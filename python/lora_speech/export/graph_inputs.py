@@ -1,0 +1,92 @@
+"""The graphs of a plan, and what an exporter asks of each: examples and open sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_speech.export.companions import adapted_linears, ctc_decoding_of, decoding_of
+from lora_speech.export.conformer_graphs import ConformerStepGraph, RecognizeGraph
+from lora_speech.export.folder import CtcDecoding, Decoding
+from lora_speech.export.graphs import (
+    EncodeGraph,
+    Graph,
+    KernelOperators,
+    Operators,
+    PrefillGraph,
+    StepGraph,
+)
+from lora_speech.export.target import Plan
+
+WHISPER_GRAPHS: dict[str, type[Graph]] = {
+    "encode": EncodeGraph,
+    "prefill": PrefillGraph,
+    "step": StepGraph,
+}
+
+
+def make_graphs(
+    plan: Plan, operators: Operators | None = None, model: Any = None
+) -> tuple[dict[str, Graph], Decoding | CtcDecoding]:
+    """All graphs of a plan's model by name, and how they are used.
+
+    Parameters
+    ----------
+    plan : Plan
+        What is exported.
+    operators : Operators, optional
+        What the graphs are made of; those of `lora_kernels` by default.
+    model : torch.nn.Module, optional
+        A copy of the plan's model in another type, to be used in its place.
+    """
+    model = plan.model.model if model is None else model
+    operators, adapted = operators or KernelOperators(), adapted_linears(plan)
+    family = plan.model.family
+    if family.objective == "sequence":
+        found = {name: kind(model, operators, adapted) for name, kind in WHISPER_GRAPHS.items()}
+        return {name: graph.eval() for name, graph in found.items()}, decoding_of(plan)
+    name = family.features.input_name
+    graphs: dict[str, Graph] = {"recognize": RecognizeGraph(model, operators, adapted, name).eval()}
+    step = None
+    if hasattr(model.config, "encoder_config"):  # Parakeet; the other family hears waveforms
+        chunk, left = (int(plan.options.get(k, v)) for k, v in (("chunk", "16"), ("left", "64")))
+        step = ConformerStepGraph(model, operators, adapted, chunk, left).eval()
+        graphs["step"] = step
+    return graphs, ctc_decoding_of(plan, step)
+
+
+def example_inputs(
+    graph: Graph, batch: int = 2, tokens: int = 3
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs of a graph, and its adapters, of the right shapes and types."""
+    inputs = [torch.ones(shape, dtype=dtype) for shape, dtype in graph.sizes(batch, tokens)]
+    adapters = []
+    for name in graph.adapter_inputs:
+        linear, _, kind = name.rpartition(".")
+        if not linear:
+            adapters.append(torch.zeros(batch, dtype=torch.int32))
+        elif kind == "offsets":
+            adapters.append(torch.tensor([0, 3, 5], dtype=torch.int32))
+        else:
+            adapters.append(torch.zeros(5, graph.width(linear, kind), dtype=graph.dtype))
+    return inputs, adapters
+
+
+def open_dimensions(graph: Graph) -> tuple[list[Any], list[Any]]:
+    """Sizes that stay open, as `torch.export` takes them.
+
+    The batch, what a graph names, ranks, and the number of adapters.
+    """
+    named = {"batch": torch.export.Dim("batch"), "bounds": torch.export.Dim("bounds")}
+    named |= {name: torch.export.Dim(name) for name in set(graph.open_sizes.values())}
+    inputs: list[Any] = [{0: named["batch"]} for _ in graph.inputs]
+    for (name, dimension), size in graph.open_sizes.items():
+        inputs[graph.inputs.index(name)][dimension] = named[size]
+    ranks = {name: torch.export.Dim(f"rank_{i}") for i, name in enumerate(graph.adapted)}
+    adapters: list[Any] = []
+    for name in graph.adapter_inputs:
+        linear, _, kind = name.rpartition(".")
+        first = named["bounds"] if kind == "offsets" else ranks.get(linear, named["batch"])
+        adapters.append({0: first})
+    return inputs, adapters

@@ -1,0 +1,11 @@
+"""Names of the targets; apart from all else, so that the command line starts without torch."""
+
+TARGETS: dict[str, str] = {
+    "peft": "a folder for transformers and peft",
+    "ctranslate2": "a folder for CTranslate2 and faster-whisper",
+    "onnx": "files for ONNX Runtime",
+    "tensorrt": "engines for NVIDIA GPUs",
+    "torchscript": "TorchScript for LibTorch, without Python",
+    "aoti": "compiled by AOTInductor for LibTorch, without Python",
+}
+"""Each target's file in `targets`, and what it makes."""

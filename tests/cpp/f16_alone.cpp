@@ -1,0 +1,32 @@
+// In the place of the kernels of other types than fp16, for builds that look for planted faults: these compile anew
+// each time, and one type shows them.
+#include "cuda/int8_lora_linear.h"
+#include "cuda/lora_linear_kernels.h"
+#include "cuda/primitives/platform.h"
+
+namespace lora_kernels::cuda {
+namespace {
+
+Status left_out() { return Status::failed("this build has kernels of float16 alone (LORA_KERNELS_F16_ALONE)"); }
+
+}  // namespace
+
+template <class T>
+Status LoraLinearKernels<T>::forward(const LoraLinearPlan&, const LoraLinearArgs&, void*) {
+  return left_out();
+}
+template <class T>
+Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan&, const LoraLinearBackwardArgs&, void*) {
+  return left_out();
+}
+template <class T>
+Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan&, const Int8LoraLinearArgs&, void*) {
+  return left_out();
+}
+
+template struct LoraLinearKernels<__nv_bfloat16>;
+template struct LoraLinearKernels<float>;
+template struct Int8LoraLinearKernels<__nv_bfloat16>;
+template struct Int8LoraLinearKernels<float>;
+
+}  // namespace lora_kernels::cuda
