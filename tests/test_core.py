@@ -53,7 +53,7 @@ def test_every_source_is_listed_once() -> None:
 @pytest.mark.parametrize(
     ("sanitizers", "tests"),
     [
-        ("address,undefined", ["core_test", "composite_test", "cuda_plan_test"]),
+        ("address,undefined", ["core_test", "composite_test", "cuda_plan_test", "transcribe_test"]),
         # Only where threads meet: the sanitizer makes everything else ten times slower.
         ("thread", ["composite_test"]),
     ],

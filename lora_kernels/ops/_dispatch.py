@@ -19,14 +19,15 @@ _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
+_jit_trace = torch._C._get_tracing_state
 
 
 def is_plain(x: torch.Tensor, *, cuda: bool = False) -> bool:
     """Whether a call on ``x`` may go straight to the kernel of its device.
 
     True for plain CPU tensors (with ``cuda``, an operator that has a CUDA kernel: CUDA tensors
-    too) outside of tracing, of every dispatch mode (fake tensors, FLOP counters, ...) and of
-    torch.func's transforms.
+    too) outside of tracing (torch.compile's and TorchScript's), of every dispatch mode (fake
+    tensors, FLOP counters, ...) and of torch.func's transforms.
     """
     return (
         type(x) is torch.Tensor
@@ -34,6 +35,7 @@ def is_plain(x: torch.Tensor, *, cuda: bool = False) -> bool:
         and not _is_compiling()
         and _modes() == 0
         and not _transforms()
+        and _jit_trace() is None
     )
 
 

@@ -515,3 +515,13 @@ def test_forcing_an_unknown_implementation_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"avx1024.*generic"):
         torch.ops.lora_kernels.force_implementation("avx1024")
     assert torch.ops.lora_kernels.forced_implementation() == ""
+
+
+def test_a_trace_of_torchscript_holds_the_operator() -> None:
+    """Calls that go around the dispatcher would leave their results in it as constants."""
+    x, weight, a, b = torch.randn(2, 8), torch.randn(4, 8), torch.randn(3, 8), torch.randn(3, 4)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: ops.lora_linear(x, weight, None, a, b), (x,))
+        other = torch.randn(5, 8)
+        assert torch.equal(traced(other), ops.lora_linear(other, weight, None, a, b))
+    assert "lora_kernels::lora_linear" in str(traced.graph)

@@ -55,8 +55,11 @@ class Operators(Protocol):
         caches: Tensors,
         lengths: torch.Tensor,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Attention over a cache extended by k and v, and the cache as it is then."""  # fmt: skip
+    ) -> tuple[torch.Tensor, ...]:
+        """Attention over a cache extended by k and v, and the cache as it is then.
+
+        Without the cache where it was written in place.
+        """  # fmt: skip
 
     def fixed(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
@@ -97,7 +100,7 @@ class KernelOperators:
         caches: Tensors,
         lengths: torch.Tensor,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """See `Operators`."""  # fmt: skip
         from lora_kernels.export import kv_attention_step
 
@@ -149,7 +152,7 @@ class StandardOperators:
         caches: Tensors,
         lengths: torch.Tensor,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """See `Operators`; masks put tokens in their places, which all converters know."""
         places = torch.arange(caches[0].shape[2], device=q.device)
         at = lengths.to(torch.int64)[:, None] + torch.arange(q.shape[1], device=q.device)

@@ -5,5 +5,7 @@ TARGETS: dict[str, str] = {
     "ctranslate2": "a folder for CTranslate2 and faster-whisper",
     "onnx": "files for ONNX Runtime",
     "tensorrt": "engines for NVIDIA GPUs",
+    "torchscript": "TorchScript for LibTorch, without Python",
+    "aoti": "compiled by AOTInductor for LibTorch, without Python",
 }
 """Each target's file in `targets`, and what it makes."""
