@@ -1,0 +1,175 @@
+"""LiteRT (TensorFlow Lite): one file with the signatures encode, prefill and step.
+
+Shapes are fixed, as delegates want them: one row, the prompt of `decoding.json`, caches of all
+positions, and the rank rows of the adapters that were exported. Signatures share their weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_speech.errors import ModelError
+from lora_speech.export.folder import (
+    Decoding,
+    banks,
+    read_adapters,
+    write_adapters,
+    write_companions,
+)
+from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
+from lora_speech.export.graphs import Graph, StandardOperators, cache_names, cross_names
+from lora_speech.export.onnx_graphs import GRAPHS, example_inputs, input_sizes, make_graph
+from lora_speech.export.target import Plan, Say, Target
+
+FILE = "model.tflite"
+
+
+class _Named(nn.Module):
+    """A graph from named tensors to named tensors, as signatures have them."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.inner = graph
+        self.names = [signature_name(n) for n in (*graph.inputs, *graph.adapter_inputs)]
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        given = [tensors[name] for name in self.names]
+        count = len(self.inner.inputs)
+        found = self.inner(given[:count], given[count:])
+        return dict(zip(map(signature_name, self.inner.outputs), found, strict=True))
+
+
+def signature_name(name: str) -> str:
+    """What an input or output of a graph is called in a signature, where dots are not allowed."""
+    return name.replace(".", "_")
+
+
+def _inputs(plan: Plan, graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
+    """Inputs of a graph as the file takes them: one row, the adapters that are there."""
+    decoding = Decoding.of(plan)
+    inputs, adapters = example_inputs(plan, graph, batch=1, prompt=len(decoding.prompt))
+    names = (*graph.inputs, *graph.adapter_inputs)
+    found = dict(zip(names, inputs + adapters, strict=True))
+    bank = _adapters(folder, decoding.live)
+    return found | {n: torch.from_numpy(bank[n]) for n in found if n in bank}
+
+
+def _write(plan: Plan, folder: Path, say: Say) -> None:
+    import litert_torch
+
+    write_adapters(plan, folder)
+    write_companions(plan, folder)
+    converter = litert_torch.Converter()
+    for name in GRAPHS:
+        graph = make_graph(plan, name, StandardOperators())
+        inputs = _inputs(plan, graph, folder)
+        named = {signature_name(key): value for key, value in inputs.items()}
+        converter.signature(name, _Named(graph).eval(), sample_kwargs=named)
+    say("converting")
+    with _quiet(), torch.no_grad():
+        converter.convert().export(str(folder / FILE))
+    if plan.int8:
+        say("quantizing")
+        _quantize(folder)
+
+
+def _quantize(folder: Path) -> None:
+    """INT8 weights with a scale per channel; activations are quantized as they come.
+
+    Products by adapters stay in floating point, since those are inputs.
+    """
+    from ai_edge_quantizer import quantizer, recipe
+
+    path, float_path = folder / FILE, folder / f"float.{FILE}"
+    path.rename(float_path)
+    with _quiet():
+        quantizer.Quantizer(str(float_path), recipe.dynamic_wi8_afp32()).quantize(
+            serialize_to_path=str(path), enable_progress_bar=False, enable_progress_report=False
+        )
+    float_path.unlink()
+
+
+class _Runner:
+    """Runs the signatures of a file."""
+
+    def __init__(self, path: Path, layers: int) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        self.interpreter = Interpreter(str(path), num_threads=torch.get_num_threads())
+        self.runners = {name: self.interpreter.get_signature_runner(name) for name in GRAPHS}
+        self.inputs = {name: r.get_input_details() for name, r in self.runners.items()}
+        outputs = ("logits", *cross_names(layers), *cache_names("present", layers))
+        self.outputs = {signature_name(name): name for name in outputs}
+
+    def __call__(self, name: str, inputs: Arrays) -> Mapping[str, np.ndarray]:
+        given = {signature_name(key): array for key, array in inputs.items()}
+        feeds = {}
+        for key, detail in self.inputs[name].items():
+            shape = tuple(map(int, detail["shape"]))
+            if given[key].shape != shape:
+                raise ModelError(
+                    f"{key}: expected shape {shape}, got {given[key].shape}; a LiteRT file takes "
+                    "the sizes that it was exported with"
+                )
+            feeds[key] = given[key].astype(detail["dtype"], copy=False)
+        found = self.runners[name](**feeds)
+        return {self.outputs[key]: array for key, array in found.items()}
+
+
+def _open(folder: Path) -> GraphRecognizer:
+    decoding = Decoding.read(folder)
+    runner = _Runner(folder / FILE, decoding.layers)
+    return GraphRecognizer(decoding, runner, _adapters(folder, decoding.live))
+
+
+def _adapters(folder: Path, live: Sequence[str]) -> dict[str, np.ndarray]:
+    """The inputs that hold the adapters of a folder."""
+    found = read_adapters(folder, live)
+    shapes = {key: x.shape for tensors in found.values() for key, x in tensors.items()}
+    return banks(found, input_sizes(list(shapes.items())))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the converter's own remarks off the terminal."""
+    import litert_torch
+
+    shown, logger = litert_torch.config.show_progress, logging.getLogger()
+    level = logger.level
+    litert_torch.config.show_progress = False
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        litert_torch.config.show_progress = shown
+        logger.setLevel(level)
+
+
+def _usage(folder: Path) -> str:
+    return (
+        f"ai_edge_litert.interpreter.Interpreter('{folder}/{FILE}')   # encode, prefill, step: "
+        "docs/export_litert.md"
+    )
+
+
+TARGET = Target(
+    name="litert",
+    summary="a LiteRT (TensorFlow Lite) file",
+    write=_write,
+    open=_open,
+    live=True,
+    int8="own",
+    packages=("litert_torch", "ai_edge_quantizer", "ai_edge_litert"),
+    extra="litert",
+    usage=_usage,
+)
