@@ -5,5 +5,7 @@ TARGETS: dict[str, str] = {
     "ctranslate2": "a folder for CTranslate2 and faster-whisper",
     "onnx": "files for ONNX Runtime",
     "tensorrt": "engines for NVIDIA GPUs",
+    "openvino": "OpenVINO IR, for Intel's processors",
+    "litert": "a LiteRT (TensorFlow Lite) file, for phones",
 }
 """Each target's file in `targets`, and what it makes."""

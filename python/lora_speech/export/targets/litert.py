@@ -17,16 +17,11 @@ import torch
 from torch import nn
 
 from lora_speech.errors import ModelError
-from lora_speech.export.folder import (
-    Decoding,
-    banks,
-    read_adapters,
-    write_adapters,
-    write_companions,
-)
+from lora_speech.export.companions import write_adapters, write_companions
+from lora_speech.export.folder import Decoding, banks, input_sizes, read_adapters, read_decoding
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
-from lora_speech.export.graphs import Graph, StandardOperators, cache_names, cross_names
-from lora_speech.export.onnx_graphs import GRAPHS, example_inputs, input_sizes, make_graph
+from lora_speech.export.graph_inputs import WHISPER_GRAPHS, example_inputs, make_graphs
+from lora_speech.export.graphs import Graph, StandardOperators, StepGraph, cache_names, cross_names
 from lora_speech.export.target import Plan, Say, Target
 
 FILE = "model.tflite"
@@ -52,10 +47,10 @@ def signature_name(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _inputs(plan: Plan, graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
+def _inputs(graph: Graph, decoding: Decoding, folder: Path) -> dict[str, torch.Tensor]:
     """Inputs of a graph as the file takes them: one row, the adapters that are there."""
-    decoding = Decoding.of(plan)
-    inputs, adapters = example_inputs(plan, graph, batch=1, prompt=len(decoding.prompt))
+    tokens = 1 if isinstance(graph, StepGraph) else len(decoding.prompt)
+    inputs, adapters = example_inputs(graph, batch=1, tokens=tokens)
     names = (*graph.inputs, *graph.adapter_inputs)
     found = dict(zip(names, inputs + adapters, strict=True))
     bank = _adapters(folder, decoding.live)
@@ -65,12 +60,13 @@ def _inputs(plan: Plan, graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
 def _write(plan: Plan, folder: Path, say: Say) -> None:
     import litert_torch
 
+    graphs, decoding = make_graphs(plan, StandardOperators())
+    assert isinstance(decoding, Decoding)
     write_adapters(plan, folder)
-    write_companions(plan, folder)
+    write_companions(plan, folder, decoding)
     converter = litert_torch.Converter()
-    for name in GRAPHS:
-        graph = make_graph(plan, name, StandardOperators())
-        inputs = _inputs(plan, graph, folder)
+    for name, graph in graphs.items():
+        inputs = _inputs(graph, decoding, folder)
         named = {signature_name(key): value for key, value in inputs.items()}
         converter.signature(name, _Named(graph).eval(), sample_kwargs=named)
     say("converting")
@@ -104,7 +100,9 @@ class _Runner:
         from ai_edge_litert.interpreter import Interpreter
 
         self.interpreter = Interpreter(str(path), num_threads=torch.get_num_threads())
-        self.runners = {name: self.interpreter.get_signature_runner(name) for name in GRAPHS}
+        self.runners = {
+            name: self.interpreter.get_signature_runner(name) for name in WHISPER_GRAPHS
+        }
         self.inputs = {name: r.get_input_details() for name, r in self.runners.items()}
         outputs = ("logits", *cross_names(layers), *cache_names("present", layers))
         self.outputs = {signature_name(name): name for name in outputs}
@@ -125,7 +123,8 @@ class _Runner:
 
 
 def _open(folder: Path) -> GraphRecognizer:
-    decoding = Decoding.read(folder)
+    decoding = read_decoding(folder)
+    assert isinstance(decoding, Decoding)
     runner = _Runner(folder / FILE, decoding.layers)
     return GraphRecognizer(decoding, runner, _adapters(folder, decoding.live))
 
@@ -134,7 +133,7 @@ def _adapters(folder: Path, live: Sequence[str]) -> dict[str, np.ndarray]:
     """The inputs that hold the adapters of a folder."""
     found = read_adapters(folder, live)
     shapes = {key: x.shape for tensors in found.values() for key, x in tensors.items()}
-    return banks(found, input_sizes(list(shapes.items())))
+    return banks(found, input_sizes(shapes.items()))
 
 
 @contextmanager
@@ -157,14 +156,13 @@ def _quiet() -> Iterator[None]:
 
 def _usage(folder: Path) -> str:
     return (
-        f"ai_edge_litert.interpreter.Interpreter('{folder}/{FILE}')   # encode, prefill, step: "
-        "docs/export_litert.md"
+        f"ai_edge_litert.interpreter.Interpreter('{folder}/{FILE}'): its signatures are explained "
+        "in docs/export_litert.md"
     )
 
 
 TARGET = Target(
     name="litert",
-    summary="a LiteRT (TensorFlow Lite) file",
     write=_write,
     open=_open,
     live=True,

@@ -27,24 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_speech.export.companions import decoding_of, write_adapters, write_companions
 from lora_speech.export.folder import (
     Decoding,
-    adapted_linears,
     banks,
+    input_sizes,
     read_adapters,
-    write_adapters,
-    write_companions,
+    read_decoding,
 )
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
-from lora_speech.export.graphs import (
-    EncodeGraph,
-    Graph,
-    StandardOperators,
-    StepGraph,
-    Tensors,
-    cache_names,
-)
-from lora_speech.export.onnx_graphs import example_inputs, input_sizes
+from lora_speech.export.graph_inputs import example_inputs, make_graphs
+from lora_speech.export.graphs import Graph, StandardOperators, StepGraph, Tensors, cache_names
 from lora_speech.export.target import Plan, Say, Target
 from lora_speech.features import extract_features
 
@@ -86,11 +79,10 @@ class _Flat(nn.Module):
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.inner = graph  # "graph" is a name that traced modules have
-        decoder = isinstance(graph, StepGraph)
         self.inputs = tuple(name for name in graph.inputs if name != "lengths")
         self.names = (*self.inputs, *graph.adapter_inputs)
         self.outputs = graph.outputs
-        self.caches = len(graph.caches) if decoder else 0  # type: ignore[arg-type]
+        self.caches = len(graph.caches) if isinstance(graph, StepGraph) else 0
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs, adapters = list(tensors[: len(self.inputs)]), tensors[len(self.inputs) :]
@@ -101,23 +93,14 @@ class _Flat(nn.Module):
         return found
 
 
-def _graphs(plan: Plan) -> dict[str, _Flat]:
-    adapted, whisper = adapted_linears(plan), plan.model.model
-    return {
-        "encode": _Flat(EncodeGraph(whisper, StandardOperators(), adapted).eval()),
-        "decode": _Flat(StepGraph(whisper, _GrowingCaches(), adapted).eval()),
-    }
-
-
-def _convert(plan: Plan, flat: _Flat) -> Any:
+def _convert(flat: _Flat) -> Any:
     """A graph as an `openvino.Model` without states; batch, tokens, past and ranks are open."""
     import openvino
 
-    inputs, adapters = example_inputs(plan, flat.inner)
-    examples = dict(zip((*flat.inner.inputs, *flat.inner.adapter_inputs), inputs + adapters,
-                        strict=True))  # fmt: skip
+    inputs, adapters = example_inputs(flat.inner, tokens=2)
+    names = (*flat.inner.inputs, *flat.inner.adapter_inputs)
+    examples = dict(zip(names, inputs + adapters, strict=True))
     if flat.caches:
-        examples["tokens"] = examples["tokens"].expand(-1, 2).contiguous()
         examples |= {n: x[:, :, :3].contiguous() for n, x in examples.items() if "past" in n}
     # Traced, not exported: a tracer keeps sizes open as they are, torch.export reasons about the
     # rank of every adapter, which takes it minutes.
@@ -156,7 +139,7 @@ def _keep_caches(model: Any, layers: int) -> None:
     manager = passes.Manager()
     manager.register_pass(passes.MakeStateful(dict(zip(past, present, strict=True))))
     manager.run_passes(model)
-    rows = op.gather(op.shape_of(model.input("tokens"), "i64"), np.int64([0]), np.int64(0))
+    rows = op.gather(op.shape_of(model.input("tokens"), "i64"), np.array([0], np.int64), np.int64(0))
     shape = op.concat([rows, op.constant(np.array([heads, 0, size], np.int64))], 0)
     empty = op.broadcast(op.constant(np.float32(0)), shape)
     for node in model.get_ops():
@@ -217,7 +200,7 @@ def _quantized(plan: Plan, models: Mapping[str, Any], folder: Path, say: Say) ->
     """INT8 weights and activations, calibrated by decoding the plan's samples."""
     import nncf
 
-    decoding = Decoding.of(plan)
+    decoding = decoding_of(plan)
     recorder = _Recorder(models, decoding)
     adapters = _adapters(folder, decoding, recorder.runner)
     recognizer = GraphRecognizer(decoding, recorder, adapters)
@@ -273,15 +256,17 @@ def _adapters(folder: Path, decoding: Decoding, runner: _Runner) -> dict[str, np
 def _write(plan: Plan, folder: Path, say: Say) -> None:
     import openvino
 
+    graphs, decoding = make_graphs(plan, _GrowingCaches())
+    assert isinstance(decoding, Decoding)
     write_adapters(plan, folder)
-    write_companions(plan, folder)
+    write_companions(plan, folder, decoding)
     models = {}
-    for name, flat in _graphs(plan).items():
+    for name, graph in zip(GRAPHS, (graphs["encode"], graphs["step"]), strict=True):
         say(f"converting {name}")
-        models[name] = _convert(plan, flat)
+        models[name] = _convert(_Flat(graph))
     if plan.int8:
         models = _quantized(plan, models, folder, say)
-    _keep_caches(models["decode"], Decoding.of(plan).layers)
+    _keep_caches(models["decode"], decoding.layers)
     for name, model in models.items():
         # fp32 as it is: in half precision it would be another model than torch's.
         openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
@@ -290,21 +275,21 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
 def _open(folder: Path) -> GraphRecognizer:
     import openvino
 
-    decoding, core = Decoding.read(folder), openvino.Core()
+    decoding, core = read_decoding(folder), openvino.Core()
+    assert isinstance(decoding, Decoding)
     runner = _Runner({name: core.read_model(folder / f"{name}.xml") for name in GRAPHS})
     return GraphRecognizer(decoding, runner, _adapters(folder, decoding, runner))
 
 
 def _usage(folder: Path) -> str:
     return (
-        f"openvino.Core().compile_model('{folder}/decode.xml', 'CPU')   # and encode.xml: "
-        "docs/export_openvino.md"
+        f"openvino.Core().compile_model('{folder}/decode.xml', 'CPU'), and encode.xml: inputs and "
+        "outputs are explained in docs/export_openvino.md"
     )
 
 
 TARGET = Target(
     name="openvino",
-    summary="OpenVINO IR, caches as states",
     write=_write,
     open=_open,
     live=True,
