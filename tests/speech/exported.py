@@ -1,4 +1,4 @@
-"""What the tests of OpenVINO and LiteRT share: adapters, tones, speech, and comparing with torch."""
+"""What tests of OpenVINO and LiteRT share: adapters, tones, speech, comparing with torch."""
 
 from __future__ import annotations
 
@@ -45,11 +45,17 @@ def spoken(count: int, seed: int) -> list[np.ndarray]:
 
 
 def real_digits(folder: Path, count: int) -> list[np.ndarray]:
-    """Strings of three digits by people, a file each."""
-    rng, files = random.Random(0), sorted((folder / "fsdd").glob("*.wav"))
-    return [
-        np.concatenate([load_audio(file) for file in rng.sample(files, 3)]) for _ in range(count)
-    ]
+    """Strings of four digits, each string by one person, with short pauses."""
+    rng, pause = random.Random(0), np.zeros(2400, np.float32)
+    people = sorted({file.stem.split("_")[1] for file in (folder / "fsdd").glob("*.wav")})
+    strings = []
+    for index in range(count):
+        parts = [pause]
+        for digit in (rng.randrange(10) for _ in range(4)):
+            name = f"{digit}_{people[index % len(people)]}_{rng.randrange(10)}.wav"
+            parts += [load_audio(folder / "fsdd" / name), pause]
+        strings.append(np.concatenate(parts))
+    return strings
 
 
 def compare(report: ExportReport, recordings: list[np.ndarray]) -> Check:

@@ -13,14 +13,13 @@ from lora_speech.errors import MissingExtraError, ModelError, SpeechError
 from lora_speech.export import target as target_module
 from lora_speech.export.run import ExportReport, export_model
 
-needs_openvino = [
+pytestmark = [
     pytest.mark.skipif(
         target_module.util.find_spec(name) is None,
         reason=f"needs {name}: pip install '.[openvino]'",
     )
     for name in ("openvino", "nncf")
 ]
-pytestmark = needs_openvino
 
 
 @pytest.fixture(scope="module")
