@@ -11,7 +11,7 @@ import soundfile
 from tiny_whisper import make_adapter, tone
 
 from lora_speech.audio import load_audio
-from lora_speech.corpus import sentences
+from lora_speech.corpus import DIGITS, sentences
 from lora_speech.export.check import Check, check_export
 from lora_speech.export.run import ExportReport
 from lora_speech.synthesis import SynthesisUnavailable, accent_speakers, synthesize
@@ -44,18 +44,20 @@ def spoken(count: int, seed: int) -> list[np.ndarray]:
         pytest.skip(str(error))
 
 
-def real_digits(folder: Path, count: int) -> list[np.ndarray]:
-    """Strings of four digits, each string by one person, with short pauses."""
+def real_digits(folder: Path, count: int) -> tuple[list[np.ndarray], list[str]]:
+    """Strings of four digits, each string by one person, with short pauses; and what they say."""
     rng, pause = random.Random(0), np.zeros(2400, np.float32)
     people = sorted({file.stem.split("_")[1] for file in (folder / "fsdd").glob("*.wav")})
-    strings = []
+    strings, texts = [], []
     for index in range(count):
         parts = [pause]
-        for digit in (rng.randrange(10) for _ in range(4)):
+        digits = [rng.randrange(10) for _ in range(4)]
+        for digit in digits:
             name = f"{digit}_{people[index % len(people)]}_{rng.randrange(10)}.wav"
             parts += [load_audio(folder / "fsdd" / name), pause]
         strings.append(np.concatenate(parts))
-    return strings
+        texts.append(" ".join(DIGITS["en"][digit] for digit in digits))
+    return strings, texts
 
 
 def compare(report: ExportReport, recordings: list[np.ndarray]) -> Check:

@@ -139,7 +139,9 @@ def _keep_caches(model: Any, layers: int) -> None:
     manager = passes.Manager()
     manager.register_pass(passes.MakeStateful(dict(zip(past, present, strict=True))))
     manager.run_passes(model)
-    rows = op.gather(op.shape_of(model.input("tokens"), "i64"), np.array([0], np.int64), np.int64(0))
+    rows = op.gather(
+        op.shape_of(model.input("tokens"), "i64"), np.array([0], np.int64), np.int64(0)
+    )
     shape = op.concat([rows, op.constant(np.array([heads, 0, size], np.int64))], 0)
     empty = op.broadcast(op.constant(np.float32(0)), shape)
     for node in model.get_ops():
