@@ -7,5 +7,7 @@ TARGETS: dict[str, str] = {
     "tensorrt": "engines for NVIDIA GPUs",
     "torchscript": "TorchScript for LibTorch, without Python",
     "aoti": "compiled by AOTInductor for LibTorch, without Python",
+    "openvino": "OpenVINO IR, for Intel's processors",
+    "litert": "a LiteRT (TensorFlow Lite) file, for phones",
 }
 """Each target's file in `targets`, and what it makes."""
