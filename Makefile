@@ -35,11 +35,12 @@ $(STAMP): $(BIN)/python pyproject.toml setup.py CMakeLists.txt $(CPP)
 demo: setup
 	$(BIN)/lora-speech demo --output demo_output
 
+# Two at once: nearly all tests use one thread.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-quick: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 bench: setup
 	$(BIN)/python -m benchmarks --output benchmarks/results

@@ -176,16 +176,24 @@ struct TileTask {
     bf16* x = s.x + i / kTileSide * s.x_stride;
     for (int64_t k = 0; k < K; k += kTileDepthBf16)
       copy_tile(from + k, args.x_stride, rows, K - k, x + k / kTileDepthBf16 * (kTileBytes / 2));
+    // Every task of these rows makes their t; the one with the first columns keeps it for the gradients.
+    KeptRows kept;
+    if (p.keeps_t && first_block == 0 && rows > 0) {
+      kept.stride = kept_t_columns(p.lora);
+      kept.t = static_cast<float*>(args.t) + (first + i) * kept.stride;
+      kept.rows = rows < kTileSide ? rows : kTileSide;
+      memset(kept.t, 0, static_cast<size_t>(kept.rows * kept.stride) * sizeof(float));
+    }
     if (adapter.rank == 0) return;
     bf16* t = s.t + i / kTileSide * s.t_stride;
-    if (planes.count == 1 && !dropout) return down_tile_rows(planes, adapter, x, s.x_stride, s.down, K, t);
+    if (planes.count == 1 && !dropout) return down_tile_rows(planes, adapter, x, s.x_stride, s.down, K, t, kept);
     for (int64_t r = 0; r < kTileSide; ++r) {
       if (r < rows) convert_row(from + r * args.x_stride, K, s.row);
       if (r < rows && dropout) drop(dropout, static_cast<uint64_t>((first + i + r) * K), K, s.row);
       if (r >= rows) memset(s.row, 0, static_cast<size_t>(K) * sizeof(float));
       store_tile_row(planes, s.row, K, r, s.planes, s.x_stride);
     }
-    down_tile_rows(planes, adapter, s.planes, s.x_stride, s.down, K, t);
+    down_tile_rows(planes, adapter, s.planes, s.x_stride, s.down, K, t, kept);
   }
 
   void run_chunk() {

@@ -102,10 +102,16 @@ inline void pack_down_tiles(const LoraPlanes& planes, const Bank& bank, const Ad
   });
 }
 
+// Where t goes besides, as fp32: `rows` of 16 rows, a whole vector for every 16 ranks.
+struct KeptRows {
+  float* t = nullptr;
+  int64_t stride = 0, rows = 0;
+};
+
 // t of 16 rows, times the adapter's scale, into their tiles of t. `x` are their tiles, plane by plane. Four sums side
 // by side: one alone would wait for each product before the next.
 inline void down_tile_rows(const LoraPlanes& planes, const AdapterRanks& adapter, const bf16* x, int64_t x_stride,
-                           const bf16* down, int64_t depth, bf16* t) {
+                           const bf16* down, int64_t depth, bf16* t, const KeptRows& kept = {}) {
   const int64_t steps = round_up(depth, kTileDepthBf16) / kTileDepthBf16;
   const int64_t rank_tiles = round_up(adapter.rank, kTileSide) / kTileSide, plane_stride = steps * rank_tiles * 512;
   alignas(64) float sums[4][kTileSide * kTileSide];
@@ -141,6 +147,7 @@ inline void down_tile_rows(const LoraPlanes& planes, const AdapterRanks& adapter
       const int64_t at = i * kTileSide;
       const F v =
           ((load(sums[0] + at) + load(sums[1] + at)) + (load(sums[2] + at) + load(sums[3] + at))) * set(adapter.scale);
+      if (i < kept.rows) store(kept.t + i * kept.stride + r * kTileSide, v);
       alignas(64) bf16 parts[kMostPlanes][kTileSide];
       store_planes(planes, v, parts[0], kTileSide);
       int64_t d = r * kTileSide;
