@@ -26,7 +26,8 @@ def export_onnx(graph: Graph) -> Any:
     """A graph as an `onnx_ir.Model`, our operators as nodes with bodies."""
     from lora_kernels import export
 
-    inputs, adapters = example_inputs(graph)
+    # A size of the example that is not open is the size: a step takes one token.
+    inputs, adapters = example_inputs(graph, tokens=3 if graph.open_sizes else 1)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             graph,
