@@ -10,7 +10,7 @@ import typer
 
 from lora_speech.cli_options import Base, Language, named_folders
 from lora_speech.errors import SpeechError
-from lora_speech.export.names import TARGETS
+from lora_speech.export.names import MAX_WER, TARGETS
 
 if TYPE_CHECKING:
     from lora_speech.export.run import ExportReport
@@ -54,7 +54,7 @@ def export(
             help="Word error rate against torch's own text beyond which nothing is written.",
             min=0.0,
         ),
-    ] = 0.05,
+    ] = MAX_WER,
     option: Annotated[
         list[str] | None,
         typer.Option(

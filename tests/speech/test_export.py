@@ -25,13 +25,8 @@ from lora_speech.errors import MissingExtraError, ModelError, SpeechError
 from lora_speech.export import run as run_module
 from lora_speech.export import target as target_module
 from lora_speech.export.folder import banks
-from lora_speech.export.graphs import (
-    EncodeGraph,
-    KernelOperators,
-    PrefillGraph,
-    StandardOperators,
-    StepGraph,
-)
+from lora_speech.export.graphs import EncodeGraph, PrefillGraph, StepGraph
+from lora_speech.export.operators import KernelOperators, StandardOperators
 from lora_speech.export.run import ExportReport, export_model
 from lora_speech.models.loading import load_for_serving
 

@@ -17,7 +17,7 @@ import lora_kernels as lk
 from lora_speech.errors import SpeechError
 from lora_speech.export.conformer_graphs import SUBSAMPLING, ConformerStepGraph, RecognizeGraph
 from lora_speech.export.ctc_decoding import collapse
-from lora_speech.export.graphs import KernelOperators
+from lora_speech.export.operators import KernelOperators
 from lora_speech.export.run import export_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "

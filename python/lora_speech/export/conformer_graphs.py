@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_speech.export.graphs import Graph, Operators, Tensors
+from lora_speech.export.graphs import Graph
+from lora_speech.export.operators import Operators, Tensors
 
 SUBSAMPLING = 8
 """Frames per position, and frames that a step hears again: the subsampling reads 7 of them."""

@@ -10,14 +10,8 @@ from lora_speech.errors import ModelError
 from lora_speech.export.companions import adapted_linears, ctc_decoding_of, decoding_of
 from lora_speech.export.conformer_graphs import ConformerStepGraph, RecognizeGraph
 from lora_speech.export.folder import CtcDecoding, Decoding
-from lora_speech.export.graphs import (
-    EncodeGraph,
-    Graph,
-    KernelOperators,
-    Operators,
-    PrefillGraph,
-    StepGraph,
-)
+from lora_speech.export.graphs import EncodeGraph, Graph, PrefillGraph, StepGraph
+from lora_speech.export.operators import KernelOperators, Operators
 from lora_speech.export.target import Plan
 
 WHISPER_GRAPHS: dict[str, type[Graph]] = {

@@ -11,3 +11,7 @@ TARGETS: dict[str, str] = {
     "litert": "a LiteRT (TensorFlow Lite) file, for phones",
 }
 """Each target's file in `targets`, and what it makes."""
+
+MAX_WER = 0.05
+"""Word error rate of an export against torch beyond which it is refused: INT8 in another place
+changes a word here and there, a wrong graph nearly all of them."""

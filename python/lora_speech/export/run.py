@@ -15,15 +15,13 @@ from safetensors import SafetensorError
 from lora_speech.audio import load_audio
 from lora_speech.errors import ModelError, SpeechError
 from lora_speech.export.check import Check, check_export
+from lora_speech.export.names import MAX_WER
 from lora_speech.export.target import Plan, Say, Target, target
 from lora_speech.files import publish, staging, sweep, write_json
 from lora_speech.models.loading import load_base, load_for_serving
 from lora_speech.prompts import default_language, special_tokens
 
 CHECK = "check.json"
-MAX_WER = 0.05
-"""Word error rate of an export against torch beyond which it is refused: INT8 in another place
-changes a word here and there, a wrong graph nearly all of them."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Target:
     packages : tuple of str
         Importable names that it needs.
     extra : str
-        The extra that installs them.
+        The extra that installs them beside `speech`; "" where that does.
     options : mapping
         What it takes besides, by `--option NAME=VALUE`, and what that means.
     ready : callable
@@ -144,7 +144,7 @@ class Target:
             raise MissingExtraError(
                 f"--to {self.name}: expected the package{'s' * (len(missing) > 1)} "
                 f"{', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed; "
-                f"pip install 'lora-kernels[speech,{self.extra}]'"
+                f"pip install 'lora-kernels[{','.join(filter(None, ('speech', self.extra)))}]'"
             )
         self.ready(options)
 

@@ -25,7 +25,8 @@ from lora_speech.export.companions import (
 from lora_speech.export.folder import CtcDecoding, banks, read_adapters, read_decoding
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
 from lora_speech.export.graph_inputs import example_inputs
-from lora_speech.export.graphs import EncodeGraph, Graph, KernelOperators, StepGraph, Tensors
+from lora_speech.export.graphs import EncodeGraph, Graph, StepGraph
+from lora_speech.export.operators import KernelOperators, Tensors
 from lora_speech.export.target import Plan
 
 INTERFACE = "graphs.json"

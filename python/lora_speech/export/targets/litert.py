@@ -22,7 +22,8 @@ from lora_speech.export.companions import write_adapters, write_companions
 from lora_speech.export.folder import Decoding, banks, input_sizes, read_adapters, read_decoding
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
 from lora_speech.export.graph_inputs import WHISPER_GRAPHS, example_inputs, make_graphs
-from lora_speech.export.graphs import Graph, StandardOperators, StepGraph, cache_names, cross_names
+from lora_speech.export.graphs import Graph, StepGraph, cache_names, cross_names
+from lora_speech.export.operators import StandardOperators
 from lora_speech.export.target import Plan, Say, Target
 
 FILE = "model.tflite"

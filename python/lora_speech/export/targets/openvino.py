@@ -37,7 +37,8 @@ from lora_speech.export.folder import (
 )
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
 from lora_speech.export.graph_inputs import example_inputs, make_graphs
-from lora_speech.export.graphs import Graph, StandardOperators, StepGraph, Tensors, cache_names
+from lora_speech.export.graphs import Graph, StepGraph, cache_names
+from lora_speech.export.operators import StandardOperators, Tensors
 from lora_speech.export.target import Plan, Say, Target
 from lora_speech.features import extract_features
 

@@ -95,6 +95,6 @@ TARGET = Target(
     live=True,
     int8=None,
     packages=("transformers", "peft"),
-    extra="export",
+    extra="",
     usage=_usage,
 )
