@@ -29,7 +29,7 @@ $(BIN)/python:
 # torch first: the build needs its headers and never fetches it, and a later install must not replace it.
 $(STAMP): $(BIN)/python pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[speech,export,ctranslate2,openvino,litert,test,lint]"
+	$(BIN)/python -m pip install --quiet -e ".[speech,export,ctranslate2,openvino,test,lint]"
 	@touch $@
 
 demo: setup
