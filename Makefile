@@ -13,7 +13,7 @@ CPP := $(shell git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 help:
 	@echo "make setup       create $(VENV) and install everything into it (rebuilds when C++ sources change)"
 	@echo "make demo        the main job, on speech synthesised here: adapt, quantize, serve two adapters in one batch"
-	@echo "make test        all tests (about 15 minutes on two cores)"
+	@echo "make test        all tests (half an hour on two cores)"
 	@echo "make test-quick  the quick ones (under 3 minutes)"
 	@echo "make bench       benchmarks of the operators against torch and PEFT, JSON under benchmarks/results"
 	@echo "make cuda-check  compile every CUDA kernel for every architecture; registers, spills, instructions (no GPU needed)"
