@@ -47,7 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(os.environ.get("LORA_KERNELS_CUDA_BUILD") or tmp_path_factory.mktemp("cuda"))
     configure = ["cmake", "-S", ROOT, "-B", folder, "-DLORA_KERNELS_CUDA=ON"]
     configure += ["-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
-    # No kernel runs here; `make cuda-check` compiles them as shipped, which takes four times as long.
+    # No kernel runs here; as shipped they take four times as long (`make cuda-check`).
     configure += ["-DCMAKE_CUDA_FLAGS=-Xcicc -O0 -Xptxas -O0"]
     configure += [f"-DLORA_KERNELS_RAW={raw}", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-DLORA_KERNELS_TORCH={torch.__path__[0]}"]
