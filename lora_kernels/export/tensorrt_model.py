@@ -108,7 +108,9 @@ def _append_in_place(model: Any, nodes: Sequence[Any]) -> dict[str, str]:
         if not node.op_type.startswith("KvAttentionStep"):
             continue
         pairs = list(zip(node.outputs[1:], node.inputs[3:], strict=False))
-        if all(before in inputs and after in outputs for after, before in pairs):
+        own = {before for _, before in pairs}  # one tensor for two caches would be written twice
+        fits = all(before in inputs and after in outputs for after, before in pairs)
+        if fits and len(own) == len(pairs) and not {inputs[b] for b in own} & set(aliases.values()):
             node.attributes["in_place"] = ir.AttrInt64("in_place", 1)
             aliases |= {outputs[after]: inputs[before] for after, before in pairs}
     return aliases

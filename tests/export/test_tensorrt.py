@@ -68,7 +68,7 @@ def layer(folder: Path, dtype: torch.dtype = torch.float16) -> tuple[Path, Layer
 
 def attention(folder: Path) -> Path:
     case = dict.fromkeys(("q", "k", "v"), torch.randn(2, 1, 4, 16))
-    case |= dict.fromkeys(("k_cache", "v_cache"), torch.zeros(2, 4, 32, 16))
+    case |= {name: torch.zeros(2, 4, 32, 16) for name in ("k_cache", "v_cache")}
     case["lengths"] = torch.tensor([3, 5], dtype=torch.int32)
     return exported(Call(export.kv_attention_step, list(case), {}), tuple(case.values()), folder)
 
@@ -91,7 +91,7 @@ def node_types(path: Path) -> list[tuple[str, str]]:
 def test_with_plugins_nodes_stay_and_caches_are_appended_to_in_place(tmp_path: Path) -> None:
     found = models.prepare(attention(tmp_path), tmp_path / "out.onnx", plugins=True)
     assert found.nodes == {"KvAttentionStep": 1}
-    assert sorted(found.aliases.values()) == ["k_cache", "v_cache"]
+    assert len(found.aliases) == len(set(found.aliases.values())) == 2
     model = ir.load(tmp_path / "out.onnx")
     assert not model.functions
     (node,) = [n for n in model.graph if n.domain == export.DOMAIN]
