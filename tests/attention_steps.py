@@ -81,7 +81,7 @@ def make_step(
     most = capacity - (tokens if append else 0)
     if lengths is None:
         lengths = torch.randint(0, most + 1, (rows,), generator=g, dtype=torch.int32)
-    if slots == "per position":
+    if isinstance(slots, str) and slots == "per position":
         slots = torch.randint(0, cache_rows, (rows, capacity), generator=g, dtype=torch.int32)
         if append:  # every row's new positions are its own
             for row in range(rows):
