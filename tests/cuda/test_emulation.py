@@ -287,13 +287,6 @@ FAULTS = [
         ("kv",),
     ),
     Fault(
-        "new tokens read from the cache",
-        "kv_rows.cuh",
-        "place = place < 0 ? kKvNowhere : kv_new_token(row, rows.tokens, p - length);",
-        "place = place < 0 ? kKvNowhere : place;",
-        ("kv",),
-    ),
-    Fault(
         "new tokens of other rows read from the cache",
         "kv_rows.cuh",
         "p >= first_new && place >= 0",
