@@ -1,4 +1,4 @@
-"""What tests of OpenVINO and LiteRT share: adapters, tones, speech, comparing with torch."""
+"""What tests of exports share: adapters, tones, speech, comparing with torch."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
+from exported import make_adapters, write_tones
 from safetensors import SafetensorError
-from tiny_whisper import make_adapter, tone
+from tiny_whisper import make_adapter
 from typer.testing import CliRunner
 
 import lora_kernels as lk
@@ -38,21 +38,12 @@ def base(tiny_whisper_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return {
-        "all": make_adapter(base, folder / "all", rank=3, seed=3),
-        "some": make_adapter(base, folder / "some", rank=5, seed=4, targets=["q_proj", "fc2"]),
-    }
+    return make_adapters(base, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("recordings")
-    paths = []
-    for frequency in (300.0, 1234.5):
-        paths.append(folder / f"{frequency:.0f}.wav")
-        soundfile.write(paths[-1], tone(1.5, frequency=frequency), 16_000)
-    return paths
+    return write_tones(tmp_path_factory.mktemp("recordings"))
 
 
 @pytest.fixture

@@ -12,13 +12,17 @@ from lora_speech.export.conformer_graphs import ConformerStepGraph, RecognizeGra
 from lora_speech.export.folder import CtcDecoding, Decoding
 from lora_speech.export.graphs import EncodeGraph, Graph, PrefillGraph, StepGraph
 from lora_speech.export.operators import KernelOperators, Operators
-from lora_speech.export.target import Plan
+from lora_speech.export.target import Plan, whole_number
 
 WHISPER_GRAPHS: dict[str, type[Graph]] = {
     "encode": EncodeGraph,
     "prefill": PrefillGraph,
     "step": StepGraph,
 }
+
+
+STEP_SIZES = {"chunk": 16, "left": 64}
+"""Positions of a streaming step, and those that it sees behind it, where nothing else is asked."""
 
 
 def make_graphs(
@@ -46,8 +50,8 @@ def make_graphs(
     graphs: dict[str, Graph] = {"recognize": RecognizeGraph(model, operators, adapted, name).eval()}
     step = None
     if hasattr(model.config, "encoder_config"):  # Parakeet; the other family hears waveforms
-        chunk, left = (int(plan.options.get(k, v)) for k, v in (("chunk", "16"), ("left", "64")))
-        step = ConformerStepGraph(model, operators, adapted, chunk, left).eval()
+        sizes = {key: whole_number(plan.options, key, size) for key, size in STEP_SIZES.items()}
+        step = ConformerStepGraph(model, operators, adapted, **sizes).eval()
         graphs["step"] = step
     _refuse_lost(adapted, graphs)
     return graphs, ctc_decoding_of(plan, step)

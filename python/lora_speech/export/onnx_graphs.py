@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 
 from lora_speech.export.graph_inputs import example_inputs, open_dimensions
 from lora_speech.export.graphs import Graph
+from lora_speech.export.quiet import quiet
 from lora_speech.export.target import Say
 
 WEIGHTS = "weights.bin"
@@ -28,7 +26,7 @@ def export_onnx(graph: Graph) -> Any:
 
     # A size of the example that is not open is the size: a step takes one token.
     inputs, adapters = example_inputs(graph, tokens=3 if graph.open_sizes else 1)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet("torch.onnx"):
         program = torch.onnx.export(
             graph,
             (inputs, adapters),
@@ -80,17 +78,3 @@ def _share_weights(models: Any, folder: Path) -> None:
                     WEIGHTS, offset, length, tensor.dtype,
                     name=value.name, shape=tensor.shape, base_dir=str(folder),
                 )  # fmt: skip
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own remarks off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

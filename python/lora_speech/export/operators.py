@@ -40,7 +40,7 @@ class Operators(Protocol):
         """Attention over a cache extended by k and v, and the cache as it is then.
 
         Without the cache where it was written in place.
-        """  # fmt: skip
+        """
 
     def fixed(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
@@ -82,7 +82,7 @@ class KernelOperators:
         lengths: torch.Tensor,
         scale: float,
     ) -> tuple[torch.Tensor, ...]:
-        """See `Operators`."""  # fmt: skip
+        """See `Operators`."""
         from lora_kernels.export import kv_attention_step
 
         keys, values = caches
@@ -157,6 +157,7 @@ class StandardOperators:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
 ) -> torch.Tensor:
+    """q [B, T, heads, head size] over k, v [B, heads, positions, head size]; a mask is added."""
     weights = (q.transpose(1, 2) * scale) @ k.transpose(-1, -2)
     weights = weights if mask is None else weights + mask
     return (weights.softmax(-1) @ v).transpose(1, 2)

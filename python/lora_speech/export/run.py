@@ -151,7 +151,7 @@ def export_model(
                     output.replace(old)
                 try:
                     publish(partial, output)
-                except BaseException:
+                except BaseException:  # an interrupt too: what stood there comes back
                     if old.exists() and not output.exists():
                         old.replace(output)
                     raise

@@ -76,6 +76,10 @@ class Recognizer(Protocol):
         """
 
 
+def _no_objection(given: object) -> None:
+    """Whatever it is, it can be exported."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One form in which a model leaves.
@@ -118,8 +122,8 @@ class Target:
     packages: tuple[str, ...] = ()
     extra: str = "export"
     options: Mapping[str, str] = field(default_factory=dict)
-    ready: Callable[[Mapping[str, str]], object] = dict
-    fits: Callable[[Plan], object] = id
+    ready: Callable[[Mapping[str, str]], None] = _no_objection
+    fits: Callable[[Plan], None] = _no_objection
     usage: Callable[[Path], str] = str
 
     def require(self, options: Mapping[str, str]) -> None:
@@ -147,6 +151,20 @@ class Target:
                 f"pip install 'lora-kernels[{','.join(filter(None, ('speech', self.extra)))}]'"
             )
         self.ready(options)
+
+
+def whole_number(options: Mapping[str, str], name: str, default: int) -> int:
+    """An option that is a whole number from 1 on.
+
+    Raises
+    ------
+    SpeechError
+        It is none.
+    """
+    text = options.get(name, str(default))
+    if not text.isdecimal() or not int(text):
+        raise SpeechError(f"--option {name}: expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def target(name: str) -> Target:

@@ -101,16 +101,15 @@ def write_torch_companions(
     filters, ``tokens.txt`` the text of each token.
     """
     decode: Any = graphs["decode"]
-    linears = dict(plan.model.model.model.named_modules())
-    adapted = {name for graph in graphs.values() for name in graph.adapted}
+    adapted = {name: graph for graph in graphs.values() for name in graph.adapted}
     interface = {
         "runtime": runtime,
         "inputs": {name: [*graph.inputs, *graph.adapter_inputs] for name, graph in graphs.items()},
         "cache_dtype": _name(decode.cache_dtype),
         "adapter_dtype": _name(decode.adapter_dtype),
         "adapted": {
-            name: [int(linears[name].in_features), int(linears[name].out_features)]
-            for name in sorted(adapted)
+            name: [graph.width(name, kind) for kind in ("lora_a", "lora_b")]
+            for name, graph in sorted(adapted.items())
         },
     }
     (folder / INTERFACE).write_text(json.dumps(interface, indent=1) + "\n", encoding="utf-8")
@@ -203,6 +202,11 @@ def open_torch_graphs(folder: Path, run: RunTensors) -> GraphRecognizer:
         return {"logits": found[0].numpy(), **present}
 
     return GraphRecognizer(decoding, call, held)
+
+
+def transcribe_usage(folder: Path) -> str:
+    """How the program in C++ is called."""
+    return f"transcribe {folder} RECORDING.wav   # examples/cpp, docs/export_torch.md"
 
 
 def flat_inputs(graph: Graph, adapter_dtype: Any) -> tuple[torch.Tensor, ...]:

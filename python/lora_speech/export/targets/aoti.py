@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,14 @@ from torch import nn
 from lora_speech.errors import SpeechError
 from lora_speech.export.graph_decoding import GraphRecognizer
 from lora_speech.export.graphs import Graph
+from lora_speech.export.quiet import quiet
 from lora_speech.export.target import Plan, Say, Target
 from lora_speech.export.torch_graphs import (
     GRAPHS,
     flat_inputs,
     open_torch_graphs,
     torch_graphs,
+    transcribe_usage,
     write_torch_companions,
 )
 
@@ -71,7 +70,7 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
         inputs, sizes = flat_inputs(graph, adapter_dtype), _open_sizes(graph)
         say(f"compiling {name}")
         # Oblivious: what is 1 (a token, a batch, a rank) is compiled as any other size.
-        with torch.no_grad(), _quiet(), shapes.patch(backed_size_oblivious=True):
+        with torch.no_grad(), quiet("torch._inductor"), shapes.patch(backed_size_oblivious=True):
             program = torch.export.export(
                 _Flat(graph).eval(), inputs, dynamic_shapes=(sizes,), strict=False
             )
@@ -82,7 +81,7 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
 
 
 def _open(folder: Path) -> GraphRecognizer:
-    with _quiet():
+    with quiet("torch._inductor"):
         packages = {
             name: torch._inductor.aoti_load_package(str(folder / f"{name}.pt2")) for name in GRAPHS
         }
@@ -94,24 +93,6 @@ def _open(folder: Path) -> GraphRecognizer:
     return open_torch_graphs(folder, run)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the compiler's own remarks off the terminal."""
-    logger = logging.getLogger("torch._inductor")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _usage(folder: Path) -> str:
-    return f"transcribe {folder} RECORDING.wav   # examples/cpp, docs/export_torch.md"
-
-
 TARGET = Target(
     name="aoti",
     write=_write,
@@ -119,5 +100,5 @@ TARGET = Target(
     live=True,
     int8="ours",
     ready=_ready,
-    usage=_usage,
+    usage=transcribe_usage,
 )

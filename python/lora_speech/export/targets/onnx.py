@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from lora_speech.errors import SpeechError
 from lora_speech.export.companions import write_adapters, write_companions
 from lora_speech.export.ctc_decoding import CtcRecognizer
 from lora_speech.export.folder import CtcDecoding, banks, input_sizes, read_adapters, read_decoding
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
-from lora_speech.export.graph_inputs import make_graphs
+from lora_speech.export.graph_inputs import STEP_SIZES, make_graphs
 from lora_speech.export.onnx_graphs import write_onnx
-from lora_speech.export.target import Plan, Say, Target
+from lora_speech.export.target import Plan, Say, Target, whole_number
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -66,16 +65,8 @@ def open_graphs(folder: Path) -> GraphRecognizer | CtcRecognizer:
 
 
 def _ready(options: Mapping[str, str]) -> None:
-    for name in _OPTIONS:
-        text = options.get(name, "1")
-        if not text.isdecimal() or not int(text):
-            raise SpeechError(f"--option {name}: expected a whole number from 1 on, got {text!r}")
-
-
-_OPTIONS = {
-    "chunk": "of a streaming step of Parakeet, positions of 80 ms; 16 by default",
-    "left": "positions that a streaming step sees behind it; 64 by default",
-}
+    for name, default in STEP_SIZES.items():
+        whole_number(options, name, default)
 
 
 def _usage(folder: Path) -> str:
@@ -91,7 +82,10 @@ TARGET = Target(
     int8="ours",
     objectives=("sequence", "ctc"),
     packages=("onnx", "onnxscript", "onnxruntime"),
-    options=_OPTIONS,
+    options={
+        "chunk": "of a streaming step of Parakeet, positions of 80 ms; 16 by default",
+        "left": "positions that a streaming step sees behind it; 64 by default",
+    },
     ready=_ready,
     usage=_usage,
 )

@@ -61,7 +61,7 @@ class _GrowingCaches(StandardOperators):
         lengths: torch.Tensor,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `Operators`; caches end where `lengths` says."""  # fmt: skip
+        """See `Operators`; caches end where `lengths` says."""
         keys, values = (
             torch.cat((cache, states.transpose(1, 2)), 2)
             for cache, states in zip(caches, (k, v), strict=True)

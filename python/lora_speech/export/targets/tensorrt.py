@@ -20,7 +20,7 @@ from lora_speech.export.companions import decoding_of, write_adapters, write_com
 from lora_speech.export.graph_inputs import make_graphs
 from lora_speech.export.graphs import Graph
 from lora_speech.export.onnx_graphs import write_onnx
-from lora_speech.export.target import Plan, Recognizer, Say, Target
+from lora_speech.export.target import Plan, Recognizer, Say, Target, whole_number
 from lora_speech.export.targets.onnx import open_graphs
 
 ONNX = "onnx"
@@ -86,10 +86,7 @@ def _fits(plan: Plan) -> None:
 
 
 def _number(options: Mapping[str, str], name: str) -> int:
-    text = options.get(name, {"max_batch": "8", "max_rank": "256"}[name])
-    if not text.isdecimal() or not int(text):
-        raise SpeechError(f"--option {name}: expected a whole number from 1 on, got {text!r}")
-    return int(text)
+    return whole_number(options, name, {"max_batch": 8, "max_rank": 256}[name])
 
 
 def _profile(plan: Plan, graph: Graph) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lora_speech.export.torch_graphs import (
     flat_inputs,
     open_torch_graphs,
     torch_graphs,
+    transcribe_usage,
     write_torch_companions,
 )
 
@@ -65,15 +66,11 @@ def _open(folder: Path) -> GraphRecognizer:
     return open_torch_graphs(folder, run)
 
 
-def _usage(folder: Path) -> str:
-    return f"transcribe {folder} RECORDING.wav   # examples/cpp, docs/export_torch.md"
-
-
 TARGET = Target(
     name="torchscript",
     write=_write,
     open=_open,
     live=True,
     int8="ours",
-    usage=_usage,
+    usage=transcribe_usage,
 )
