@@ -1,10 +1,7 @@
 // lora_linear's CUDA kernels, compiled for the host, behind a C interface that Python's ctypes can call: what the tests
 // in tests/cuda compare with the reference. Paths, tiles and splits can be chosen by hand, so that every kernel is met
 // on every shape, whatever the heuristic would take.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#include "cuda_emulated.h"
 
 #include "cuda/emulation/emulation.h"
 #include "cuda/lora_linear.h"
@@ -31,18 +28,6 @@ struct Call {
   const void *x, *weight, *bias, *lora_a, *lora_b, *scales, *offsets, *adapter_ids, *residual, *dy;
   void *t, *y, *dx, *dweight, *dbias, *dlora_a, *dlora_b;
 };
-
-int answer(const std::string& text, char* message, int64_t size, int code) {
-  std::snprintf(message, static_cast<size_t>(size), "%s", text.c_str());
-  return code;
-}
-
-DeviceInfo device_of(int64_t arch) {
-  DeviceInfo device;
-  cuda_device(0, &device);
-  device.cuda.arch = static_cast<int>(arch);
-  return device;
-}
 
 LoraLinearProblem problem_of(const Call& c) {
   LoraLinearProblem p;
@@ -76,18 +61,6 @@ LoraBank bank_of(const Call& c) {
   b.offsets = static_cast<const int32_t*>(c.offsets);
   b.adapter_ids = static_cast<const int32_t*>(c.adapter_ids);
   return b;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Exactly as many bytes as the plan asks for, all of them NaN.
-std::unique_ptr<void, Free> workspace_of(int64_t bytes) {
-  const auto size = static_cast<size_t>(round_up(bytes > 0 ? bytes : 1, 256));
-  std::unique_ptr<void, Free> memory(std::aligned_alloc(256, size));
-  std::memset(memory.get(), 0xFF, size);
-  return memory;
 }
 
 }  // namespace

@@ -1,10 +1,6 @@
 // int8_lora_linear's CUDA kernels behind the C interface of cuda_emulated.cpp.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-
 #include "cuda/int8_lora_linear.h"
+#include "cuda_emulated.h"
 
 namespace lora_kernels {
 std::string to_string(const Int8LoraLinearPlan& plan) { return to_string(plan.cuda); }
@@ -27,15 +23,6 @@ struct Call {
   void *q, *row_scales;  // copies of what the workspace holds behind the call, or null
 };
 
-int answer(const std::string& text, char* message, int64_t size, int code) {
-  std::snprintf(message, static_cast<size_t>(size), "%s", text.c_str());
-  return code;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -43,9 +30,7 @@ extern "C" {
 
 // 0: ran, and message is the plan; else message is the error.
 int emulated_int8_forward(const Call* c, char* message, int64_t size) {
-  DeviceInfo device;
-  cuda_device(0, &device);
-  device.cuda.arch = static_cast<int>(c->arch);
+  DeviceInfo device = device_of(c->arch);
   if (c->shared_bytes) device.cuda.shared_bytes = c->shared_bytes;
   Int8LoraLinearPlan plan;
   Int8LoraLinearProblem& p = plan.problem;
@@ -80,10 +65,7 @@ int emulated_int8_forward(const Call* c, char* message, int64_t size) {
     cuda::Int8Workspace(w, plan);
     plan.workspace = w.used;
   }
-  // Exactly as many bytes as the plan asks for, all of them NaN.
-  const auto bytes = static_cast<size_t>(round_up(plan.workspace > 0 ? plan.workspace : 1, 256));
-  std::unique_ptr<void, Free> workspace(std::aligned_alloc(256, bytes));
-  std::memset(workspace.get(), 0xFF, bytes);
+  const auto workspace = workspace_of(plan.workspace);
   Int8LoraLinearArgs args;
   args.x = c->x;
   args.x_stride = c->x_stride;

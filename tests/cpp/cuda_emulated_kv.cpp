@@ -1,11 +1,7 @@
 // kv_attention_step's and kv_pack's CUDA kernels behind the C interface of cuda_emulated.cpp.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-
 #include "cuda/kv_attention_step.h"
 #include "cuda/kv_pack.h"
+#include "cuda_emulated.h"
 
 namespace lora_kernels {
 std::string to_string(const KvAttentionStepPlan& plan) { return to_string(plan.cuda); }
@@ -32,22 +28,6 @@ struct PackCall {
   int64_t cache_rows, positions, heads, head_size, dtype, k_stride, v_stride, k_row_stride, v_row_stride, arch;
   const void *k, *v;
   void *packed_k, *packed_v, *k_scales, *v_scales;
-};
-
-int answer(const std::string& text, char* message, int64_t size, int code) {
-  std::snprintf(message, static_cast<size_t>(size), "%s", text.c_str());
-  return code;
-}
-
-DeviceInfo device_of(int64_t arch) {
-  DeviceInfo device;
-  cuda_device(0, &device);
-  device.cuda.arch = static_cast<int>(arch);
-  return device;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
 };
 
 }  // namespace
@@ -89,10 +69,7 @@ int emulated_kv_attention_step(const Call* c, char* message, int64_t size) {
   }
   cuda::Workspace w;
   cuda::KvWorkspace(w, plan);
-  // Exactly as many bytes as the plan asks for, all of them NaN.
-  const auto bytes = static_cast<size_t>(round_up(w.used > 0 ? w.used : 1, 256));
-  std::unique_ptr<void, Free> workspace(std::aligned_alloc(256, bytes));
-  std::memset(workspace.get(), 0xFF, bytes);
+  const auto workspace = workspace_of(w.used);
   KvAttentionStepArgs args;
   args.q = c->q;
   args.k = c->k;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -58,16 +59,24 @@ def build(target: str, *options: str, sources: Path = ROOT, folder: Path | None 
     digest.update((sources / "CMakeLists.txt").read_bytes())
     folder = folder or ROOT / "build" / "emulation" / digest.hexdigest()[:16]
     built = folder / target
-    if not built.is_file():
-        configure = ["cmake", "-S", sources, "-B", folder, "-DLORA_KERNELS_EMULATION=ON", *options]
-        configure += ["-G", "Ninja"] if shutil.which("ninja") else []
-        run = subprocess.run([*configure, f"-DCUDA_HOME={TOOLKIT}"], capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-        jobs = os.environ.get("MAX_JOBS", "2")
-        make = ["cmake", "--build", folder, "-j", jobs, "--target", built.stem.removeprefix("lib")]
-        run = subprocess.run(make, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Tests run in several processes, which want the same build: the first makes it, others wait.
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.is_file():
+            _make(target, options, sources, folder)
     return built
+
+
+def _make(target: str, options: tuple[str, ...], sources: Path, folder: Path) -> None:
+    configure = ["cmake", "-S", sources, "-B", folder, "-DLORA_KERNELS_EMULATION=ON", *options]
+    configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+    jobs = os.environ.get("MAX_JOBS", "2")
+    name = Path(target).stem.removeprefix("lib")
+    make = ["cmake", "--build", folder, "-j", jobs, "--target", name]
+    for command in ([*configure, f"-DCUDA_HOME={TOOLKIT}"], make):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @cache

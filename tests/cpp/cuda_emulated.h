@@ -1,0 +1,39 @@
+// What the C interfaces of the emulated kernels share.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "lora_kernels/device.h"
+
+namespace lora_kernels {
+
+inline int answer(const std::string& text, char* message, int64_t size, int code) {
+  std::snprintf(message, static_cast<size_t>(size), "%s", text.c_str());
+  return code;
+}
+
+inline DeviceInfo device_of(int64_t arch) {
+  DeviceInfo device;
+  cuda_device(0, &device);
+  device.cuda.arch = static_cast<int>(arch);
+  return device;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Exactly as many bytes as the plan asks for, all of them NaN.
+inline std::unique_ptr<void, Free> workspace_of(int64_t bytes) {
+  const auto size = static_cast<size_t>((bytes > 0 ? bytes : 1) + 255) / 256 * 256;
+  std::unique_ptr<void, Free> memory(std::aligned_alloc(256, size));
+  std::memset(memory.get(), 0xFF, size);
+  return memory;
+}
+
+}  // namespace lora_kernels
