@@ -13,6 +13,7 @@ from .int8_lora_linear import (
 )
 from .kv_attention_step import kv_attention_step
 from .kv_pack import kv_pack, kv_unpack
+from .kv_relative_step import kv_relative_step
 from .lora_linear import apply_activation, lora_branch, lora_linear
 from .philox import dropout_keep_mask, philox4x32_10
 
@@ -23,6 +24,7 @@ __all__ = [
     "int8_lora_linear",
     "kv_attention_step",
     "kv_pack",
+    "kv_relative_step",
     "kv_unpack",
     "lora_branch",
     "lora_linear",

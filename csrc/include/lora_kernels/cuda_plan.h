@@ -81,4 +81,12 @@ struct CudaKvPackPlan {
 };
 std::string to_string(const CudaKvPackPlan& plan);
 
+struct CudaKvRelativeStepPlan {
+  int arch = 0;             //
+  int groups = 1;           // of 64 channels of a head
+  int chunks = 1;           // of a row's queries among blocks
+  double predicted_us = 0;  // as in CudaLoraLinearPlan
+};
+std::string to_string(const CudaKvRelativeStepPlan& plan);
+
 }  // namespace lora_kernels
