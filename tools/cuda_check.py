@@ -78,11 +78,14 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   INT8_GEMM(T, LargeShape) INT8_GEMM(T, SmallShape)
 #define INT8_GEMM(T, S)                                                   \\
   SIZE("int8_gemm<" #T ", " #S ">", (Int8GemmLayout<T, S>::kSharedBytes))
+#define KV_ATTEND(Q, S, G, PLACES, COUNT)                                 \\
+  SIZE("kv_attend<" #Q ", " #S ", " #G ", " #PLACES ">",                  \\
+       kv_shared_bytes(G, kKvQueries, COUNT, kv_query_bytes(G, sizeof(KvProduct<Q, S>))))
 #define KV_CACHE(Q, S)                                                    \\
-  SIZE("kv_attend<" #Q ", " #S ", 1, false>", kv_shared_bytes(1, kKvQueries, 0))  \\
-  SIZE("kv_attend<" #Q ", " #S ", 2, false>", kv_shared_bytes(2, kKvQueries, 0))  \\
-  SIZE("kv_attend<" #Q ", " #S ", 1, true>", kv_shared_bytes(1, kKvQueries, kKvMostPlaces)) \\
-  SIZE("kv_attend<" #Q ", " #S ", 2, true>", kv_shared_bytes(2, kKvQueries, kKvMostPlaces))
+  KV_ATTEND(Q, S, 1, false, 0)                                            \\
+  KV_ATTEND(Q, S, 2, false, 0)                                            \\
+  KV_ATTEND(Q, S, 1, true, kKvMostPlaces)                                 \\
+  KV_ATTEND(Q, S, 2, true, kKvMostPlaces)
 #define KV(Q)                                                             \\
   KV_CACHE(Q, Q) KV_CACHE(Q, signed char)                                 \\
   SIZE("kv_blocked<" #Q ", 1>", kv_shared_bytes(1, kKvBlockedQueries, 0)) \\

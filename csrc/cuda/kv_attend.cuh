@@ -19,7 +19,7 @@
 // Not measured: no GPU has run this.
 #pragma once
 
-#include "cuda/kv_eights.cuh"
+#include "cuda/kv_queries.cuh"
 #include "cuda/kv_result.cuh"
 
 namespace lora_kernels::cuda {
@@ -44,8 +44,8 @@ class KvAttend {
   using T = KvProduct<Q, S>;
   static constexpr int kEights = 2 * kGroups;  // of a lane's depth
   static constexpr bool kInt8 = std::is_same_v<S, int8_t>;
-  // Whether K and V of a tile wait in registers while something else is computed: with q and the sums there is no room
-  // for both halves of them in products of 32 bits.
+  // Whether K and V of a tile wait in registers while something else is computed: beside the sums there is no room for
+  // both halves of them in products of 32 bits.
   static constexpr bool kAhead = kGroups * sizeof(T) < 8;
 
  public:
@@ -53,6 +53,7 @@ class KvAttend {
       : p_(p),
         list_memory_(shared_.take<int>(kKvListWords)),
         places_(shared_.take<int>(kPlaces ? p.split_positions : 0)),
+        queries_(shared_),
         parts_(shared_) {
     const int heads = p.result.heads, block = static_cast<int>(blockIdx.x);
     split_ = block % p.result.splits;
@@ -85,6 +86,7 @@ class KvAttend {
       __syncthreads();
     }
     load_queries(list);
+    queries_.meet();
 #pragma unroll
     for (int i = 0; i < 2; ++i) most_[i] = negative_infinity(), total_[i] = 0;
 #pragma unroll
@@ -177,10 +179,10 @@ class KvAttend {
         if (fits) factor_[i] *= most;
 #pragma unroll
         for (int c = 0; c < kEights; ++c)
-          q_[i][c] = eight_of<T>([&](int e) { return fits ? scaled(c, e) * inverse : scaled(c, e); });
+          queries_.keep(i, c, eight_of<T>([&](int e) { return fits ? scaled(c, e) * inverse : scaled(c, e); }));
       } else {
 #pragma unroll
-        for (int c = 0; c < kEights; ++c) q_[i][c] = eight_of<T, Q>(raw[c]);
+        for (int c = 0; c < kEights; ++c) queries_.keep(i, c, eight_of<T, Q>(raw[c]));
       }
     }
   }
@@ -200,9 +202,11 @@ class KvAttend {
   }
 
   __device__ void add_scores([[maybe_unused]] int at, float (&scores)[2][4]) const {
+    // Loads that are not ahead must not be gathered ahead either: what unrolling lets a compiler do.
+    constexpr int kUnrolled = kAhead ? kEights : 1;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
-#pragma unroll
+#pragma unroll kUnrolled
       for (int c = 0; c < kEights; ++c) {
         KvRaw<S> raw;
         if constexpr (kAhead)
@@ -212,7 +216,8 @@ class KvAttend {
         const KvEight<T> k = eight_of<T, S>(raw);
 #pragma unroll
         for (int s = 0; s < KvEight<T>::kSteps; ++s) {
-          const uint32_t a[4] = {q_[0][c].w[2 * s], q_[1][c].w[2 * s], q_[0][c].w[2 * s + 1], q_[1][c].w[2 * s + 1]};
+          const uint32_t a[4] = {queries_.word(0, c, 2 * s), queries_.word(1, c, 2 * s), queries_.word(0, c, 2 * s + 1),
+                                 queries_.word(1, c, 2 * s + 1)};
           product<T>(scores[n], a, k.w[2 * s], k.w[2 * s + 1], true);
         }
       }
@@ -371,12 +376,12 @@ class KvAttend {
   const KvAttendParams& p_;
   Shared shared_;
   int *list_memory_, *places_;
+  KvQueries<T, kGroups> queries_;
   KvParts<kKvQueries, kGroups> parts_;
   const int warp_ = static_cast<int>(threadIdx.x) / 32, g_ = static_cast<int>(threadIdx.x) % 32 / 4,
             t_ = static_cast<int>(threadIdx.x) % 4;
   int split_ = 0, head_ = 0, unit_ = 0, begin_ = 0, end_ = 0;
   int64_t vector_ = 0;  // the first position of this head in its cache row
-  KvEight<T> q_[2][kEights];
   KvRaw<S> keys_[2][kAhead ? kEights : 1], values_[4][kAhead ? kGroups : 1];
   float v_scale_[4] = {}, factor_[2], most_[2], total_[2];
   float sums_[8 * kGroups][4];

@@ -47,7 +47,8 @@ void with_cache_type(DType type, const Body& body) {
 
 template <class Q, class S, int kGroups, bool kPlaces>
 void kv_attend_all(Sequence* s, const CudaKvAttentionStepPlan& c, dim3 grid, const KvAttendParams& p, bool early) {
-  const int64_t shared = kv_shared_bytes(kGroups, kKvQueries, kPlaces ? c.split_positions : 0);
+  const int64_t shared = kv_shared_bytes(kGroups, kKvQueries, kPlaces ? c.split_positions : 0,
+                                         kv_query_bytes(kGroups, sizeof(KvProduct<Q, S>)));
   s->run<&kv_attend<Q, S, kGroups, kPlaces>>("kv_attend", grid, kKvThreads, static_cast<size_t>(shared), p, early);
 }
 

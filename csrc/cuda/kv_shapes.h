@@ -29,11 +29,18 @@ constexpr int kKvFinishThreads = 256;
 // Floats from query to query of a warp's sums in shared memory; 4 beyond, so that queries begin in other banks.
 constexpr int kv_part_stride(int groups) { return 64 * groups + 4; }
 
-// Shared memory of a block: the list of queries, the places of the positions, the sums of the warps with the largest
-// score and the total of each. `groups`: of 64 channels.
+// Whether a lane holds the queries in registers, which products over `groups` of 64 channels in elements of `element`
+// bytes leave no room for beside sums, K and V; if not, the warps share them in so many bytes of shared memory.
+constexpr bool kv_holds_queries(int groups, int element) { return groups * element < 4; }
+constexpr int64_t kv_query_bytes(int groups, int element) {
+  return kv_holds_queries(groups, element) ? 0 : int64_t{kKvQueries} * 64 * groups * element;
+}
+
+// Shared memory of a block: the list of queries, the places of the positions, the queries themselves, the sums of the
+// warps with the largest score and the total of each. `groups`: of 64 channels.
 constexpr int kKvListWords = 2 * kKvQueries + 2 * kKvWarps + 2;
-constexpr int64_t kv_shared_bytes(int groups, int queries, int64_t places) {
-  return round_up(kKvListWords * 4, 16) + round_up(places * 4, 16) +
+constexpr int64_t kv_shared_bytes(int groups, int queries, int64_t places, int64_t query_bytes = 0) {
+  return round_up(kKvListWords * 4, 16) + round_up(places * 4, 16) + query_bytes +
          int64_t{kKvWarps} * queries * (kv_part_stride(groups) + 2) * 4;
 }
 
