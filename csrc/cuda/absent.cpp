@@ -2,6 +2,7 @@
 #include "cuda/int8_lora_linear.h"
 #include "cuda/kv_attention_step.h"
 #include "cuda/kv_pack.h"
+#include "cuda/kv_relative_step.h"
 
 namespace lora_kernels {
 namespace {
@@ -32,6 +33,9 @@ Status launch(const KvAttentionStepPlan&, const KvAttentionStepArgs&, const Exec
   return absent("kv_attention_step");
 }
 Status launch(const KvPackPlan&, const KvPackArgs&, const Executor&) { return absent("kv_pack"); }
+Status launch(const KvRelativeStepPlan&, const KvRelativeStepArgs&, const Executor&) {
+  return absent("kv_relative_step");
+}
 
 }  // namespace cuda
 }  // namespace lora_kernels

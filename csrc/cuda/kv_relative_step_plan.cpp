@@ -1,0 +1,89 @@
+// What a kv_relative_step needs of a CUDA device, and what it is predicted to take: nothing has measured it.
+#include <algorithm>
+#include <cstdio>
+
+#include "cuda/kv_relative_step.h"
+#include "cuda/kv_shapes.h"
+#include "cuda/machine.h"
+
+namespace lora_kernels::cuda {
+namespace {
+
+// A block begins by finding its row and queries, and ends by adding up its warps: microseconds besides its bytes.
+constexpr double kEdgesUs = 2.0;
+// Blocks that share a multiprocessor, by their registers.
+constexpr double kResident = 2;
+
+double bytes_of(DType type) { return static_cast<double>(size_of(type)); }
+
+}  // namespace
+
+Status supported(const KvRelativeStepProblem& p, const CudaDevice& device) {
+  std::vector<std::string> reasons;
+  const std::string arch = "sm_" + std::to_string(device.arch);
+  const auto expect_most = [&](const char* what, int64_t most, int64_t value) {
+    if (value > most)
+      reasons.push_back(std::string(what) + ": expected at most " + std::to_string(most) + ", got " +
+                        std::to_string(value));
+  };
+  if (device.arch < 75)
+    reasons.push_back("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
+  else if (device.arch < 80 && p.dtype != DType::kFloat16)
+    reasons.push_back(std::string("q: on ") + arch +
+                      " expected float16, all that its tensor cores multiply beside INT8, got " + name_of(p.dtype));
+  if (p.cache_dtype != p.dtype && p.dtype != DType::kFloat32)
+    reasons.push_back(std::string("k_cache, v_cache: expected ") + name_of(p.dtype) + ", as q is, got " +
+                      name_of(p.cache_dtype));
+  expect_most("head size", kKvMostHeadSize, p.head_size);
+  expect_most("capacity", INT_MAX / 4, p.capacity);
+  expect_most("left", INT_MAX / 4, p.left);
+  // Bounded apart first, so that their product cannot overflow.
+  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of q", p.rows},
+                                    {"tokens", p.tokens},
+                                    {"heads", p.heads},
+                                    {"rows of k_cache", p.cache_rows}})
+    expect_most(name, 1 << 20, value);
+  if (reasons.empty()) expect_most("rows of q times heads", INT_MAX / 4, p.rows * p.heads);
+  if (reasons.empty()) return {};
+  return Status::unsupported("kv_relative_step: CUDA kernels cannot run this: " + joined(reasons) +
+                             ". Convert the operands to what is supported, or move them to the CPU, whose kernels take "
+                             "any of it.");
+}
+
+void configure(const DeviceInfo& device, KvRelativeStepPlan* plan) {
+  const KvRelativeStepProblem& p = plan->problem;
+  const Machine machine(device.cuda, 1024);
+  CudaKvRelativeStepPlan& c = plan->cuda;
+  c = {};
+  c.arch = device.cuda.arch;
+  c.groups = p.head_size > 64 ? 2 : 1;
+  c.chunks = static_cast<int>(std::clamp<int64_t>((p.tokens + kKvQueries - 1) / kKvQueries, 1, 65535));
+
+  const double rows = static_cast<double>(p.rows), T = static_cast<double>(p.tokens), H = static_cast<double>(p.heads);
+  const double width = H * static_cast<double>(p.head_size), frames = static_cast<double>(p.left) + T;
+  const double cached = bytes_of(p.cache_dtype), element = bytes_of(p.dtype);
+  // From memory: the past, q, k, v and out, the appended frames, the positions once. What every block reads again of
+  // the positions comes from L2, twice: a tile of frames wants as many rows more as it has queries.
+  const double bytes = rows * width * (2 * static_cast<double>(p.left) * cached + 2 * T * cached + 4 * T * element) +
+                       width * (frames + T - 1) * element;
+  const double again = rows * c.chunks * width * 2 * frames * element;
+  // As many blocks as there is room for share the memory, then the rest: few of them cannot keep it busy.
+  const double in_flight = kKvWarps * kKvTile * static_cast<double>(p.head_size) * cached;
+  const double blocks = std::min(rows * H * c.chunks, kResident * machine.multiprocessors);
+  const double busy = std::min(1.0, std::max(1.0, blocks) * in_flight / (machine.bytes * kLatencySeconds));
+  c.predicted_us = (machine.memory_us(bytes) + machine.memory_us(again) / kL2) / busy + kEdgesUs + kLaunchUs;
+  plan->workspace = 0;
+}
+
+}  // namespace lora_kernels::cuda
+
+namespace lora_kernels {
+
+std::string to_string(const CudaKvRelativeStepPlan& c) {
+  char text[96];
+  std::snprintf(text, sizeof text, "cuda sm_%d channels=%d chunks=%d predicted=%.1fus", c.arch, 64 * c.groups, c.chunks,
+                c.predicted_us);
+  return text;
+}
+
+}  // namespace lora_kernels
