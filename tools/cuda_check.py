@@ -41,7 +41,10 @@ MOST_SHARED = {
 ARCHITECTURES = tuple(MOST_SHARED)
 # sm_75 multiplies fp16 alone on its tensor cores, and INT8.
 TYPES = {"f16": ARCHITECTURES, "bf16": ARCHITECTURES[1:], "f32": ARCHITECTURES[1:]}
-OPERATORS = ("lora_linear", "int8_lora_linear", "kv_attention_step", "kv_pack")
+OPERATORS = (
+    *("lora_linear", "int8_lora_linear"),
+    *("kv_attention_step", "kv_pack", "kv_relative_step"),
+)
 
 # The sizes of dynamic shared memory are constants of the kernels' headers.
 SHARED_SIZES = """
@@ -49,6 +52,7 @@ SHARED_SIZES = """
 #include "cuda/int8_lora_linear_launch.cuh"
 #include "cuda/kv_attention_step_launch.cuh"
 #include "cuda/kv_pack_launch.cuh"
+#include "cuda/kv_relative_step_launch.cuh"
 #include "cuda/lora_linear_launch.cuh"
 using namespace lora_kernels::cuda;
 template <class T, class S, Product P> void gemm_of(const char* name) {
@@ -81,6 +85,10 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
 #define KV_ATTEND(Q, S, G, PLACES, COUNT)                                 \\
   SIZE("kv_attend<" #Q ", " #S ", " #G ", " #PLACES ">",                  \\
        kv_shared_bytes(G, kKvQueries, COUNT, kv_query_bytes(G, sizeof(KvProduct<Q, S>))))
+#define KV_RELATIVE(Q, S, G)                                              \\
+  SIZE("kv_relative<" #Q ", " #S ", " #G ">",                             \\
+       kv_relative_shared_bytes(G, sizeof(KvProduct<Q, S>)))
+#define KV_FRAMES(Q, S) KV_RELATIVE(Q, S, 1) KV_RELATIVE(Q, S, 2)
 #define KV_CACHE(Q, S)                                                    \\
   KV_ATTEND(Q, S, 1, false, 0)                                            \\
   KV_ATTEND(Q, S, 2, false, 0)                                            \\
@@ -100,6 +108,8 @@ int main() {
   ALL(float, LargeShape) ALL(float, SmallShape) SKINNY(float)
   INT8(__half) INT8(__nv_bfloat16) INT8(float)
   KV(__half) KV(__nv_bfloat16) KV(float) KV_CACHE(float, __half) KV_CACHE(float, __nv_bfloat16)
+  KV_FRAMES(__half, __half) KV_FRAMES(__nv_bfloat16, __nv_bfloat16) KV_FRAMES(float, float)
+  KV_FRAMES(float, __half) KV_FRAMES(float, __nv_bfloat16)
   SIZE("kv_weights<float>", 2 * kKvFinishThreads / 32 * 4)
   std::printf("top_parts<float>\\t%zu\\n", kTopSharedBytes);
 }
@@ -207,7 +217,7 @@ def compile_one(
 
 GEMM_LIKE = (
     *("gemm<", "down<", "few_rows<", "dy_once<"),
-    *("int8_gemm<", "int8_few", "int8_rows<", "kv_attend<"),
+    *("int8_gemm<", "int8_few", "int8_rows<", "kv_attend<", "kv_relative<"),
 )
 
 

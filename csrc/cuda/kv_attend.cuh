@@ -19,7 +19,7 @@
 // Not measured: no GPU has run this.
 #pragma once
 
-#include "cuda/kv_queries.cuh"
+#include "cuda/kv_products.cuh"
 #include "cuda/kv_result.cuh"
 
 namespace lora_kernels::cuda {
@@ -109,7 +109,7 @@ class KvAttend {
         for (int i = 0; i < list.count(); ++i) add_values_of(i, list.visible(i) - at, at, scores);
       }
     }
-    store_parts();
+    parts_.store(most_, total_, sums_);
     __syncthreads();
     const bool channels = kInt8 && p_.scales == KvScales::kPerChannel;
     const int64_t at_channel = channels ? vector_ / p_.rows.capacity * p_.result.head_size : 0;
@@ -213,13 +213,7 @@ class KvAttend {
           raw = keys_[n][c];
         else
           raw = load_key(at, n, c);
-        const KvEight<T> k = eight_of<T, S>(raw);
-#pragma unroll
-        for (int s = 0; s < KvEight<T>::kSteps; ++s) {
-          const uint32_t a[4] = {queries_.word(0, c, 2 * s), queries_.word(1, c, 2 * s), queries_.word(0, c, 2 * s + 1),
-                                 queries_.word(1, c, 2 * s + 1)};
-          product<T>(scores[n], a, k.w[2 * s], k.w[2 * s + 1], true);
-        }
+        kv_add_scores(scores[n], queries_, c, eight_of<T, S>(raw));
       }
   }
 
@@ -302,7 +296,7 @@ class KvAttend {
       KvEight<T> v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = value_of(at, i, c);
-      multiply(c, weights, v);
+      kv_add_values(sums_, c * 8, weights, v);
     }
   }
 
@@ -324,52 +318,12 @@ class KvAttend {
       for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) kept[j][e] = sums_[c * 8 + j][e];
-      multiply(c, weights, v);
+      kv_add_values(sums_, c * 8, weights, v);
 #pragma unroll
       for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           if (g_ + 8 * (e / 2) != only) sums_[c * 8 + j][e] = kept[j][e];
-    }
-  }
-
-  // Channel 64 c + 8 n + j is column n of product j.
-  __device__ void multiply(int c, const float (&weights)[2][4], const KvEight<T> (&v)[4]) {
-    const auto word = [](float first, float second) {
-      return bits_of<T>(from_float<T>(first)) | bits_of<T>(from_float<T>(second)) << 16;
-    };
-    if constexpr (sizeof(T) == 2) {
-      const uint32_t a[4] = {word(weights[0][0], weights[0][1]), word(weights[0][2], weights[0][3]),
-                             word(weights[1][0], weights[1][1]), word(weights[1][2], weights[1][3])};
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        product<T>(sums_[c * 8 + j], a, pair_of(v[0].w[j / 2], v[1].w[j / 2], j % 2),
-                   pair_of(v[2].w[j / 2], v[3].w[j / 2], j % 2), true);
-    } else {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t a[4] = {__float_as_uint(weights[n][0]), __float_as_uint(weights[n][2]),
-                               __float_as_uint(weights[n][1]), __float_as_uint(weights[n][3])};
-#pragma unroll
-        for (int j = 0; j < 8; ++j) product<T>(sums_[c * 8 + j], a, v[2 * n].w[j], v[2 * n + 1].w[j], true);
-      }
-    }
-  }
-
-  __device__ void store_parts() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int query = g_ + 8 * i;
-      const float total = kv_group_sum(total_[i]);
-      if (t_ == 0) {
-        parts_.most[warp_ * kKvQueries + query] = most_[i];
-        parts_.total[warp_ * kKvQueries + query] = total;
-      }
-#pragma unroll
-      for (int j = 0; j < 8 * kGroups; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          parts_.sum(warp_, query, j / 8 * 64 + (2 * t_ + e) * 8 + j % 8) = sums_[j][2 * i + e];
     }
   }
 

@@ -1,6 +1,8 @@
-// Which type's kernels a call of kv_attention_step or kv_pack takes, and the plan in the message if a launch fails.
+// Which type's kernels a call of kv_attention_step, kv_relative_step or kv_pack takes, and the plan in the message if a
+// launch fails.
 #include "cuda/kv_attention_step.h"
 #include "cuda/kv_pack.h"
+#include "cuda/kv_relative_step.h"
 #include "cuda/primitives/platform.h"
 
 namespace lora_kernels::cuda {
@@ -11,6 +13,9 @@ extern template struct KvAttentionStepKernels<float>;
 extern template struct KvPackKernels<__half>;
 extern template struct KvPackKernels<__nv_bfloat16>;
 extern template struct KvPackKernels<float>;
+extern template struct KvRelativeStepKernels<__half>;
+extern template struct KvRelativeStepKernels<__nv_bfloat16>;
+extern template struct KvRelativeStepKernels<float>;
 
 namespace {
 
@@ -30,6 +35,10 @@ Status launch_of(const char* op, const Plan& plan, const Args& args, const Execu
 
 Status launch(const KvAttentionStepPlan& plan, const KvAttentionStepArgs& args, const Executor& executor) {
   return launch_of<KvAttentionStepKernels>("kv_attention_step", plan, args, executor);
+}
+
+Status launch(const KvRelativeStepPlan& plan, const KvRelativeStepArgs& args, const Executor& executor) {
+  return launch_of<KvRelativeStepKernels>("kv_relative_step", plan, args, executor);
 }
 
 Status launch(const KvPackPlan& plan, const KvPackArgs& args, const Executor& executor) {

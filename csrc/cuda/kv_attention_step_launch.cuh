@@ -10,8 +10,6 @@
 namespace lora_kernels::cuda {
 namespace launching {
 
-constexpr float kLog2OfE = 1.44269504f;
-
 inline KvRows kv_rows_of(const KvAttentionStepProblem& p, const KvAttentionStepArgs& args) {
   KvRows rows;
   rows.lengths = args.lengths;

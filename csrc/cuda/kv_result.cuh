@@ -17,6 +17,8 @@
 
 namespace lora_kernels::cuda {
 
+constexpr float kLog2OfE = 1.44269504f;
+
 struct KvResult {
   void* out = nullptr;     // [rows, T, H, D]
   float* parts = nullptr;  // [splits, rows, T, H, D] if there are several
@@ -71,9 +73,32 @@ struct KvParts {
     return sums[(warp * kQueries + query) * kStride + channel];
   }
 
-  // After a barrier behind the sums. `channel_scale(d)`: of V.
-  template <class Q, class ChannelScale>
-  __device__ void finish(const KvResult& r, const KvQueryList& list, int head, int split,
+  // What a lane's products of sixteen queries have: queries g and g + 8; channel 64 c + 8 n + j of 64 c on is column n
+  // of product j.
+  __device__ void store(const float (&most_of)[2], const float (&total_of)[2],
+                        const float (&sums_of)[8 * kGroups][4]) const {
+    static_assert(kQueries == kKvQueries, "the rows of one product");
+    const int warp = static_cast<int>(threadIdx.x) / 32, g = static_cast<int>(threadIdx.x) % 32 / 4,
+              t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = g + 8 * i;
+      const float whole = kv_group_sum(total_of[i]);
+      if (t == 0) {
+        most[warp * kKvQueries + query] = most_of[i];
+        total[warp * kKvQueries + query] = whole;
+      }
+#pragma unroll
+      for (int j = 0; j < 8 * kGroups; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sum(warp, query, j / 8 * 64 + (2 * t + e) * 8 + j % 8) = sums_of[j][2 * i + e];
+    }
+  }
+
+  // After a barrier behind the sums. `list`: a KvQueryList, or what has its count(), query() and visible().
+  // `channel_scale(d)`: of V.
+  template <class Q, class List, class ChannelScale>
+  __device__ void finish(const KvResult& r, const List& list, int head, int split,
                          const ChannelScale& channel_scale) const {
     for (int i = static_cast<int>(threadIdx.x); i < list.count() * r.head_size; i += kKvThreads) {
       const int query = i / r.head_size, d = i % r.head_size;

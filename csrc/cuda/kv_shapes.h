@@ -1,4 +1,4 @@
-// Sizes that the plans and the kernels of kv_attention_step and kv_pack share.
+// Sizes that the plans and the kernels of kv_attention_step, kv_relative_step and kv_pack share.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,13 @@ constexpr int kKvListWords = 2 * kKvQueries + 2 * kKvWarps + 2;
 constexpr int64_t kv_shared_bytes(int groups, int queries, int64_t places, int64_t query_bytes = 0) {
   return round_up(kKvListWords * 4, 16) + round_up(places * 4, 16) + query_bytes +
          int64_t{kKvWarps} * queries * (kv_part_stride(groups) + 2) * 4;
+}
+
+// kv_relative_step: the queries with one bias and with the other, and the sums of the warps, in whose place scores by
+// distance wait for their frames before.
+constexpr int kKvDistances = kKvQueries + kKvTile;  // of sixteen queries to a tile, and one more
+constexpr int64_t kv_relative_shared_bytes(int groups, int element) {
+  return 2 * kv_query_bytes(groups, element) + int64_t{kKvWarps} * kKvQueries * (kv_part_stride(groups) + 2) * 4;
 }
 
 // kv_pack: a block takes 64 channels of a head, and goes through its positions twice.

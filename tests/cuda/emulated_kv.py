@@ -1,4 +1,4 @@
-"""Calls of ``kv_attention_step``'s and ``kv_pack``'s CUDA kernels, compiled for the host."""
+"""Calls of the CUDA kernels of ``kv_attention_step`` and its kin, compiled for the host."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ _POINTERS = """q k v k_cache v_cache k_scales v_scales lengths slots chosen_head
 _PACK_INTEGERS = """cache_rows positions heads head_size dtype k_stride v_stride k_row_stride
 v_row_stride arch"""
 _PACK_POINTERS = "k v packed_k packed_v k_scales v_scales"
+_RELATIVE_INTEGERS = """rows tokens heads head_size cache_rows capacity left dtype cache_dtype arch
+chunks"""
+_RELATIVE_POINTERS = """q k v k_cache v_cache positions bias_u bias_v lengths counts slots out"""
 
 
 class Call(ctypes.Structure):
@@ -36,6 +39,16 @@ class PackCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _PACK_INTEGERS.split()),
         *((name, ctypes.c_void_p) for name in _PACK_POINTERS.split()),
+    ]
+
+
+class RelativeCall(ctypes.Structure):
+    """The twin of ``RelativeCall`` in tests/cpp/cuda_emulated_kv_relative.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _RELATIVE_INTEGERS.split()),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in _RELATIVE_POINTERS.split()),
     ]
 
 
@@ -125,3 +138,24 @@ class EmulatedKv:
         self._prepare()
         self.plan = _run(self.lib.emulated_kv_pack, call)
         return packed_k, packed_v, k_scales, v_scales
+
+    def relative_step(
+        self, q, k, v, k_cache, v_cache, positions, bias_u, bias_v, lengths, *, left: int,
+        counts=None, slots=None, scale: float = 1.0,
+    ) -> torch.Tensor:  # fmt: skip
+        """``kv_relative_step`` with the arguments of the operator; caches are written in place."""
+        call = RelativeCall()
+        call.rows, call.tokens, call.heads, call.head_size = q.shape
+        call.cache_rows, call.capacity = k_cache.shape[0], k_cache.shape[2]
+        call.dtype, call.cache_dtype = DTYPES[q.dtype], CACHE_DTYPES[k_cache.dtype]
+        call.left, call.scale, call.arch, call.chunks = left, scale, self.arch, self.chunks
+        out = torch.full(q.shape, 7.0, dtype=q.dtype)
+        operands = (
+            q, k, v, k_cache, v_cache, positions, bias_u, bias_v, lengths, counts, slots, out,
+        )  # fmt: skip
+        for name, tensor in zip(_RELATIVE_POINTERS.split(), operands, strict=True):
+            assert tensor is None or tensor.is_contiguous(), name
+            setattr(call, name, _pointer(tensor))
+        self._prepare()
+        self.plan = _run(self.lib.emulated_kv_relative_step, call)
+        return out

@@ -14,6 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import test_emulated_int8_lora_linear as int8  # noqa: E402
 import test_emulated_kv_attention_step as kv  # noqa: E402
+import test_emulated_kv_relative_step as relative  # noqa: E402
 import torch  # noqa: E402
 from emulated import Emulated, EmulationError  # noqa: E402
 from emulated_int8 import EmulatedInt8  # noqa: E402
@@ -102,10 +103,18 @@ def main(dtypes: list[torch.dtype]) -> int:
                 except (AssertionError, EmulationError) as error:
                     print(f"WRONG: {order} {wishes}: {error}")
                     wrong += 1
+            for chunks in (0, 1):
+                try:
+                    relative.check_steps(dtype, order, chunks=chunks)
+                except (AssertionError, EmulationError) as error:
+                    print(f"WRONG: kv relative {order} chunks={chunks}: {error}")
+                    wrong += 1
     checks: list[tuple[str, Callable[[], object]]] = [
         ("same bits", same_bits),
         ("int8 choice", lambda: int8.check_topk("few_rows", dtypes[0])),
         ("int8 unpack", int8.test_unpack),
+        ("kv relative: short", relative.test_what_is_beyond_a_short_chunk_is_ignored),
+        ("kv relative: indices", relative.test_bad_indices_make_their_row_nan_and_write_nothing),
     ]
     if not OF_SM_75:  # which has no kernels of fp32, and these checks are in fp32
         checks += [

@@ -1,0 +1,3 @@
+#include "cuda/kv_relative_step_launch.cuh"
+
+template struct lora_kernels::cuda::KvRelativeStepKernels<__nv_bfloat16>;
