@@ -16,7 +16,13 @@ from lora_kernels import environment, implementations
 
 def test_report_names_every_implementation_and_its_state() -> None:
     text = environment.report()
-    for op in ("lora_linear", "int8_lora_linear", "kv_attention_step", "kv_pack"):
+    for op in (
+        "lora_linear",
+        "int8_lora_linear",
+        "kv_attention_step",
+        "kv_pack",
+        "kv_relative_step",
+    ):
         rows = [line for line in text.splitlines() if line.startswith(op)]
         assert sum("selected" in row for row in rows) == 1
         assert any("generic" in row for row in rows)
@@ -33,7 +39,7 @@ def test_command_line_and_environment_variable() -> None:
         check=True,
     )
     selected = [line for line in run.stdout.splitlines() if line.endswith(" selected")]
-    assert len(selected) == 4
+    assert len(selected) == 5
     assert all("generic" in line for line in selected)
 
 

@@ -144,6 +144,7 @@ std::vector<ImplementationReport> implementations(const DeviceInfo& device) {
   report_int8_lora_linear(device, &rows);
   report_kv_attention_step(device, &rows);
   report_kv_pack(device, &rows);
+  report_kv_relative_step(device, &rows);
   return rows;
 }
 

@@ -95,5 +95,6 @@ void report_lora_linear(const DeviceInfo& device, std::vector<ImplementationRepo
 void report_int8_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out);
 void report_kv_attention_step(const DeviceInfo& device, std::vector<ImplementationReport>* out);
 void report_kv_pack(const DeviceInfo& device, std::vector<ImplementationReport>* out);
+void report_kv_relative_step(const DeviceInfo& device, std::vector<ImplementationReport>* out);
 
 }  // namespace lora_kernels

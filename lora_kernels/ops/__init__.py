@@ -12,6 +12,7 @@ from .int8_lora_linear import int8_lora_linear, int8_pack, int8_pack_screen, int
 from .int8_lora_topk import int8_lora_topk
 from .kv_attention_step import kv_attention_step
 from .kv_pack import kv_pack
+from .kv_relative_step import kv_relative_step
 from .lora_linear import lora_linear
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "int8_unpack",
     "kv_attention_step",
     "kv_pack",
+    "kv_relative_step",
     "lora_linear",
 ]

@@ -84,6 +84,9 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor lengths, Tensor? slots, float scale, "
       "Tensor(e!) out) -> ()");
   m.def("kv_pack(Tensor k, Tensor v, int heads) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "kv_relative_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
+      "Tensor bias_u, Tensor bias_v, Tensor lengths, int left, Tensor? counts, Tensor? slots, float scale) -> Tensor");
   m.def("allow_tf32(bool allow) -> ()");
   m.def("force_implementation(str name) -> ()");
   m.def("forced_implementation() -> str");
