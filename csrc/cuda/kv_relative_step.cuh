@@ -1,12 +1,14 @@
 // kv_relative_step: a chunk of a stream appended to its ring, and attention with relative positions over the frames
 // before it and the chunk itself, in one launch.
-//   out[i, h] = sum_f softmax_f(scale ((q[i, h] + u[h]) . K[f, h] + (q[i, h] + v[h]) . P[left + T - 1 - (n + i - f),
-//   h])) V[f, h]; f from n - min(left, n) to n + count - 1. FLOPs 8 H D (left + T) per row and query (products by
-//   distance are made twice, and of 16 queries however many there are); bytes per row H D (2 left * cache + 4 T *
-//   element + 2 T * cache), P once from memory and twice per row from L2. 14 queries of fp16 have 13 FLOPs for each
-//   byte: bound by memory, by a factor of 20 on tensor cores. Few streams do not fill a GPU: 16 of them with 8 heads
-//   are 128 blocks with 40 KB on the way, and predicted to reach 0.8 of the memory's rate on 108 multiprocessors, one
-//   stream 0.1.
+//   s[i, f] = scale ((q[i, h] + u[h]) . K[f, h] + (q[i, h] + v[h]) . P[left + T - 1 - (n + i - f), h])
+//   out[i, h] = sum_f softmax_f(s[i, f]) V[f, h]; f from n - min(left, n) to n + count - 1
+//
+// FLOPs: 6 rows T H D (left + T) of use, 8 rows 16 H D (left + T) made, since products by distance are made twice, and
+// of sixteen queries however many there are. Bytes: rows H D (2 (left + T) cache + 4 T element) + H D (left + 2 T - 1)
+// element, and P again from L2, twice per row. Parakeet's chunks (T 14, left 70) have 16 FLOPs of use and 24 made for
+// each byte of fp16: bound by memory, by a factor of 8 on an A100's tensor cores. Predicted there, with 8 heads of 128
+// channels: 33 us and 0.57 of the memory's peak for 64 streams, 12 us and 0.41 for 16, 9 us and 0.05 for one, whose
+// eight blocks are launch and latency.
 //
 // A block has a head of one row and sixteen queries of its chunk; its four warps take every fourth tile of sixteen
 // frames. Scores by content are the products of kv_attend.cuh. Scores by distance are sixteen queries times the 31 rows

@@ -9,6 +9,7 @@
 #include "cuda/int8_lora_linear.h"
 #include "cuda/kv_attention_step.h"
 #include "cuda/kv_pack.h"
+#include "cuda/kv_relative_step.h"
 #include "cuda/lora_linear.h"
 #include "cuda/primitives/launch.h"
 #include "cuda/primitives/shared.h"
@@ -20,6 +21,7 @@ std::string to_string(const LoraLinearBackwardPlan& plan) { return to_string(pla
 std::string to_string(const Int8LoraLinearPlan& plan) { return to_string(plan.cuda); }
 std::string to_string(const KvAttentionStepPlan& plan) { return to_string(plan.cuda); }
 std::string to_string(const KvPackPlan& plan) { return to_string(plan.cuda); }
+std::string to_string(const KvRelativeStepPlan& plan) { return to_string(plan.cuda); }
 }  // namespace lora_kernels
 
 using namespace lora_kernels;
@@ -231,13 +233,56 @@ void run_attention() {
   launch();
 }
 
+// A chunk of two blocks of queries whose ring goes around; heads of one group of channels and of two.
+void run_relative_attention() {
+  DeviceInfo device;
+  cuda_device(0, &device);
+  for (const int64_t D : {40, 72}) {
+    const int64_t kRows = 2, kHeads = 2, T = 20, kLeft = 50, C = kLeft + T;
+    const int64_t chunk = kRows * T * kHeads * D, ring = kRows * kHeads * C * D;
+    Buffer<uint16_t> q = halves(chunk), k = halves(chunk), v = halves(chunk), out = halves(chunk);
+    Buffer<uint16_t> k_cache = halves(ring), v_cache = halves(ring),
+                     positions = halves((kLeft + 2 * T - 1) * kHeads * D);
+    Buffer<uint16_t> bias_u = halves(kHeads * D), bias_v = halves(kHeads * D);
+    Buffer<int32_t> lengths(kRows);
+    lengths[0] = 7, lengths[1] = 123;
+    KvRelativeStepPlan plan;
+    KvRelativeStepProblem& p = plan.problem;
+    p.rows = p.cache_rows = kRows;
+    p.tokens = T;
+    p.heads = kHeads;
+    p.head_size = D;
+    p.capacity = C;
+    p.left = kLeft;
+    p.dtype = p.cache_dtype = DType::kFloat16;
+    KvRelativeStepArgs args;
+    args.q = q.get();
+    args.k = k.get();
+    args.v = v.get();
+    args.k_cache = k_cache.get();
+    args.v_cache = v_cache.get();
+    args.positions = positions.get();
+    args.bias_u = bias_u.get();
+    args.bias_v = bias_v.get();
+    args.lengths = lengths.get();
+    args.scale = 0.15f;
+    args.out = out.get();
+    cuda::configure(device, &plan);
+    for (const int chunks : {2, 1}) {
+      plan.cuda.chunks = chunks;
+      const Status status = cuda::launch(plan, args, Executor());
+      check(status.ok(), status.text);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int count, char** words) {
   const std::string what = count > 1 ? words[1] : "kernels";
   emulation::options = {emulation::Order::kShuffled, 3};
   if (what == "kernels")
-    run_kernels(), run_attention();
+    run_kernels(), run_attention(), run_relative_attention();
   else
     run_race(what == "ordered");
   if (!failures) std::printf("all checks passed\n");

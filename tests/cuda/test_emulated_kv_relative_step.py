@@ -236,3 +236,17 @@ def test_what_a_device_does_not_support() -> None:
     ):
         with pytest.raises(EmulationError, match=words):
             step.run(EmulatedKv(arch=arch).relative_step)
+
+
+def test_plans() -> None:
+    """Sixteen queries to a block, 64 or 128 channels; more streams are predicted to take longer."""
+    for sizes, words in (
+        ({"tokens": 16, "head_size": 64, "capacity": 36}, "channels=64 chunks=1 "),
+        ({"tokens": 33, "head_size": 65, "capacity": 53}, "channels=128 chunks=3 "),
+    ):
+        emulated, predicted = EmulatedKv(), []
+        for streams in (1, 40):
+            make_step(**sizes, lengths=(7,) * streams).run(emulated.relative_step)
+            assert words in emulated.plan
+            predicted.append(float(emulated.plan.split("predicted=")[1].removesuffix("us")))
+        assert 4.5 < predicted[0] < predicted[1]

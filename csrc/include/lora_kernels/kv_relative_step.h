@@ -1,10 +1,12 @@
 // kv_relative_step: one chunk of a stream through self-attention with relative positions (Dai et al. 2019,
 // arXiv:1901.02860, section 3.3; the attention of Conformers): append the chunk's k and v to a ring of cached frames
 // and attend from every frame of the chunk to the whole chunk and to at most `left` frames before it.
-//   w[i, h, f] = softmax_f(scale * ((q[i, h] + u[h]) . K[f, h] + (q[i, h] + v[h]) . P[left + tokens - 1 - (n + i - f),
-//   h]) out[i, h] = sum_f w[i, h, f] V[f, h];  f from max(0, n - left) to n + count - 1, n: frames heard before this
-//   chunk Frame f of a stream lives at f mod capacity of its ring. Scores, softmax and sums in fp32. FLOPs 6 rows T H D
-//   (left + T); bytes rows H D (2 (left + T) * cache + 4 T * element) + H D (left + 2 T - 1) * element.
+//   s[i, h, f] = scale ((q[i, h] + u[h]) . K[f, h] + (q[i, h] + v[h]) . P[left + T - 1 - (n + i - f), h])
+//   out[i, h] = sum_f softmax_f(s[i, h, f]) V[f, h]; f from max(0, n - left) to n + count - 1
+// n: frames heard before this chunk, which has T, or count where it is shorter. Frame f of a stream lives at f mod
+// capacity of its ring. Scores, softmax and sums in fp32.
+//
+// FLOPs 6 rows T H D (left + T); bytes rows H D (2 (left + T) cache + 4 T element) + H D (left + 2 T - 1) element.
 #pragma once
 
 #include <string>
