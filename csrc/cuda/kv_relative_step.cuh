@@ -7,7 +7,7 @@
 // of sixteen queries however many there are. Bytes: rows H D (2 (left + T) cache + 4 T element) + H D (left + 2 T - 1)
 // element, and P again from L2, twice per row. Parakeet's chunks (T 14, left 70) have 16 FLOPs of use and 24 made for
 // each byte of fp16: bound by memory, by a factor of 8 on an A100's tensor cores. Predicted there, with 8 heads of 128
-// channels: 33 us and 0.57 of the memory's peak for 64 streams, 12 us and 0.41 for 16, 9 us and 0.05 for one, whose
+// channels: 33 us and 0.57 of the memory's peak for 64 streams, 12 us and 0.41 for 16, 7 us and 0.06 for one, whose
 // eight blocks are launch and latency.
 //
 // A block has a head of one row and sixteen queries of its chunk; its four warps take every fourth tile of sixteen

@@ -13,6 +13,8 @@ namespace {
 constexpr double kEdgesUs = 2.0;
 // Blocks that share a multiprocessor, by their registers.
 constexpr double kResident = 2;
+// Of what a warp's registers hold of K, V and P, the part that is on its way at any time.
+constexpr double kOnItsWay = 0.5;
 
 double bytes_of(DType type) { return static_cast<double>(size_of(type)); }
 
@@ -67,11 +69,11 @@ void configure(const DeviceInfo& device, KvRelativeStepPlan* plan) {
   const double bytes = rows * width * (2 * static_cast<double>(p.left) * cached + 2 * T * cached + 4 * T * element) +
                        width * (frames + T - 1) * element;
   const double again = rows * c.chunks * width * 2 * frames * element;
-  // As many blocks as there is room for share the memory, then the rest: few of them cannot keep it busy.
-  const double in_flight = kKvWarps * kKvTile * static_cast<double>(p.head_size) * cached;
-  const double blocks = std::min(rows * H * c.chunks, kResident * machine.multiprocessors);
-  const double busy = std::min(1.0, std::max(1.0, blocks) * in_flight / (machine.bytes * kLatencySeconds));
-  c.predicted_us = (machine.memory_us(bytes) + machine.memory_us(again) / kL2) / busy + kEdgesUs + kLaunchUs;
+  // A block waits for its own loads, and so do those that come in turns after it; together they wait for memory.
+  const double trips = frames / (kOnItsWay * kKvWarps * kKvTile);
+  const double waiting_us = machine.turns(rows * H * c.chunks, kResident) * trips * kLatencySeconds * 1e6;
+  const double moving_us = machine.memory_us(bytes) + machine.memory_us(again) / kL2;
+  c.predicted_us = std::max(waiting_us, moving_us) + kEdgesUs + kLaunchUs;
   plan->workspace = 0;
 }
 

@@ -239,7 +239,7 @@ def test_what_a_device_does_not_support() -> None:
 
 
 def test_plans() -> None:
-    """Sixteen queries to a block, 64 or 128 channels; more streams are predicted to take longer."""
+    """Sixteen queries to a block, 64 or 128 channels; more streams never take less time."""
     for sizes, words in (
         ({"tokens": 16, "head_size": 64, "capacity": 36}, "channels=64 chunks=1 "),
         ({"tokens": 33, "head_size": 65, "capacity": 53}, "channels=128 chunks=3 "),
@@ -249,4 +249,4 @@ def test_plans() -> None:
             make_step(**sizes, lengths=(7,) * streams).run(emulated.relative_step)
             assert words in emulated.plan
             predicted.append(float(emulated.plan.split("predicted=")[1].removesuffix("us")))
-        assert 4.5 < predicted[0] < predicted[1]
+        assert 4.5 < predicted[0] <= predicted[1]
