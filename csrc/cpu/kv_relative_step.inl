@@ -12,6 +12,10 @@
 //     pass over them.
 //   - softmax and values: attention.inl. All queries of a chunk see the same frames.
 // Where a ring wraps around within the window, positions are an addition and a comparison away (Ring).
+//
+// Measured (one core with AVX-512 of a shared machine, 8 heads of 128, chunks of 14 frames after 70, caches cold), as a
+// fraction of the bound by arithmetic or reading: fp32 67 to 71 %, bf16 79 to 83 %; 0.18 to 0.60 of torch's time for
+// the same in products, gather and softmax.
 
 constexpr int kBlockQueries = 24;
 constexpr int64_t kRelativeTaskFlops = 500000;  // computed by one core in the time of a fork and join

@@ -5,12 +5,10 @@
 #include <vector>
 
 #include "check.h"
+#include "core_attention.h"
 #include "cpu/int8_lora_linear.h"
 #include "lora_kernels/implementations.h"
 #include "lora_kernels/int8_lora_linear.h"
-#include "lora_kernels/kv_attention_step.h"
-#include "lora_kernels/kv_pack.h"
-#include "lora_kernels/kv_packing.h"
 #include "lora_kernels/lora_linear.h"
 
 using namespace lora_kernels;
@@ -222,128 +220,6 @@ void run_int8(const DeviceInfo& device, int64_t rows, int64_t in, int64_t out, i
   check(wrong == 0, to_string(chosen) + ": " + std::to_string(wrong) + " integer sums differ");
 }
 
-void run_attention(const DeviceInfo& device, int64_t rows, int64_t heads, int64_t size, int64_t capacity) {
-  const int64_t per_row = heads * size;
-  Buffer<float> q(rows * per_row), k(rows * per_row), v(rows * per_row), out(rows * per_row);
-  Buffer<float> k_cache(rows * per_row * capacity), v_cache(rows * per_row * capacity);
-  Buffer<int32_t> lengths(rows);
-  for (Buffer<float>* b : {&q, &k, &v, &k_cache, &v_cache})
-    for (int64_t i = 0; i < b->size(); ++i) (*b)[i] = normal();
-  for (int64_t i = 0; i < rows; ++i) lengths[i] = static_cast<int32_t>(i % capacity);
-  KvAttentionStepProblem p;
-  p.rows = p.cache_rows = rows;
-  p.heads = heads;
-  p.head_size = size;
-  p.capacity = capacity;
-  p.append = true;
-  KvAttentionStepPlan chosen;
-  const Status planned = plan(p, device, &chosen);
-  check(planned.ok(), planned.text);
-  Buffer<char> workspace = Buffer<char>::aligned(workspace_bytes(chosen));
-  KvAttentionStepArgs args;
-  args.q = q.get();
-  args.k = k.get();
-  args.v = v.get();
-  args.k_cache = k_cache.get();
-  args.v_cache = v_cache.get();
-  args.lengths = lengths.get();
-  args.scale = 0.5f;
-  args.out = out.get();
-  args.workspace = workspace.get();
-  const Status status = run(chosen, args, serial_executor());
-  check(status.ok(), status.text);
-  double worst = 0;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t h = 0; h < heads; ++h) {
-      std::vector<double> score(lengths[i] + 1);
-      double top = -1e300, sum = 0;
-      for (int64_t at = 0; at <= lengths[i]; ++at) {
-        for (int64_t d = 0; d < size; ++d)
-          score[at] += 0.5 * q[(i * heads + h) * size + d] * k_cache[((i * heads + h) * capacity + at) * size + d];
-        top = std::fmax(top, score[at]);
-      }
-      for (double& s : score) sum += s = std::exp(s - top);
-      for (int64_t d = 0; d < size; ++d) {
-        double y = 0;
-        for (int64_t at = 0; at <= lengths[i]; ++at)
-          y += score[at] / sum * v_cache[((i * heads + h) * capacity + at) * size + d];
-        worst = std::fmax(worst, std::fabs(y - out[(i * heads + h) * size + d]));
-      }
-    }
-  check(worst < 1e-5, to_string(chosen) + ": error " + std::to_string(worst));
-  lengths[0] = static_cast<int32_t>(capacity);
-  check(contains(run(chosen, args, serial_executor()).text, "lengths"), "a length beyond the cache is refused");
-}
-
-// Keys and values packed, and attended to by three rows that share one utterance of two.
-void run_blocked_attention(const DeviceInfo& device, int64_t positions, int64_t heads, int64_t size) {
-  const int64_t rows = 3, columns = heads * size;
-  KvPackProblem pack;
-  pack.cache_rows = 2;
-  pack.positions = positions;
-  pack.heads = heads;
-  pack.head_size = size;
-  KvPackPlan packing;
-  check(plan(pack, device, &packing).ok(), "a plan for " + to_string(pack));
-  Buffer<float> k(2 * positions * columns), v(2 * positions * columns), k_scales(2 * columns), v_scales(2 * columns);
-  Buffer<int8_t> packed_k(2 * heads * kv_key_bytes(positions, size));
-  Buffer<int8_t> packed_v(2 * heads * kv_value_bytes(positions, size));
-  for (int64_t i = 0; i < 2 * positions * columns; ++i) k[i] = normal(), v[i] = normal();
-  Buffer<char> pack_workspace = Buffer<char>::aligned(workspace_bytes(packing));
-  KvPackArgs to;
-  to.k = k.get();
-  to.v = v.get();
-  to.k_stride = to.v_stride = columns;
-  to.k_row_stride = to.v_row_stride = positions * columns;
-  to.packed_k = packed_k.get();
-  to.packed_v = packed_v.get();
-  to.k_scales = k_scales.get();
-  to.v_scales = v_scales.get();
-  to.workspace = pack_workspace.get();
-  check(run(packing, to, serial_executor()).ok(), "packing");
-
-  KvAttentionStepProblem p;
-  p.rows = rows;
-  p.heads = heads;
-  p.head_size = size;
-  p.cache_rows = 2;
-  p.capacity = positions;
-  p.cache_dtype = DType::kInt8;
-  p.scales = KvScales::kPerChannel;
-  p.slots = KvSlots::kPerRow;
-  p.layout = KvLayout::kBlocked;
-  KvAttentionStepPlan chosen;
-  const Status planned = plan(p, device, &chosen);
-  check(planned.ok(), planned.text);
-  Buffer<float> q(rows * columns), out(rows * columns);
-  Buffer<int32_t> lengths(rows), slots(rows);
-  for (int64_t i = 0; i < rows * columns; ++i) q[i] = 0;
-  for (int64_t i = 0; i < rows; ++i) slots[i] = 1, lengths[i] = static_cast<int32_t>(positions - i % positions);
-  Buffer<char> workspace = Buffer<char>::aligned(workspace_bytes(chosen));
-  KvAttentionStepArgs args;
-  args.q = q.get();
-  args.k_cache = packed_k.get();
-  args.v_cache = packed_v.get();
-  args.k_scales = k_scales.get();
-  args.v_scales = v_scales.get();
-  args.lengths = lengths.get();
-  args.slots = slots.get();
-  args.out = out.get();
-  args.workspace = workspace.get();
-  const Status status = run(chosen, args, serial_executor());
-  check(status.ok(), status.text);
-  double worst = 0;  // q is 0, so out is the mean of V, each element of which is half a unit off at most
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < columns; ++c) {
-      double mean = 0;
-      for (int64_t at = 0; at < lengths[i]; ++at) mean += v[(positions + at) * columns + c] / lengths[i];
-      worst = std::fmax(worst, std::fabs(mean - out[i * columns + c]) / v_scales[columns + c]);
-    }
-  check(worst < 0.5001, to_string(chosen) + ": error of " + std::to_string(worst) + " units");
-  p.append = true;
-  check(contains(plan(p, device, &chosen).text, "k, v: expected None"), "blocked caches are fixed");
-}
-
 }  // namespace
 
 int main() {
@@ -368,6 +244,7 @@ int main() {
         run_int8(host, s[0], s[1], s[2]);
         run_int8(host, s[0], s[1], s[2], std::min<int64_t>(s[1], 7));
         run_attention(host, s[0], 3, s[1], 1 + s[2] % 37);
+        run_relative(host, s[0], 3, s[1], s[2] % 37);
         run_blocked_attention(host, s[1], 3, 1 + s[2] % 37);
       }
     }
