@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import lora_kernels as lk
 from lora_kernels.errors import LoraKernelsError
 from lora_speech.cli import app
-from lora_speech.errors import MissingExtraError, ModelError, SpeechError
+from lora_speech.errors import ModelError, SpeechError
 from lora_speech.export import run as run_module
 from lora_speech.export import target as target_module
 from lora_speech.export.folder import banks
@@ -331,14 +331,6 @@ def test_several_adapters_are_not_merged(
     with pytest.raises(SpeechError, match=r"expected one, .* got 2 \(all, some\)"):
         export("peft", adapters=adapters, merge=True)
     assert _nothing_left(tmp_path)
-
-
-def test_a_missing_package_is_named(
-    export: Callable[..., ExportReport], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(target_module.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"onnx, onnxscript, .*\[speech,export\]"):
-        export("onnx")
 
 
 def test_tensorrt_that_is_not_there_is_named(export: Callable[..., ExportReport]) -> None:

@@ -144,7 +144,7 @@ def export_model(
                     f"export {worst.got!r}; nothing was written; check with speech "
                     "that the model knows, or raise max_wer"
                 )
-            write_json(partial / CHECK, found.record())
+            write_json(partial / CHECK, found.record() | {"environment": chosen.environment()})
             _refuse_output(output, overwrite)  # it may have come meanwhile
             with staging(output.with_name(f"{output.name}.old")) as old:
                 if output.exists():
