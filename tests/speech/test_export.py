@@ -305,7 +305,11 @@ def test_a_layer_that_no_graph_adapts_is_not_dropped(
     odd = make_adapter(base, tmp_path / "odd", rank=2, seed=5, targets=["q_proj", "proj_out"])
     with pytest.raises(ModelError, match="take adapters for, got proj_out; merge"):
         export("onnx", adapters={"odd": odd})
+    # Whisper's output layer is its embedding: merged, the adapter would change both.
+    with pytest.raises(ModelError, match=r"adapter 'odd': proj_out: .* share .*export it to peft"):
+        export("onnx", adapters={"odd": odd}, merge=True)
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+    assert export("peft", adapters={"odd": odd}, max_wer=9.0).plan.live == ("odd",)
 
 
 def test_an_adapter_of_another_shape_is_named() -> None:

@@ -190,7 +190,15 @@ def _plan(
         return Plan(model, tuple(folders), None, int8, options=options)
     load_for_serving(model, folders)
     for name in folders:
-        lk.merge(model.model, name)
+        try:
+            lk.merge(model.model, name)
+        except lk.SwapError as error:
+            # Its advice, to keep the adapter live, is none here: graphs do not take such a layer.
+            refusal = str(error).partition("; ")[0]
+            raise ModelError(
+                f"adapter {name!r}: {refusal}; export it to peft, which keeps it apart from the "
+                "weights (without --merge), or train it without that layer"
+            ) from error
     model.adapters = ()
     if ours:
         load_for_serving(model, int8=True)
