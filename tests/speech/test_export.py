@@ -425,6 +425,7 @@ def test_an_export_replaces_only_an_export(
     result = runner.invoke(app, [*arguments, "--overwrite"])
     assert result.exit_code == 0 and (output / "check.json").stat().st_mtime_ns > before
     assert "adapters merged: none" in result.output and "model.safetensors" in result.output
+    assert " 0.0 MB" not in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
