@@ -150,7 +150,8 @@ def _print(report: ExportReport) -> None:
         typer.echo(f"check: {differ} of {count} texts differ from torch's, WER {check.wer:.1%}")
     total = sum(report.bytes.values())
     largest = sorted(report.bytes.items(), key=lambda item: -item[1])[:4]
-    listed = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in largest)
+    shown = [(name, size) for name, size in largest if size >= 50_000] or largest[:1]
+    listed = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in shown)
     typer.echo(f"{report.output}: {total / 1e6:.1f} MB ({listed})")
     adapters = f"live: {', '.join(plan.live)}" if plan.live else f"merged: {plan.merged or 'none'}"
     typer.echo(f"adapters {adapters}; weights {'INT8' if plan.int8 else 'floating point'}")

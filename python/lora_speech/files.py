@@ -23,8 +23,9 @@ _SUFFIX = ".partial"
 def staging(path: Path) -> Iterator[Path]:
     """Give a free path beside `path` to write a file or a folder to; `publish` it from there.
 
-    Folders above `path` are made. What is not published by the end is removed.
+    Folders above `path` are made. What is not published by the end is removed, such folders too.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
     _remove(partial)
@@ -32,6 +33,9 @@ def staging(path: Path) -> Iterator[Path]:
         yield partial
     finally:
         _remove(partial)
+        with suppress(OSError):  # the innermost first, as far as nothing lies in them
+            for folder in made:
+                folder.rmdir()
 
 
 def publish(partial: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported import make_adapters, write_tones
 from tiny_whisper import make_tiny_whisper
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,3 +35,17 @@ def real_speech() -> Path:
 def tiny_whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Whisper in the Hugging Face layout: 32 wide, 2+2 layers, windows of 2 s, random weights."""
     return make_tiny_whisper(tmp_path_factory.mktemp("tiny_whisper"))
+
+
+@pytest.fixture(scope="session")
+def adapters(
+    tiny_whisper_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Adapters of that Whisper."""
+    return make_adapters(tiny_whisper_folder, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Recordings of tones, in which that Whisper hears something."""
+    return write_tones(tmp_path_factory.mktemp("tones"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,29 +10,18 @@ from typing import Any
 import jiwer
 import numpy as np
 import pytest
-from exported import compare, make_adapters, real_digits, spoken, write_tones
+from exported import compare, real_digits, spoken
 
-from lora_speech.errors import MissingExtraError, ModelError, SpeechError
-from lora_speech.export import target as target_module
+from lora_speech.errors import ModelError, SpeechError
 from lora_speech.export.run import ExportReport, export_model
 
 pytestmark = [
     pytest.mark.skipif(
-        target_module.util.find_spec(name) is None,
+        find_spec(name) is None,
         reason=f"needs {name}: pip install '.[litert]'",
     )
     for name in ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")
 ]
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_whisper_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_adapters(tiny_whisper_folder, tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def tones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_tones(tmp_path_factory.mktemp("tones"))
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +90,6 @@ def test_int8_hears_people_as_well_as_torch(int8: ExportReport, real_speech: Pat
     found = compare(int8, recordings).comparisons
     torch_wer = jiwer.wer(texts, [c.expected for c in found])
     assert torch_wer < 1 and jiwer.wer(texts, [c.got for c in found]) <= torch_wer + 0.1
-
-
-def test_a_missing_package_is_named(
-    tiny_whisper_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(target_module.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"ai_edge_litert, which .*\[speech,litert\]"):
-        export_model(tiny_whisper_folder, "litert", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_unwritable_output_leaves_nothing(

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jiwer
 import numpy as np
 import pytest
-from exported import compare, make_adapters, real_digits, spoken, write_tones
+from exported import compare, real_digits, spoken
 
-from lora_speech.errors import MissingExtraError, ModelError, SpeechError
-from lora_speech.export import target as target_module
+from lora_speech.errors import ModelError, SpeechError
 from lora_speech.export.run import ExportReport, export_model
 
 pytestmark = [
     pytest.mark.skipif(
-        target_module.util.find_spec(name) is None,
+        find_spec(name) is None,
         reason=f"needs {name}: pip install '.[openvino]'",
     )
     for name in ("openvino", "nncf")
 ]
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_whisper_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_adapters(tiny_whisper_folder, tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def tones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_tones(tmp_path_factory.mktemp("tones"))
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +130,6 @@ def test_other_adapters_are_refused(live: ExportReport) -> None:
     recognizer = live.target.open(live.output)
     with pytest.raises(ModelError, match="expected one of all, some, got 'nobody'"):
         recognizer.decode(np.zeros((1, 80, 200), np.float32), [1, 2], 4, "nobody")
-
-
-def test_a_missing_package_is_named(
-    tiny_whisper_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(target_module.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"openvino, nncf, which .*\[speech,openvino\]"):
-        export_model(tiny_whisper_folder, "openvino", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_unwritable_output_leaves_nothing(

@@ -41,6 +41,17 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert names(tmp_path) == {"file"}
 
 
+def test_a_failure_takes_the_folders_that_it_made(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyError), staging(tmp_path / "there" / "new" / "newer" / "result"):
+        raise KeyError
+    assert names(tmp_path) == {"there"}
+    assert names(tmp_path / "there") == set()
+    with staging(tmp_path / "new" / "newer" / "result"):  # and nothing is published
+        (tmp_path / "new" / "other").touch()
+    assert names(tmp_path / "new") == {"other"}, "what others put there stays"
+
+
 def test_a_folder_is_never_replaced_by_a_file(tmp_path: Path) -> None:
     (tmp_path / "folder" / "precious").mkdir(parents=True)
     with pytest.raises(SpeechError, match="expected a file that can be written"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_speech.export.folder import Decoding, banks, input_sizes, read_adapters, read_decoding
+from lora_speech.export.folder import Decoding, read_banks, read_decoding
 from lora_speech.export.graph_decoding import GraphRecognizer
 
 NAMES = ("encode", "prefill", "step")
@@ -45,7 +45,7 @@ def open_engines(
     decoding = read_decoding(companions)
     assert isinstance(decoding, Decoding)
     shapes = [(name, runner.shapes[name]) for runner in runners.values() for name in runner.inputs]
-    adapters = banks(read_adapters(companions, decoding.live), input_sizes(shapes))
+    adapters = read_banks(companions, decoding.live, shapes)
     engines = {name: _Engine(runner) for name, runner in runners.items()}
     return GraphRecognizer(decoding, lambda name, inputs: engines[name](inputs), adapters)
 

@@ -177,3 +177,29 @@ def input_sizes(names: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, tuple[i
     widths = {name: int(shape[1]) for name, shape in names if name.endswith(("lora_a", "lora_b"))}
     linears = {name.rpartition(".")[0] for name in widths}
     return {name: (widths[f"{name}.lora_a"], widths[f"{name}.lora_b"]) for name in sorted(linears)}
+
+
+def read_banks(
+    folder: Path,
+    live: Sequence[str],
+    inputs: Iterable[tuple[str, Sequence[Any]]] | None = None,
+) -> dict[str, np.ndarray]:
+    """The adapters of a folder, as its graphs take them.
+
+    Parameters
+    ----------
+    folder : Path
+    live : sequence of str
+        Adapters in it.
+    inputs : iterable of (str, shape), optional
+        Of the graphs; left out, their sizes are those of the adapters.
+
+    Returns
+    -------
+    dict
+        See `banks`.
+    """
+    adapters = read_adapters(folder, live)
+    if inputs is None:
+        inputs = ((key, x.shape) for tensors in adapters.values() for key, x in tensors.items())
+    return banks(adapters, input_sizes(inputs))

@@ -67,7 +67,8 @@ def _refuse_lost(adapted: tuple[str, ...], graphs: dict[str, Graph]) -> None:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise ModelError(
             f"adapter: expected layers that the exported graphs take adapters for, got "
-            f"{', '.join(lost[:3])}{more}; merge the adapter (--merge), or train it without them"
+            f"{', '.join(lost[:3])}{more}; merge the adapter (--merge) where no other layer "
+            "shares their weights, or export it to peft, or train it without them"
         )
 
 

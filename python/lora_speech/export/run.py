@@ -144,7 +144,7 @@ def export_model(
                     f"export {worst.got!r}; nothing was written; check with speech "
                     "that the model knows, or raise max_wer"
                 )
-            write_json(partial / CHECK, found.record())
+            write_json(partial / CHECK, found.record() | {"environment": chosen.environment()})
             _refuse_output(output, overwrite)  # it may have come meanwhile
             with staging(output.with_name(f"{output.name}.old")) as old:
                 if output.exists():
@@ -190,7 +190,15 @@ def _plan(
         return Plan(model, tuple(folders), None, int8, options=options)
     load_for_serving(model, folders)
     for name in folders:
-        lk.merge(model.model, name)
+        try:
+            lk.merge(model.model, name)
+        except lk.SwapError as error:
+            # Its advice, to keep the adapter live, is none here: graphs do not take such a layer.
+            refusal = str(error).partition("; ")[0]
+            raise ModelError(
+                f"adapter {name!r}: {refusal}; export it to peft, which keeps it apart from the "
+                "weights (without --merge), or train it without that layer"
+            ) from error
     model.adapters = ()
     if ours:
         load_for_serving(model, int8=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from lora_speech.errors import MissingExtraError, SpeechError
+from lora_kernels import environment
+from lora_speech.errors import SpeechError
 from lora_speech.export.names import TARGETS
+from lora_speech.export.packages import installed, require_packages
 from lora_speech.models.loading import SpeechModel
 
 Say = Callable[[str], None]
@@ -132,7 +134,7 @@ class Target:
         Raises
         ------
         MissingExtraError
-            Naming the packages that are missing, and the extra.
+            Naming the packages that are missing or of another version, and the extra.
         SpeechError
             An option is unknown or wrong.
         """
@@ -143,14 +145,16 @@ class Target:
                 f"--option: expected one that {self.name} takes, {known}, got {unknown[0]!r}; "
                 "leave it out"
             )
-        missing = [name for name in self.packages if util.find_spec(name) is None]
-        if missing:
-            raise MissingExtraError(
-                f"--to {self.name}: expected the package{'s' * (len(missing) > 1)} "
-                f"{', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed; "
-                f"pip install 'lora-kernels[{','.join(filter(None, ('speech', self.extra)))}]'"
-            )
+        require_packages(self.name, self.packages, self.extra)
         self.ready(options)
+
+    def environment(self) -> dict[str, Any]:
+        """The machine, torch's threads, and the versions of what made and ran an export."""
+        facts = environment.facts()
+        names = ("platform", "python", "cpu", "cores", "threads", "forced", "versions")
+        return {name: facts[name] for name in names} | {
+            "versions": facts["versions"] | installed(self.packages)
+        }
 
 
 def whole_number(options: Mapping[str, str], name: str, default: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_speech.errors import ModelError
 from lora_speech.export.companions import write_adapters, write_companions
-from lora_speech.export.folder import Decoding, banks, input_sizes, read_adapters, read_decoding
+from lora_speech.export.folder import Decoding, read_banks, read_decoding
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
 from lora_speech.export.graph_inputs import WHISPER_GRAPHS, example_inputs, make_graphs
 from lora_speech.export.graphs import Graph, StepGraph, cache_names, cross_names
@@ -55,7 +55,7 @@ def _inputs(graph: Graph, decoding: Decoding, folder: Path) -> dict[str, torch.T
     inputs, adapters = example_inputs(graph, batch=1, tokens=tokens)
     names = (*graph.inputs, *graph.adapter_inputs)
     found = dict(zip(names, inputs + adapters, strict=True))
-    bank = _adapters(folder, decoding.live)
+    bank = read_banks(folder, decoding.live)
     return found | {n: torch.from_numpy(bank[n]) for n in found if n in bank}
 
 
@@ -133,14 +133,7 @@ def _open(folder: Path) -> GraphRecognizer:
     decoding = read_decoding(folder)
     assert isinstance(decoding, Decoding)
     runner = _Runner(folder / FILE, decoding.layers)
-    return GraphRecognizer(decoding, runner, _adapters(folder, decoding.live))
-
-
-def _adapters(folder: Path, live: Sequence[str]) -> dict[str, np.ndarray]:
-    """The inputs that hold the adapters of a folder."""
-    found = read_adapters(folder, live)
-    shapes = {key: x.shape for tensors in found.values() for key, x in tensors.items()}
-    return banks(found, input_sizes(shapes.items()))
+    return GraphRecognizer(decoding, runner, read_banks(folder, decoding.live))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_speech.export.companions import write_adapters, write_companions
 from lora_speech.export.ctc_decoding import CtcRecognizer
-from lora_speech.export.folder import CtcDecoding, banks, input_sizes, read_adapters, read_decoding
+from lora_speech.export.folder import CtcDecoding, read_banks, read_decoding
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
 from lora_speech.export.graph_inputs import STEP_SIZES, make_graphs
 from lora_speech.export.onnx_graphs import write_onnx
@@ -58,7 +58,7 @@ def open_graphs(folder: Path) -> GraphRecognizer | CtcRecognizer:
         }
         return dict(zip(given[name], sessions[name].run(None, feeds), strict=True))
 
-    adapters = banks(read_adapters(folder, decoding.live), input_sizes(shapes))
+    adapters = read_banks(folder, decoding.live, shapes)
     if isinstance(decoding, CtcDecoding):
         return CtcRecognizer(decoding, run, adapters)
     return GraphRecognizer(decoding, run, adapters)

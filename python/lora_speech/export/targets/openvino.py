@@ -30,9 +30,7 @@ from torch import nn
 from lora_speech.export.companions import decoding_of, write_adapters, write_companions
 from lora_speech.export.folder import (
     Decoding,
-    banks,
-    input_sizes,
-    read_adapters,
+    read_banks,
     read_decoding,
 )
 from lora_speech.export.graph_decoding import Arrays, GraphRecognizer
@@ -253,7 +251,7 @@ def _adapters(folder: Path, decoding: Decoding, runner: _Runner) -> dict[str, np
         for ports in runner.inputs.values()
         for name, port in ports.items()
     ]
-    return banks(read_adapters(folder, decoding.live), input_sizes(shapes))
+    return read_banks(folder, decoding.live, shapes)
 
 
 def _write(plan: Plan, folder: Path, say: Say) -> None:
