@@ -50,20 +50,24 @@ def missing() -> str:
 
 
 def build(target: str, *options: str, sources: Path = ROOT, folder: Path | None = None) -> Path:
-    """Build a target of the emulation; kept under build/ for as long as the sources stay."""
+    """Build a target of the emulation; kept under build/ for as long as the sources stay.
+
+    A folder of the caller's own is brought up to date with its sources.
+    """
     digest = hashlib.sha256(" ".join(options).encode())
     for part in ("csrc", "tests/cpp"):
         for path in sorted((sources / part).rglob("*")):
             if path.suffix in {".h", ".cuh", ".cu", ".cpp"}:
                 digest.update(path.read_bytes())
     digest.update((sources / "CMakeLists.txt").read_bytes())
+    own = folder is not None
     folder = folder or ROOT / "build" / "emulation" / digest.hexdigest()[:16]
     built = folder / target
     folder.mkdir(parents=True, exist_ok=True)
     # Tests run in several processes, which want the same build: the first makes it, others wait.
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not built.is_file():
+        if own or not built.is_file():
             _make(target, options, sources, folder)
     return built
 

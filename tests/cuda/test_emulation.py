@@ -83,19 +83,30 @@ def test_kernels_of_sm_75(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
+@pytest.fixture(scope="session")
+def copy_of_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all faults, so that each builds what it touches and not everything."""
+    folder = tmp_path_factory.mktemp("planted")
+    for part in ("csrc", "tests/cpp"):
+        shutil.copytree(ROOT / part, folder / part)
+    shutil.copy(ROOT / "CMakeLists.txt", folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
-def test_planted_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
-    for folder in ("csrc", "tests/cpp"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
-    path = tmp_path / "csrc" / "cuda" / fault.file
+def test_planted_faults_are_caught(fault: Fault, copy_of_sources: Path) -> None:
+    path = copy_of_sources / "csrc" / "cuda" / fault.file
     source = path.read_text()
     assert source.count(fault.before) == 1, f"{fault.file} no longer has {fault.before!r} once"
-    path.write_text(source.replace(fault.before, fault.after))
     options = ["-DLORA_KERNELS_F16_ALONE=ON", *([ADDRESS] if fault.sanitized else [])]
-    library = build("libcuda_emulated.so", *options, sources=tmp_path, folder=tmp_path / "build")
-    run = run_shapes(library, "float16", sanitized=fault.sanitized)
+    folder = copy_of_sources / ("sanitized" if fault.sanitized else "plain")
+    path.write_text(source.replace(fault.before, fault.after))
+    try:
+        library = build("libcuda_emulated.so", *options, sources=copy_of_sources, folder=folder)
+        run = run_shapes(library, "float16", sanitized=fault.sanitized)
+    finally:
+        path.write_text(source)
     text = run.stdout + run.stderr
     assert run.returncode != 0, f"{fault.name} was not caught"
     found = [word in text for word in fault.words]

@@ -59,7 +59,7 @@ def compiled(folder: Path, *, device: bool) -> ctypes.CDLL:
         emulation = ROOT / "csrc" / "cuda" / "emulation"
         command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DLORA_KERNELS_EMULATION"]
         command += [*includes, f"-I{TOOLKIT / 'include'}", "-o", str(out)]
-        command += [str(emulation / "engine.cpp"), str(emulation / "warp.cpp")]
+        command += [str(emulation / f"{part}.cpp") for part in ("engine", "asynchronous", "warp")]
         command += ["-x", "c++", str(source)]
     subprocess.run(command, check=True, capture_output=True, env=os.environ)
     return ctypes.CDLL(str(out))

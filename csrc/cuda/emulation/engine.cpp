@@ -1,4 +1,4 @@
-// Fibers, barriers, collectives, shared memory and asynchronous copies behind emulation.h.
+// Fibers, barriers, collectives and shared memory behind emulation.h.
 //
 // Under ThreadSanitizer every thread is a fiber of the sanitizer's, switched without synchronisation; barriers and
 // __syncwarp release and acquire, shuffles and matrix products order nothing, as on the device. This file itself is
@@ -8,10 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <map>
 #include <vector>
 
-#include "cuda/emulation/emulation.h"
+#include "cuda/emulation/asynchronous.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -63,7 +62,8 @@ lora_kernels_switch_fiber:
 namespace lora_kernels::emulation {
 
 Options options;
-uint64_t bank_conflicts = 0, boxes = 0;
+uint64_t bank_conflicts = 0;
+Running running;
 
 namespace {
 
@@ -78,32 +78,6 @@ struct Context {
   size_t size;
   void* tsan;
 };
-struct PendingCopy {
-  void* to;
-  const void* from;
-  int bytes, valid, group;
-  Copy copy;
-};
-struct PendingProduct {
-  void* registers;
-  uint64_t a, b;
-  int group;
-  Multiply multiply;
-};
-struct Arrivals {  // of one phase at a time: one arrival, and bytes that are still to come
-  int phase, arrived;
-  int64_t bytes;
-  void look() {
-    if (arrived == 0 || bytes != 0) return;
-    ++phase;
-    arrived = 0;
-  }
-};
-struct PendingBox {
-  void* to;
-  Box box;
-  uint32_t barrier;
-};
 enum class State { kReady, kBarrier, kWarp, kDone };
 struct Fiber : Context {
   State state;
@@ -111,12 +85,7 @@ struct Fiber : Context {
   int index;
   uint32_t mask;
   Call call;
-  std::vector<PendingCopy> copies;
-  int group;
-  std::vector<PendingProduct> products;
-  int product_group;
-  bool registers_fenced;
-  std::vector<uint32_t> unfenced;  // chunks of shared memory
+  Started started;
 };
 struct Warp {
   Slot slots[32];
@@ -137,22 +106,17 @@ struct Block {
   const char* kernel;
   void (*body)(const void*);
   const void* arg;
-  char* shared;
-  size_t shared_bytes, shared_capacity;   // what the launch asked for, and with gaps
-  std::vector<uint16_t> writers;          // of each chunk: a thread's index + 1, until it has fenced what it wrote
-  std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
-  std::vector<PendingBox> boxes;
+  size_t shared_bytes;  // what the launch asked for
   std::string error;
   std::exception_ptr thrown;
   uint64_t random;
 };
 Block b;
 
-uint32_t draw(uint32_t below) {
-  b.random ^= b.random << 13;
-  b.random ^= b.random >> 7;
-  b.random ^= b.random << 17;
-  return static_cast<uint32_t>((b.random >> 11) % below);
+void set_current(Fiber* f) {
+  b.current = f;
+  running.thread = f->index;
+  running.started = &f->started;
 }
 
 void go(Context& from, Context& to, [[maybe_unused]] bool dying = false) {
@@ -201,46 +165,14 @@ void next(bool dying = false) {
   Fiber* f = b.ready[i];
   b.ready[i] = b.ready[--b.ready_count];
   if (f == me) return;
-  b.current = f;
+  set_current(f);
   go(*me, *f, dying);
-  b.current = me;
+  set_current(me);
 }
 
 void open_barrier() {
   b.waiting = 0;
   wake(b.fibers, b.threads, [](const Fiber& f) { return f.state == State::kBarrier; });
-}
-
-void land(const PendingCopy& c) {
-  c.copy(c.to, c.from, c.bytes, c.valid);
-  wrote(c.to);
-}
-
-constexpr int kBoxWidth = 128;  // bytes
-
-void land(const PendingBox& p) {
-  const Box& box = p.box;
-  const uint32_t begin = shared_offset(p.to);
-  for (int r = 0; r < box.box_rows; ++r)
-    for (int chunk = 0; chunk < kBoxWidth / 16; ++chunk) {
-      uint32_t at = begin + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
-      at ^= (at >> 7 & 7) << 4;
-      const int64_t row = box.row + r, column = box.column + chunk * 16;
-      int64_t inside = row < box.rows ? box.row_bytes - column : 0;
-      inside = inside < 0 ? 0 : inside > 16 ? 16 : inside;
-      memset(b.shared + at, 0, 16);
-      if (inside) memcpy(b.shared + at, box.data + row * box.stride + column, static_cast<size_t>(inside));
-      b.writers[at / 16] = 0;  // written through the proxy that wgmma reads by
-    }
-  Arrivals& a = b.arrivals[p.barrier];
-  a.bytes -= box.box_rows * kBoxWidth;
-  a.look();
-}
-
-Arrivals& arrivals_at(uint32_t place) {
-  const auto found = b.arrivals.find(place);
-  if (found == b.arrivals.end()) refuse("a barrier of bytes that nobody has made");
-  return found->second;
 }
 
 // The first code of a fiber, and its last.
@@ -254,7 +186,7 @@ void enter() {
     b.thrown = std::current_exception();
     go(*b.current, b.caller);
   }
-  for (const PendingCopy& c : b.current->copies) land(c);
+  land_copies();
   // Not what enter() acquires: threads that start later are not ordered behind those that are done.
   TSAN(__tsan_release(&b.arg);)
   b.current->state = State::kDone;
@@ -268,12 +200,7 @@ void prepare(int i, uint3 block, dim3 size, dim3 grid) {
   const unsigned t = static_cast<unsigned>(i);
   f.self = {{t % size.x, t / size.x % size.y, t / size.x / size.y}, block, size, grid};
   f.index = i;
-  f.copies.clear();
-  f.group = 0;
-  f.products.clear();
-  f.product_group = 0;
-  f.registers_fenced = false;
-  f.unfenced.clear();
+  f.started.clear();
   f.call = {"", "", 0};
   b.warps[i / 32].exists |= 1u << i % 32;
   char* low = b.stacks + static_cast<size_t>(i) * kStackBytes;
@@ -294,19 +221,17 @@ void prepare(int i, uint3 block, dim3 size, dim3 grid) {
 }
 
 void run_block(uint3 block, dim3 size, dim3 grid) {
-  ASAN(__asan_unpoison_memory_region(b.shared, b.shared_capacity);)
-  memset(b.shared, 0xFF, b.shared_capacity);
-  ASAN(__asan_poison_memory_region(b.shared, b.shared_capacity);)
+  ASAN(__asan_unpoison_memory_region(running.shared, running.shared_capacity);)
+  memset(running.shared, 0xFF, running.shared_capacity);
+  ASAN(__asan_poison_memory_region(running.shared, running.shared_capacity);)
   memset(static_cast<void*>(b.warps), 0, sizeof(Warp) * static_cast<size_t>((b.threads + 31) / 32));
-  b.arrivals.clear();
-  b.boxes.clear();
-  b.writers.assign(b.shared_capacity / 16, 0);
+  begin_block();
   b.live = b.threads;
   b.waiting = b.ready_count = 0;
   TSAN(__tsan_release(&b.body);)
   for (int i = 0; i < b.threads; ++i) prepare(i, block, size, grid);
   wake(b.fibers, b.threads, [](const Fiber&) { return true; });
-  b.current = b.ready[--b.ready_count];
+  set_current(b.ready[--b.ready_count]);
   go(b.caller, *b.current);
   TSAN(if (b.live) for (int i = 0; i < b.threads; ++i) {  // left early: let go of each thread on its behalf
     __tsan_switch_to_fiber(b.fibers[i].tsan, __tsan_switch_to_fiber_no_sync);
@@ -320,6 +245,13 @@ void run_block(uint3 block, dim3 size, dim3 grid) {
 }
 
 }  // namespace
+
+uint32_t draw(uint32_t below) {
+  b.random ^= b.random << 13;
+  b.random ^= b.random >> 7;
+  b.random ^= b.random << 17;
+  return static_cast<uint32_t>((b.random >> 11) % below);
+}
 
 const Self& self() { return b.current->self; }
 
@@ -385,127 +317,14 @@ void* open_shared(size_t used, size_t gaps, size_t bytes, size_t* gap) {
     refuse("takes " + std::to_string(used + bytes) + " bytes of shared memory, launched with " +
            std::to_string(b.shared_bytes));
   if (gaps + kGap > kGaps) refuse("shared memory is taken in more parts than the emulation guards");
-  ASAN(__asan_unpoison_memory_region(b.shared + used + gaps, bytes);)
-  return b.shared + used + gaps;
+  ASAN(__asan_unpoison_memory_region(running.shared + used + gaps, bytes);)
+  return running.shared + used + gaps;
 }
 
 void expect_written(const void* word, const char* what) {
   uint32_t bits;
   memcpy(&bits, word, sizeof bits);
   if (bits == kUnwritten) refuse(std::string(what) + " reads shared memory that nothing has written");
-}
-
-void start_copy(void* to, const void* from, int bytes, int valid, Copy copy) {
-  const PendingCopy c{to, from, bytes, valid, b.current->group, copy};
-  if (options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2)))
-    land(c);
-  else
-    b.current->copies.push_back(c);
-}
-
-void commit_copies() { ++b.current->group; }
-
-void wait_copies(int newest) {
-  std::vector<PendingCopy>& copies = b.current->copies;
-  size_t i = 0;
-  for (; i < copies.size() && copies[i].group < b.current->group - newest; ++i) land(copies[i]);
-  copies.erase(copies.begin(), copies.begin() + static_cast<ptrdiff_t>(i));
-}
-
-void wrote(const void* chunk) {
-  const char* at = static_cast<const char*>(chunk);
-  if (at < b.shared || at >= b.shared + b.shared_capacity) return;
-  const auto i = static_cast<uint32_t>((at - b.shared) / 16);
-  const auto me = static_cast<uint16_t>(b.current->index + 1);
-  if (b.writers[i] == me) return;
-  b.writers[i] = me;
-  b.current->unfenced.push_back(i);
-}
-
-void fence_proxy() {
-  for (uint32_t i : b.current->unfenced)
-    if (b.writers[i] == b.current->index + 1) b.writers[i] = 0;
-  b.current->unfenced.clear();
-}
-
-void expect_visible(const void* chunk) {
-  const int writer = b.writers[static_cast<size_t>(static_cast<const char*>(chunk) - b.shared) / 16];
-  if (writer)
-    refuse("wgmma reads shared memory that thread " + std::to_string(writer - 1) +
-           " wrote and has not fenced for its proxy");
-}
-
-uint32_t shared_offset(const void* p) {
-  const char* at = static_cast<const char*>(p);
-  if (at < b.shared || at >= b.shared + b.shared_capacity) refuse("an operand of wgmma outside shared memory");
-  return static_cast<uint32_t>(at - b.shared);
-}
-
-const void* shared_at(uint32_t offset) {
-  if (offset + 16 > b.shared_capacity) refuse("wgmma reads beyond shared memory");
-  return b.shared + offset;
-}
-
-void fence_products() { b.current->registers_fenced = true; }
-
-void start_product(void* registers, uint64_t a, uint64_t operand_b, Multiply multiply) {
-  Fiber& f = *b.current;
-  if (!f.registers_fenced) refuse("wgmma without wgmma_fence() before the first of a group");
-  // In order: a product is not made while an earlier one is pending.
-  if (f.products.empty() && (options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2))))
-    multiply(registers, a, operand_b);
-  else
-    f.products.push_back({registers, a, operand_b, f.product_group, multiply});
-}
-
-void commit_products() {
-  ++b.current->product_group;
-  b.current->registers_fenced = false;
-}
-
-void wait_products(int newest) {
-  Fiber& f = *b.current;
-  size_t i = 0;
-  for (; i < f.products.size() && f.products[i].group < f.product_group - newest; ++i)
-    f.products[i].multiply(f.products[i].registers, f.products[i].a, f.products[i].b);
-  f.products.erase(f.products.begin(), f.products.begin() + static_cast<ptrdiff_t>(i));
-}
-
-void init_arrivals(const void* barrier) { b.arrivals[shared_offset(barrier)] = {0, 0, 0}; }
-
-void expect_bytes(const void* barrier, int bytes) {
-  Arrivals& a = arrivals_at(shared_offset(barrier));
-  if (a.arrived) refuse("a second arrival in one phase of a barrier of bytes");
-  a.arrived = 1;
-  a.bytes += bytes;
-  a.look();
-}
-
-void load_box(void* to, const Box& box, const void* barrier) {
-  const uint32_t place = shared_offset(barrier);
-  arrivals_at(place);
-  if (shared_offset(to) % 128) refuse("a box to an address that is no multiple of 128");
-  ++boxes;
-  const PendingBox p{to, box, place};
-  if (options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2)))
-    land(p);
-  else
-    b.boxes.push_back(p);
-}
-
-void wait_for_bytes(const void* barrier, int parity) {
-  const uint32_t place = shared_offset(barrier);
-  Arrivals& a = arrivals_at(place);
-  for (size_t i = 0; i < b.boxes.size() && (a.phase & 1) == parity;) {
-    if (b.boxes[i].barrier != place) {
-      ++i;
-      continue;
-    }
-    const PendingBox p = b.boxes[i];
-    b.boxes.erase(b.boxes.begin() + static_cast<ptrdiff_t>(i));
-    land(p);
-  }
-  if ((a.phase & 1) == parity) refuse("waits for bytes that nothing on its way brings");
 }
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
@@ -522,15 +341,15 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void
   b.body = body;
   b.arg = arg;
   b.shared_bytes = shared_bytes;
-  b.shared_capacity = (shared_bytes + kGaps + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
+  running.shared_capacity = (shared_bytes + kGaps + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
   ASAN(b.caller.low = nullptr;)
   TSAN(b.caller.tsan = __tsan_get_current_fiber();)
   b.random = options.seed * 0x9E3779B97F4A7C15ull | 1;
   struct Memory {
-    Memory() { b.shared = static_cast<char*>(std::aligned_alloc(kAlignment, b.shared_capacity)); }
+    Memory() { running.shared = static_cast<char*>(std::aligned_alloc(kAlignment, running.shared_capacity)); }
     ~Memory() {
-      ASAN(__asan_unpoison_memory_region(b.shared, b.shared_capacity);)
-      std::free(b.shared);
+      ASAN(__asan_unpoison_memory_region(running.shared, running.shared_capacity);)
+      std::free(running.shared);
     }
   } memory;
   std::vector<size_t> order(blocks);

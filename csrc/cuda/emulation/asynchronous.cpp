@@ -1,0 +1,193 @@
+// Asynchronous copies, products and boxes, and the proxy that reads shared memory for them.
+#include "cuda/emulation/asynchronous.h"
+
+#include <cstring>
+#include <map>
+
+namespace lora_kernels::emulation {
+
+uint64_t boxes = 0;
+
+namespace {
+
+struct Arrivals {  // of one phase at a time: one arrival, and bytes that are still to come
+  int phase, arrived;
+  int64_t bytes;
+  void look() {
+    if (arrived == 0 || bytes != 0) return;
+    ++phase;
+    arrived = 0;
+  }
+};
+struct PendingBox {
+  void* to;
+  Box box;
+  uint32_t barrier;
+};
+
+std::vector<uint16_t> writers;          // of each chunk: a thread's index + 1, until it has fenced what it wrote
+std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
+std::vector<PendingBox> boxes_under_way;
+
+// Whether what is started now happens now: no kernel may rely on either.
+bool at_once() { return options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2)); }
+
+void land(const PendingCopy& c) {
+  c.copy(c.to, c.from, c.bytes, c.valid);
+  wrote(c.to);
+}
+
+constexpr int kBoxWidth = 128;  // bytes
+
+void land(const PendingBox& p) {
+  const Box& box = p.box;
+  const uint32_t begin = shared_offset(p.to);
+  for (int r = 0; r < box.box_rows; ++r)
+    for (int chunk = 0; chunk < kBoxWidth / 16; ++chunk) {
+      uint32_t at = begin + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
+      at ^= (at >> 7 & 7) << 4;
+      const int64_t row = box.row + r, column = box.column + chunk * 16;
+      int64_t inside = row < box.rows ? box.row_bytes - column : 0;
+      inside = inside < 0 ? 0 : inside > 16 ? 16 : inside;
+      memset(running.shared + at, 0, 16);
+      if (inside) memcpy(running.shared + at, box.data + row * box.stride + column, static_cast<size_t>(inside));
+      writers[at / 16] = 0;  // written through the proxy that wgmma reads by
+    }
+  Arrivals& a = arrivals[p.barrier];
+  a.bytes -= box.box_rows * kBoxWidth;
+  a.look();
+}
+
+Arrivals& arrivals_at(uint32_t place) {
+  const auto found = arrivals.find(place);
+  if (found == arrivals.end()) refuse("a barrier of bytes that nobody has made");
+  return found->second;
+}
+
+}  // namespace
+
+void begin_block() {
+  arrivals.clear();
+  boxes_under_way.clear();
+  writers.assign(running.shared_capacity / 16, 0);
+}
+
+void land_copies() {
+  for (const PendingCopy& c : running.started->copies) land(c);
+}
+
+void start_copy(void* to, const void* from, int bytes, int valid, Copy copy) {
+  const PendingCopy c{to, from, bytes, valid, running.started->group, copy};
+  if (at_once())
+    land(c);
+  else
+    running.started->copies.push_back(c);
+}
+
+void commit_copies() { ++running.started->group; }
+
+void wait_copies(int newest) {
+  std::vector<PendingCopy>& copies = running.started->copies;
+  size_t i = 0;
+  for (; i < copies.size() && copies[i].group < running.started->group - newest; ++i) land(copies[i]);
+  copies.erase(copies.begin(), copies.begin() + static_cast<ptrdiff_t>(i));
+}
+
+void wrote(const void* chunk) {
+  const char* at = static_cast<const char*>(chunk);
+  if (at < running.shared || at >= running.shared + running.shared_capacity) return;
+  const auto i = static_cast<uint32_t>((at - running.shared) / 16);
+  const auto me = static_cast<uint16_t>(running.thread + 1);
+  if (writers[i] == me) return;
+  writers[i] = me;
+  running.started->unfenced.push_back(i);
+}
+
+void fence_proxy() {
+  for (uint32_t i : running.started->unfenced)
+    if (writers[i] == running.thread + 1) writers[i] = 0;
+  running.started->unfenced.clear();
+}
+
+void expect_visible(const void* chunk) {
+  const int writer = writers[static_cast<size_t>(static_cast<const char*>(chunk) - running.shared) / 16];
+  if (writer)
+    refuse("wgmma reads shared memory that thread " + std::to_string(writer - 1) +
+           " wrote and has not fenced for its proxy");
+}
+
+uint32_t shared_offset(const void* p) {
+  const char* at = static_cast<const char*>(p);
+  if (at < running.shared || at >= running.shared + running.shared_capacity)
+    refuse("an operand of wgmma outside shared memory");
+  return static_cast<uint32_t>(at - running.shared);
+}
+
+const void* shared_at(uint32_t offset) {
+  if (offset + 16 > running.shared_capacity) refuse("wgmma reads beyond shared memory");
+  return running.shared + offset;
+}
+
+void fence_products() { running.started->registers_fenced = true; }
+
+void start_product(void* registers, uint64_t a, uint64_t b, Multiply multiply) {
+  Started& started = *running.started;
+  if (!started.registers_fenced) refuse("wgmma without wgmma_fence() before the first of a group");
+  // In order: a product is not made while an earlier one is pending.
+  if (started.products.empty() && at_once())
+    multiply(registers, a, b);
+  else
+    started.products.push_back({registers, a, b, started.product_group, multiply});
+}
+
+void commit_products() {
+  ++running.started->product_group;
+  running.started->registers_fenced = false;
+}
+
+void wait_products(int newest) {
+  Started& started = *running.started;
+  size_t i = 0;
+  for (; i < started.products.size() && started.products[i].group < started.product_group - newest; ++i)
+    started.products[i].multiply(started.products[i].registers, started.products[i].a, started.products[i].b);
+  started.products.erase(started.products.begin(), started.products.begin() + static_cast<ptrdiff_t>(i));
+}
+
+void init_arrivals(const void* barrier) { arrivals[shared_offset(barrier)] = {0, 0, 0}; }
+
+void expect_bytes(const void* barrier, int bytes) {
+  Arrivals& a = arrivals_at(shared_offset(barrier));
+  if (a.arrived) refuse("a second arrival in one phase of a barrier of bytes");
+  a.arrived = 1;
+  a.bytes += bytes;
+  a.look();
+}
+
+void load_box(void* to, const Box& box, const void* barrier) {
+  const uint32_t place = shared_offset(barrier);
+  arrivals_at(place);
+  if (shared_offset(to) % 128) refuse("a box to an address that is no multiple of 128");
+  ++boxes;
+  const PendingBox p{to, box, place};
+  if (at_once())
+    land(p);
+  else
+    boxes_under_way.push_back(p);
+}
+
+void wait_for_bytes(const void* barrier, int parity) {
+  const uint32_t place = shared_offset(barrier);
+  Arrivals& a = arrivals_at(place);
+  for (size_t i = 0; i < boxes_under_way.size() && (a.phase & 1) == parity;) {
+    if (boxes_under_way[i].barrier != place) {
+      ++i;
+      continue;
+    }
+    const PendingBox p = boxes_under_way[i];
+    boxes_under_way.erase(boxes_under_way.begin() + static_cast<ptrdiff_t>(i));
+    land(p);
+  }
+  if ((a.phase & 1) == parity) refuse("waits for bytes that nothing on its way brings");
+}
+
+}  // namespace lora_kernels::emulation
