@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from exported import make_adapters, write_tones
 from tiny_whisper import make_tiny_whisper
+
+from lora_speech.export.run import ExportReport, export_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPEECH = REPOSITORY.parent / "shared" / "speech"
@@ -49,3 +52,15 @@ def adapters(
 def tones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Recordings of tones, in which that Whisper hears something."""
     return write_tones(tmp_path_factory.mktemp("tones"))
+
+
+@pytest.fixture
+def export(
+    tiny_whisper_folder: Path, tones: list[Path], tmp_path: Path
+) -> Callable[..., ExportReport]:
+    """Export that Whisper to ``tmp_path / "out"``, checked by those tones."""
+
+    def call(to: str, **more: Any) -> ExportReport:
+        return export_model(tiny_whisper_folder, to, tmp_path / "out", check=tones, **more)
+
+    return call

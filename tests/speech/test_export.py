@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from exported import make_adapters, write_tones
-from safetensors import SafetensorError
-from tiny_whisper import make_adapter
-from typer.testing import CliRunner
 
 import lora_kernels as lk
-from lora_kernels.errors import LoraKernelsError
-from lora_speech.cli import app
-from lora_speech.errors import ModelError, SpeechError
-from lora_speech.export import run as run_module
-from lora_speech.export import target as target_module
+from lora_speech.errors import ModelError
 from lora_speech.export.folder import banks
 from lora_speech.export.graphs import EncodeGraph, PrefillGraph, StepGraph
 from lora_speech.export.operators import KernelOperators, StandardOperators
@@ -31,38 +21,13 @@ from lora_speech.export.run import ExportReport, export_model
 from lora_speech.models.loading import load_for_serving
 
 
-@pytest.fixture(scope="module")
-def base(tiny_whisper_folder: Path) -> Path:
-    return tiny_whisper_folder
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_adapters(base, tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_tones(tmp_path_factory.mktemp("recordings"))
-
-
-@pytest.fixture
-def export(base: Path, recordings: list[Path], tmp_path: Path) -> Callable[..., ExportReport]:
-    def call(to: str, **more: Any) -> ExportReport:
-        return export_model(base, to, tmp_path / "out", check=recordings, **more)
-
-    return call
-
-
-def _nothing_left(folder: Path) -> bool:
-    return not list(folder.iterdir())
-
-
 @pytest.mark.parametrize("operators", [KernelOperators(), StandardOperators()])
 @torch.no_grad()
-def test_graphs_are_the_model(base: Path, adapters: dict[str, Path], operators: Any) -> None:
+def test_graphs_are_the_model(
+    tiny_whisper_folder: Path, adapters: dict[str, Path], operators: Any
+) -> None:
     """A mixed batch through the three graphs, against whole forward passes with live adapters."""
-    model = load_for_serving(base, adapters).model
+    model = load_for_serving(tiny_whisper_folder, adapters).model
     linears = {
         name.removeprefix("model."): (module.in_features, module.out_features)
         for name, module in model.named_modules()
@@ -111,7 +76,10 @@ def test_a_linear_that_no_adapter_changes_gets_a_row_that_nobody_owns() -> None:
 
 @pytest.mark.slow
 def test_onnx_with_live_adapters(
-    export: Callable[..., ExportReport], adapters: dict[str, Path], base: Path, tmp_path: Path
+    export: Callable[..., ExportReport],
+    adapters: dict[str, Path],
+    tiny_whisper_folder: Path,
+    tmp_path: Path,
 ) -> None:
     """ONNX Runtime, which knows nothing of us, emits torch's tokens for each adapter."""
     report = export("onnx", adapters=adapters)
@@ -121,7 +89,8 @@ def test_onnx_with_live_adapters(
     assert texts["all"] != texts[None]
     assert json.loads((tmp_path / "out" / "check.json").read_text())["identical"]
     # Graphs share their weights: two decoders would be half as much again.
-    assert report.bytes["weights.bin"] < 1.05 * (base / "model.safetensors").stat().st_size
+    weights = tiny_whisper_folder / "model.safetensors"
+    assert report.bytes["weights.bin"] < 1.05 * weights.stat().st_size
     _engines_stand_in(tmp_path / "out", report)
 
 
@@ -230,7 +199,7 @@ def test_peft_and_back(
 def test_ctranslate2_merges(
     export: Callable[..., ExportReport],
     adapters: dict[str, Path],
-    recordings: list[Path],
+    tones: list[Path],
     tmp_path: Path,
 ) -> None:
     """faster-whisper loads the folder, and CTranslate2 does not say what the base says."""
@@ -240,7 +209,7 @@ def test_ctranslate2_merges(
     assert all(c.same >= 1 for c in report.check.comparisons)
     assert report.plan.merged == "all" and report.plan.model.adapters == ()
     plain = export_model(
-        report.plan.model.source, "ctranslate2", tmp_path / "plain", check=recordings, max_wer=9.0
+        report.plan.model.source, "ctranslate2", tmp_path / "plain", check=tones, max_wer=9.0
     )
     for with_it, without in zip(report.check.comparisons, plain.check.comparisons, strict=True):
         assert with_it.got != without.got
@@ -264,175 +233,3 @@ def test_engines_ahead_of_time(
     assert report.check.identical
     assert all(report.bytes[f"{name}.engine"] > 50_000 for name in ("encode", "prefill", "step"))
     assert "not run" in report.target.usage(report.output)
-
-
-@pytest.mark.parametrize(
-    ("to", "more", "text"),
-    [
-        ("nothing", {}, "to: expected one of peft, ctranslate2, onnx"),
-        ("peft", {"int8": True}, "expected a target that takes INT8, got peft"),
-        ("peft", {"merge": True}, "expected an adapter to merge, got none"),
-        ("onnx", {"options": {"opset": "9"}}, "--option: expected one that onnx takes, chunk"),
-        ("onnx", {"options": {"chunk": "0"}}, "--option chunk: expected a whole number from 1 on"),
-        ("tensorrt", {"options": {"arch": "sm10"}}, "--option arch: expected one of sm75"),
-        ("tensorrt", {"options": {"max_rank": "-1"}}, "expected a whole number from 1 on"),
-    ],
-)
-def test_refused_before_anything_is_written(
-    export: Callable[..., ExportReport],
-    tmp_path: Path,
-    to: str,
-    more: dict[str, Any],
-    text: str,
-) -> None:
-    with pytest.raises(SpeechError, match=text):
-        export(to, **more)
-    assert _nothing_left(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["a/b", "../x", "v1.2", ""])
-def test_names_of_adapters_are_names_of_files(
-    export: Callable[..., ExportReport], adapters: dict[str, Path], tmp_path: Path, name: str
-) -> None:
-    with pytest.raises(SpeechError, match="expected names of letters, digits, - and _, got"):
-        export("peft", adapters={name: adapters["all"]})
-    assert _nothing_left(tmp_path)
-
-
-def test_a_layer_that_no_graph_adapts_is_not_dropped(
-    export: Callable[..., ExportReport], base: Path, tmp_path: Path
-) -> None:
-    odd = make_adapter(base, tmp_path / "odd", rank=2, seed=5, targets=["q_proj", "proj_out"])
-    with pytest.raises(ModelError, match="take adapters for, got proj_out; merge"):
-        export("onnx", adapters={"odd": odd})
-    # Whisper's output layer is its embedding: merged, the adapter would change both.
-    with pytest.raises(ModelError, match=r"adapter 'odd': proj_out: .* share .*export it to peft"):
-        export("onnx", adapters={"odd": odd}, merge=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
-    assert export("peft", adapters={"odd": odd}, max_wer=9.0).plan.live == ("odd",)
-
-
-def test_an_adapter_of_another_shape_is_named() -> None:
-    a = {"x.lora_a": np.ones((2, 3), np.float32), "x.lora_b": np.ones((2, 4), np.float32)}
-    with pytest.raises(
-        ModelError, match=r"adapter 'a': x.lora_a: expected \[rank, 5\], got \[2, 3"
-    ):
-        banks({"a": a}, {"x": (5, 4)})
-    with pytest.raises(ModelError, match="expected a linear that the graphs take"):
-        banks({"a": a}, {"y": (3, 4)})
-
-
-def test_language(export: Callable[..., ExportReport]) -> None:
-    with pytest.raises(ModelError, match=r"language: expected one that the model knows \(en, es"):
-        export("peft", language="de")
-    report = export("peft", language="es", max_wer=9.0)
-    assert report.plan.language == "es"
-
-
-def test_several_adapters_are_not_merged(
-    export: Callable[..., ExportReport], adapters: dict[str, Path], tmp_path: Path
-) -> None:
-    with pytest.raises(SpeechError, match=r"expected one, .* got 2 \(all, some\)"):
-        export("peft", adapters=adapters, merge=True)
-    assert _nothing_left(tmp_path)
-
-
-def test_tensorrt_that_is_not_there_is_named(export: Callable[..., ExportReport]) -> None:
-    if importlib.util.find_spec("tensorrt"):
-        pytest.skip("TensorRT is installed here")
-    with pytest.raises(LoraKernelsError, match="pip install tensorrt"):
-        export("tensorrt")
-
-
-def test_what_torch_does_not_say_is_not_published(
-    export: Callable[..., ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrong = SimpleNamespace(decode=lambda features, prompt, limit, adapter: [70, 71, 72])
-    peft = target_module.target("peft")
-    changed = target_module.Target(**{**vars(peft), "open": lambda folder: wrong})
-    monkeypatch.setattr(run_module, "target", lambda name: changed)
-    with pytest.raises(ModelError, match="expected texts within 5% WER of the torch model's"):
-        export("peft")
-    assert _nothing_left(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")],
-)
-def test_a_full_disk_leaves_nothing(
-    export: Callable[..., ExportReport],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-) -> None:
-    def full(plan: Any, folder: Path, say: Any) -> None:
-        (folder / "half").write_bytes(b"0" * 1000)
-        raise error
-
-    changed = target_module.Target(**{**vars(target_module.target("peft")), "write": full})
-    monkeypatch.setattr(run_module, "target", lambda name: changed)
-    with pytest.raises(SpeechError, match="No space left on device; choose another place or make"):
-        export("peft")
-    assert _nothing_left(tmp_path)
-
-
-def test_a_failed_replacement_keeps_what_was_there(
-    export: Callable[..., ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    report = export("peft", max_wer=9.0)
-    before = (report.output / "check.json").read_text()
-
-    def broken(partial: Path, path: Path) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(run_module, "publish", broken)
-    with pytest.raises(SpeechError, match="Input/output error"):
-        export("peft", max_wer=9.0, overwrite=True)
-    assert (report.output / "check.json").read_text() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_place_that_cannot_be_is_refused_at_once(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_module, "load_base", lambda base: pytest.fail("was loaded"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SpeechError, match="is a file; choose another place"):
-        export_model(base, "peft", tmp_path / "file" / "below" / "out")
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SpeechError, match="a link; name its target"):
-        export_model(base, "peft", tmp_path / "link")
-
-
-def test_an_export_replaces_only_an_export(
-    base: Path, recordings: list[Path], tmp_path: Path
-) -> None:
-    runner, output = CliRunner(), tmp_path / "out"
-    arguments = ["export", "--to", "peft", "--base", str(base), "--output", str(output)]
-    arguments += ["--check", str(recordings[0]), "--max-wer", "9"]
-    output.mkdir()
-    (output / "mine.txt").write_text("keep")
-    for more in ([], ["--overwrite"]):
-        result = runner.invoke(app, [*arguments, *more])
-        assert isinstance(result.exception, SpeechError)
-    assert "has no check.json" in str(result.exception)
-    assert [path.name for path in output.iterdir()] == ["mine.txt"]
-    (output / "mine.txt").unlink()
-    output.rmdir()
-    assert runner.invoke(app, arguments).exit_code == 0
-    before = (output / "check.json").stat().st_mtime_ns
-    result = runner.invoke(app, [*arguments, "--overwrite"])
-    assert result.exit_code == 0 and (output / "check.json").stat().st_mtime_ns > before
-    assert "adapters merged: none" in result.output and "model.safetensors" in result.output
-    assert " 0.0 MB" not in result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-def test_options_and_recordings_are_read_first(base: Path, tmp_path: Path) -> None:
-    arguments = ["export", "--to", "peft", "--base", str(base), "--output", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*arguments, "--option", "quick"])
-    assert "--option: expected NAME=VALUE, got 'quick'" in str(result.exception)
-    result = CliRunner().invoke(app, [*arguments, "--check", str(tmp_path / "gone.wav")])
-    assert "gone.wav" in str(result.exception)
-    assert _nothing_left(tmp_path)
