@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # A CPU build here; for an NVIDIA GPU: make TORCH=torch (or any torch >= 2.10)
 TORCH ?= torch==2.13.0
+# What is installed beside the package; more of pyproject.toml's extras let more tests run.
+EXTRAS ?= speech,export,ctranslate2,openvino,test,lint
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -29,7 +31,7 @@ $(BIN)/python:
 # torch first: the build needs its headers and never fetches it, and a later install must not replace it.
 $(STAMP): $(BIN)/python pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[speech,export,ctranslate2,openvino,test,lint]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: setup
