@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= speech,export,ctranslate2,openvino,test,lint
 
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+COMMA := ,
+STAMP := $(VENV)/.installed-$(subst $(COMMA),-,$(EXTRAS))
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 
 .PHONY: help setup demo test test-quick bench cuda-check lint format base-model clean

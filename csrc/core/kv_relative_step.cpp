@@ -83,6 +83,8 @@ Status check_pointers(const KvRelativeStepProblem& p, const KvRelativeStepArgs& 
       return fault(operand.name, ": expected null, as the problem was planned without, got an address; set ",
                    operand.name, " in the problem");
   }
+  if (args.k_cache == args.v_cache)
+    return fault("k_cache, v_cache: expected memory of their own, got one address for both; V would overwrite K");
   return {};
 }
 

@@ -37,9 +37,10 @@ struct Ring {
   void ahead(int64_t p, int64_t rows) const {
     prefetch_bytes(reinterpret_cast<const char*>(at(p)) + kAheadBytes, rows * row_bytes());
   }
-  // Asks for the n-th 256 bytes of the ring.
+  // Asks for the n-th 256 bytes of the window.
   void early(int64_t n) const {
-    if (n * 256 < count * row_bytes()) prefetch_bytes(reinterpret_cast<const char*>(base) + n * 256, 256);
+    const int64_t byte = n * 256, p = byte / row_bytes();
+    if (p < count) prefetch_bytes(reinterpret_cast<const char*>(at(p)) + byte % row_bytes(), 256);
   }
 };
 

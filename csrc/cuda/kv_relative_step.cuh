@@ -21,9 +21,8 @@
 // capacity is at least left + T: nobody reads what somebody writes in the same launch, so one launch does for both, and
 // blocks need no order. Rows of one call must have rings of their own.
 //
-// Lengths, counts and slots are read on the device, and never followed out of bounds: a row whose length is negative
-// (or within T of the last integer), whose count is not 0 to T, or whose slot is no ring is answered with NaN, and
-// nothing is appended for it.
+// Lengths, counts and slots are read on the device, and never followed out of bounds: a row whose length is negative,
+// whose count is not 0 to T, or whose slot is no ring is answered with NaN, and nothing is appended for it.
 //
 // Not measured: no GPU has run this.
 #pragma once
@@ -53,7 +52,7 @@ struct KvRelativeRow {
 
   __device__ KvRelativeRow(const KvRelativeParams& p, int row) {
     const int n = p.lengths[row], c = p.counts ? p.counts[row] : p.tokens, slot = p.slots ? p.slots[row] : row;
-    valid = n >= 0 && n <= 0x7FFFFFFF - p.tokens && c >= 0 && c <= p.tokens && slot >= 0 && slot < p.cache_rows;
+    valid = n >= 0 && c >= 0 && c <= p.tokens && slot >= 0 && slot < p.cache_rows;
     if (!valid) return;
     past = min(p.left, n);
     count = c;

@@ -52,7 +52,6 @@ Status KvRelativeStepKernels<Q>::run(const KvRelativeStepPlan& plan, const KvRel
   k.result.heads = static_cast<int>(p.heads);
   k.result.head_size = static_cast<int>(p.head_size);
   Sequence s(stream);
-  if (p.tokens == 0) return s.status();  // nothing is appended, nothing asked
   const dim3 grid(static_cast<unsigned>(p.rows * p.heads), static_cast<unsigned>(c.chunks), 1);
   const auto run = [&](auto cached) {
     using S = decltype(cached);

@@ -45,7 +45,7 @@ Status supported(const KvRelativeStepProblem& p, const CudaDevice& device) {
                                     {"heads", p.heads},
                                     {"rows of k_cache", p.cache_rows}})
     expect_most(name, 1 << 20, value);
-  if (reasons.empty()) expect_most("rows of q times heads", INT_MAX / 4, p.rows * p.heads);
+  if (reasons.empty()) expect_most("rows of q times tokens times heads", INT_MAX / 4, p.rows * p.tokens * p.heads);
   if (reasons.empty()) return {};
   return Status::unsupported("kv_relative_step: CUDA kernels cannot run this: " + joined(reasons) +
                              ". Convert the operands to what is supported, or move them to the CPU, whose kernels take "

@@ -78,7 +78,8 @@ def kv_relative_step(
     Notes
     -----
     On a CUDA device lengths, counts and slots are not waited for: a row with one that is out of
-    range becomes NaN and appends nothing, and two rows in one ring overwrite each other.
+    range becomes NaN and appends nothing, and two rows in one ring overwrite each other. ``q`` plus
+    a bias, and the weights, are rounded to the dtype of ``q`` there before their products.
     """
     return _op(
         *(q, k, v, k_cache, v_cache, positions, bias_u, bias_v),

@@ -23,18 +23,22 @@ _SUFFIX = ".partial"
 def staging(path: Path) -> Iterator[Path]:
     """Give a free path beside `path` to write a file or a folder to; `publish` it from there.
 
-    Folders above `path` are made. What is not published by the end is removed, such folders too.
+    Folders above `path` are made. What is not published by the end is removed, such folders too
+    while they are empty; writers side by side want a folder that is there before them.
     """
     made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
-    _remove(partial)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
         yield partial
     finally:
-        _remove(partial)
-        with suppress(OSError):  # the innermost first, as far as nothing lies in them
-            for folder in made:
+        with suppress(OSError):  # a name that is too long for any file
+            _remove(partial)
+        for (
+            folder
+        ) in made:  # the innermost first, as far as they are there and nothing lies in them
+            with suppress(OSError):
                 folder.rmdir()
 
 

@@ -54,14 +54,8 @@ def build(target: str, *options: str, sources: Path = ROOT, folder: Path | None 
 
     A folder of the caller's own is brought up to date with its sources.
     """
-    digest = hashlib.sha256(" ".join(options).encode())
-    for part in ("csrc", "tests/cpp"):
-        for path in sorted((sources / part).rglob("*")):
-            if path.suffix in {".h", ".cuh", ".cu", ".cpp"}:
-                digest.update(path.read_bytes())
-    digest.update((sources / "CMakeLists.txt").read_bytes())
     own = folder is not None
-    folder = folder or ROOT / "build" / "emulation" / digest.hexdigest()[:16]
+    folder = folder or ROOT / "build" / "emulation" / _digest(sources, options)
     built = folder / target
     folder.mkdir(parents=True, exist_ok=True)
     # Tests run in several processes, which want the same build: the first makes it, others wait.
@@ -70,6 +64,16 @@ def build(target: str, *options: str, sources: Path = ROOT, folder: Path | None 
         if own or not built.is_file():
             _make(target, options, sources, folder)
     return built
+
+
+def _digest(sources: Path, options: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(" ".join(options).encode())
+    for part in ("csrc", "tests/cpp"):
+        for path in sorted((sources / part).rglob("*")):
+            if path.suffix in {".h", ".cuh", ".cu", ".cpp"}:
+                digest.update(path.read_bytes())
+    digest.update((sources / "CMakeLists.txt").read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _make(target: str, options: tuple[str, ...], sources: Path, folder: Path) -> None:

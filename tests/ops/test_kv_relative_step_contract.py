@@ -60,6 +60,10 @@ BAD = {
         lambda: changed(slots=int32(1, 2, 1)),
         ["slots: rows 0 and 2", "ring 1", "of its own"],
     ),
+    "one memory for both caches": (
+        lambda: changed(**dict.fromkeys(("k_cache", "v_cache"), torch.zeros(3, 2, 12, 24))),
+        ["k_cache, v_cache: expected memory of their own"],
+    ),
     "slots of another shape": (
         lambda: changed(slots=torch.zeros(3, 12, dtype=torch.int32)),
         ["slots", "[3]", "[3, 12]"],

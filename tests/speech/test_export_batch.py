@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import make_adapters, write_tones
 
 from lora_speech.decoding import greedy_decode
 from lora_speech.export.run import ExportReport, export_model
@@ -20,16 +19,15 @@ ROWS: list[tuple[str | None, str]] = [("some", "en"), (None, "es"), ("all", "en"
 
 
 @pytest.fixture(scope="module")
-def live(tiny_whisper_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+def live(
+    tiny_whisper_folder: Path,
+    adapters: dict[str, Path],
+    tones: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ExportReport:
     """Two adapters as inputs of the graphs."""
-    folder = tmp_path_factory.mktemp("live")
-    return export_model(
-        tiny_whisper_folder,
-        "onnx",
-        folder / "out",
-        adapters=make_adapters(tiny_whisper_folder, folder / "adapters"),
-        check=write_tones(folder),
-    )
+    output = tmp_path_factory.mktemp("live") / "out"
+    return export_model(tiny_whisper_folder, "onnx", output, adapters=adapters, check=tones)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import write_tones
 
 from lora_speech.audio import load_audio
 from lora_speech.errors import ModelError
@@ -33,11 +32,6 @@ def english(tiny_whisper_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     generation["suppress_tokens"] += range(generation["no_timestamps_token_id"] + 1, vocabulary)
     path.write_text(json.dumps(generation))
     return folder
-
-
-@pytest.fixture(scope="module")
-def tones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_tones(tmp_path_factory.mktemp("tones"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ from importlib import metadata, util
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lora_speech.errors import MissingExtraError
 from lora_speech.export import packages
@@ -52,13 +54,16 @@ def test_what_is_installed_here_fits(name: str) -> None:
 
 def test_every_package_of_a_target_has_a_range() -> None:
     """Otherwise its version would be asked of nobody."""
-    required = {
-        re.split(r"[<>=;\[ ]", text, maxsplit=1)[0].lower()
-        for text in metadata.requires("lora-kernels") or []
-    }
-    for name in TARGETS:
-        for distribution in packages.installed(target(name).packages):
-            assert distribution.lower() in required
+    required = [Requirement(text) for text in metadata.requires("lora-kernels") or []]
+    for chosen in map(target, TARGETS):
+        extras = ("speech", chosen.extra)
+        ranged = {
+            canonicalize_name(r.name)
+            for r in required
+            if r.specifier and r.marker and any(r.marker.evaluate({"extra": e}) for e in extras)
+        }
+        for distribution in packages.installed(chosen.packages):
+            assert canonicalize_name(distribution) in ranged, chosen.name
 
 
 def test_the_check_tells_threads_and_versions() -> None:

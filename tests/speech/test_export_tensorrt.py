@@ -16,7 +16,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from exported import make_adapters, write_tones
 
 from lora_kernels.errors import LoraKernelsError
 from lora_speech.errors import SpeechError
@@ -106,16 +105,6 @@ class StandIn(ModuleType):
             return True
 
         return SimpleNamespace(parse_from_file=parse_from_file)
-
-
-@pytest.fixture(scope="module")
-def tones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_tones(tmp_path_factory.mktemp("tones"))
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_whisper_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_adapters(tiny_whisper_folder, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,9 @@ def test_a_failure_takes_the_folders_that_it_made(tmp_path: Path) -> None:
         raise KeyError
     assert names(tmp_path) == {"there"}
     assert names(tmp_path / "there") == set()
+    with pytest.raises(OSError), staging(tmp_path / "new" / ("x" * 300) / "result"):
+        pass
+    assert names(tmp_path) == {"there"}
     with staging(tmp_path / "new" / "newer" / "result"):  # and nothing is published
         (tmp_path / "new" / "other").touch()
     assert names(tmp_path / "new") == {"other"}, "what others put there stays"

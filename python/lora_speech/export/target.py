@@ -151,7 +151,7 @@ class Target:
     def environment(self) -> dict[str, Any]:
         """The machine, torch's threads, and the versions of what made and ran an export."""
         facts = environment.facts()
-        names = ("platform", "python", "cpu", "cores", "threads", "forced", "versions")
+        names = ("platform", "python", "cpu", "cores", "threads", "forced")
         return {name: facts[name] for name in names} | {
             "versions": facts["versions"] | installed(self.packages)
         }
