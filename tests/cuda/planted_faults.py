@@ -274,8 +274,8 @@ FAULTS = [
     Fault(
         "frames of the chunk read from the ring",
         "kv_relative_step.cuh",
-        "const S* from = token < 0 ?",
-        "const S* from = token < 100 ?",
+        "token < 0 ? static_cast<const S*>(cache)",
+        "token < 100 ? static_cast<const S*>(cache)",
         ("kv relative",),
     ),
     Fault(
@@ -283,8 +283,7 @@ FAULTS = [
         "kv_relative_step.cuh",
         "begin + j < capacity ? begin + j : begin + j - capacity",
         "begin + j",
-        ("AddressSanitizer", "lora_kernels::cuda::KvRelative<"),
-        sanitized=True,
+        ("kv relative",),
     ),
     Fault(
         "bytes of a tile overwritten while they are read",
