@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "core/select.h"
+#include "core/validate.h"
 #include "cpu/kv_attention_step.h"
 #include "cuda/kv_attention_step.h"
 #include "lora_kernels/kv_packing.h"
@@ -26,13 +27,9 @@ const Table<KvAttentionStepImplementation> kTable = {
 #endif
 };
 
-// The pieces of a fault's text, put together only when there is a fault: these checks run at every step of every layer.
 template <class... Pieces>
 Status fault(const Pieces&... pieces) {
-  std::ostringstream text;
-  text << "kv_attention_step: ";
-  (text << ... << pieces);
-  return Status::invalid(text.str());
+  return invalid_of("kv_attention_step", pieces...);
 }
 
 Status validate_blocked(const KvAttentionStepProblem& p) {

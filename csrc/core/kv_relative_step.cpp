@@ -3,6 +3,7 @@
 #include <sstream>
 
 #include "core/select.h"
+#include "core/validate.h"
 #include "cpu/kv_relative_step.h"
 #include "cuda/kv_relative_step.h"
 
@@ -23,13 +24,9 @@ const Table<KvRelativeStepImplementation> kTable = {
 #endif
 };
 
-// A text is put together only when there is a fault: these checks run at every chunk of every layer.
 template <class... Pieces>
 Status fault(const Pieces&... pieces) {
-  std::ostringstream text;
-  text << "kv_relative_step: ";
-  (text << ... << pieces);
-  return Status::invalid(text.str());
+  return invalid_of("kv_relative_step", pieces...);
 }
 
 Status validate(const KvRelativeStepProblem& p) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <sstream>
 #include <string>
 
 #include "lora_kernels/lora_bank.h"
@@ -58,6 +59,15 @@ inline void check_lora_bank(Check* check, const LoraShape& lora, const LoraBank&
     if (!(bank.adapter_ids[g] >= -1 && bank.adapter_ids[g] < lora.adapters))
       check->fail("adapter_ids: entry " + std::to_string(g) + " is " + std::to_string(bank.adapter_ids[g]) +
                   ", expected -1 (base only) to " + std::to_string(lora.adapters - 1));
+}
+
+// For operators whose checks run at every step of every layer: a text is put together only when there is a fault.
+template <class... Pieces>
+Status invalid_of(const char* op, const Pieces&... pieces) {
+  std::ostringstream text;
+  text << op << ": ";
+  (text << ... << pieces);
+  return Status::invalid(text.str());
 }
 
 }  // namespace lora_kernels
