@@ -27,7 +27,7 @@ def main() -> None:
     from transformers import AutoTokenizer, WhisperFeatureExtractor
 
     from lora_kernels.errors import LoraKernelsError
-    from lora_speech.audio import load_audio
+    from lora_speech.data.audio import load_audio
     from lora_speech.errors import SpeechError
     from lora_speech.export.engine_decoding import open_engines
 

@@ -34,9 +34,20 @@ ALLOWED = {
     "swap": {"errors", "integrations", "live", "nn", "report", "selection"},
 }
 
+SPEECH = PACKAGE.parent / "python" / "lora_speech"
+FACES = {SPEECH / "__init__.py", SPEECH / "__main__.py"}
+SPEECH_FILES = sorted(path for path in SPEECH.rglob("*.py") if path not in FACES)
+# Each folder or module of lora_speech may use those before it.
+SPEECH_ORDER = (
+    "errors", "files", "page", "charts", "progress", "synthetic", "models", "data", "decoding",
+    "transcription", "formats", "evaluation", "training", "pretraining", "export", "bench", "demo",
+    "cli",
+)  # fmt: skip
+
 
 def _module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    root = SPEECH.parent if path.is_relative_to(SPEECH) else PACKAGE.parent
+    parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -78,6 +89,17 @@ def test_parts_of_the_package_point_one_way(path):
         if name.startswith("lora_kernels.")
     }
     assert used - {part} <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("path", SPEECH_FILES, ids=_module_name)
+def test_parts_of_the_speech_layer_point_one_way(path):
+    part = _module_name(path).split(".")[1]
+    used = {
+        name.split(".")[1]
+        for name in _imports(path, top_level=False)
+        if name.startswith("lora_speech.")
+    }
+    assert used - {part} <= set(SPEECH_ORDER[: SPEECH_ORDER.index(part)])
 
 
 @pytest.mark.parametrize("path", FILES, ids=_module_name)

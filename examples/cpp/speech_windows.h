@@ -1,5 +1,5 @@
-// Recordings cut into windows that a model takes, at the quietest points: lora_speech/windows.py, where the thresholds
-// are explained.
+// Recordings cut into windows that a model takes, at the quietest points: lora_speech/data/windows.py, where
+// the thresholds are explained.
 #pragma once
 
 #include <algorithm>

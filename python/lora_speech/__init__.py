@@ -21,26 +21,26 @@ _HOME = {
     "Segment": "transcription",
     "SpeechError": "errors",
     "SpeechModel": "models.loading",
-    "TrainingConfig": "training_config",
+    "TrainingConfig": "training.config",
     "TrainingError": "errors",
-    "TrainingResult": "training_config",
+    "TrainingResult": "training.config",
     "TranscriptionInfo": "transcription",
-    "Utterance": "manifest",
-    "beam_decode": "beam_decoding",
+    "Utterance": "data.manifest",
+    "beam_decode": "decoding.beam",
     "evaluate": "evaluation",
-    "finetune": "training",
-    "greedy_decode": "decoding",
-    "load_audio": "audio",
+    "finetune": "training.finetune",
+    "greedy_decode": "decoding.greedy",
+    "load_audio": "data.audio",
     "load_base": "models.loading",
     "load_for_serving": "models.loading",
-    "load_utterances": "manifest",
-    "normalizer": "text",
-    "read_manifest": "manifest",
-    "run_demo": "demo",
+    "load_utterances": "data.manifest",
+    "normalizer": "data.text",
+    "read_manifest": "data.manifest",
+    "run_demo": "demo.run",
     "transcribe": "transcription",
     "transcribe_many": "transcription",
     "write_evaluation": "evaluation",
-    "write_manifest": "manifest",
+    "write_manifest": "data.manifest",
 }
 """Public name to the module that defines it."""
 
@@ -75,10 +75,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lora_speech.audio import load_audio
-    from lora_speech.beam_decoding import beam_decode
-    from lora_speech.decoding import greedy_decode
-    from lora_speech.demo import run_demo
+    from lora_speech.data.audio import load_audio
+    from lora_speech.data.manifest import Utterance, load_utterances, read_manifest, write_manifest
+    from lora_speech.data.text import normalizer
+    from lora_speech.decoding.beam import beam_decode
+    from lora_speech.decoding.greedy import greedy_decode
+    from lora_speech.demo.run import run_demo
     from lora_speech.errors import (
         AudioError,
         ManifestError,
@@ -87,11 +89,9 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from lora_speech.evaluation import Evaluation, evaluate, write_evaluation
-    from lora_speech.manifest import Utterance, load_utterances, read_manifest, write_manifest
     from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
-    from lora_speech.text import normalizer
-    from lora_speech.training import finetune
-    from lora_speech.training_config import TrainingConfig, TrainingResult
+    from lora_speech.training.config import TrainingConfig, TrainingResult
+    from lora_speech.training.finetune import finetune
     from lora_speech.transcription import (
         Segment,
         TranscriptionInfo,

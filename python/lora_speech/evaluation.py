@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lora_speech.data.manifest import Utterance, load_utterances
+from lora_speech.data.text import normalizer
 from lora_speech.errors import MissingExtraError, SpeechError
 from lora_speech.files import write_json, write_jsonl
-from lora_speech.manifest import Utterance, load_utterances
 from lora_speech.models.loading import SpeechModel
-from lora_speech.text import normalizer
 from lora_speech.transcription import checked_length_penalty, transcribe_many
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_speech.audio import load_audio, prepare_samples
-from lora_speech.beam_decoding import MOST_BEAMS, MOST_LENGTH_PENALTY, beam_decode
-from lora_speech.decoding import greedy_decode
+from lora_speech.data.audio import load_audio, prepare_samples
+from lora_speech.data.features import extract_features
+from lora_speech.data.windows import Window, cut_windows
+from lora_speech.decoding.beam import MOST_BEAMS, MOST_LENGTH_PENALTY, beam_decode
+from lora_speech.decoding.greedy import greedy_decode
+from lora_speech.decoding.prompts import SpecialTokens, special_tokens
 from lora_speech.errors import ModelError, SpeechError
-from lora_speech.features import extract_features
 from lora_speech.models.loading import SpeechModel
-from lora_speech.prompts import SpecialTokens, special_tokens
-from lora_speech.windows import Window, cut_windows
 
 
 @dataclass(frozen=True)

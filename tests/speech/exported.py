@@ -10,11 +10,11 @@ import pytest
 import soundfile
 from tiny_whisper import make_adapter, tone
 
-from lora_speech.audio import load_audio
-from lora_speech.corpus import DIGITS, sentences
+from lora_speech.data.audio import load_audio
 from lora_speech.export.check import Check, check_export
 from lora_speech.export.run import ExportReport
-from lora_speech.synthesis import SynthesisUnavailable, accent_speakers, synthesize
+from lora_speech.synthetic.corpus import DIGITS, sentences
+from lora_speech.synthetic.synthesis import SynthesisUnavailable, accent_speakers, synthesize
 
 
 def make_adapters(base: Path, folder: Path) -> dict[str, Path]:

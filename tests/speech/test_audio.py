@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from tiny_whisper import tone
 
-from lora_speech.audio import load_audio, prepare_samples
+from lora_speech.data.audio import load_audio, prepare_samples
 from lora_speech.errors import AudioError
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-import lora_speech.synthesis as synthesis
-from lora_speech import corpus
-from lora_speech.pretraining_evaluation import speak_all, transcribe
+import lora_speech.synthetic.synthesis as synthesis
+from lora_speech.pretraining.evaluation import speak_all, transcribe
+from lora_speech.synthetic import corpus
 
 FOLDER = Path(synthesis.__file__).parent / "assets" / "base_model"
 # Speakers and sentences drawn for these tests only.

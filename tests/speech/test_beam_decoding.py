@@ -11,16 +11,16 @@ import torch
 from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
-from lora_speech import beam_decoding
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.beam_decoding import beam_decode
-from lora_speech.decoding import greedy_decode
+from lora_speech.data.features import extract_features
+from lora_speech.decoding import beam as beam_decoding
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.beam import beam_decode
+from lora_speech.decoding.greedy import greedy_decode
+from lora_speech.decoding.prompts import prompt_tokens, special_tokens
+from lora_speech.decoding.stepping import FlatSteps, RecordedSteps, likeliest
+from lora_speech.decoding.whisper_decoder import WhisperDecoder
 from lora_speech.errors import ModelError
-from lora_speech.features import extract_features
 from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
-from lora_speech.prompts import prompt_tokens, special_tokens
-from lora_speech.stepping import FlatSteps, RecordedSteps, likeliest
-from lora_speech.whisper_decoder import WhisperDecoder
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_int8_candidates_are_those_of_the_logits(
     names = ["low", None, "high", "low", None]
     settings: dict[str, Any] = {"beams": 4, "adapters": names, "language": "es"}
     recorded = beam_decode(speech.model, features, **settings)
-    monkeypatch.setattr("lora_speech.decoding.RecordedSteps", CandidatesOfLogits)
+    monkeypatch.setattr("lora_speech.decoding.greedy.RecordedSteps", CandidatesOfLogits)
     flat = beam_decode(speech.model, features, **settings)
     assert recorded.tokens == flat.tokens
     assert recorded.scores == pytest.approx(flat.scores, rel=1e-4, abs=1e-4)

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from lora_speech.beam_search import BeamSearch
+from lora_speech.decoding.beam_search import BeamSearch
 
 END = 0
 

@@ -13,8 +13,8 @@ import pytest
 import soundfile
 from tiny_whisper import make_adapter, tone
 
-from lora_speech import cli
-from lora_speech.training_config import TrainingConfig
+from lora_speech.cli import app as cli
+from lora_speech.training.config import TrainingConfig
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_is_quick_and_imports_no_torch() -> None:
     code = (
-        "import sys; from lora_speech import cli\n"
+        "import sys; from lora_speech.cli import app as cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

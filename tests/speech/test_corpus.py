@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lora_speech import corpus
+from lora_speech.synthetic import corpus
 
 
 def test_the_vocabularies_are_large_enough() -> None:

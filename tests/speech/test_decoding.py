@@ -10,14 +10,14 @@ import torch
 from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.decoding import greedy_decode
+from lora_speech.data.features import extract_features
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.greedy import greedy_decode
+from lora_speech.decoding.projections import joint_projection, projection
+from lora_speech.decoding.prompts import TimestampRules, prompt_tokens, special_tokens
+from lora_speech.decoding.whisper_decoder import WhisperDecoder
 from lora_speech.errors import ModelError
-from lora_speech.features import extract_features
 from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
-from lora_speech.projections import joint_projection, projection
-from lora_speech.prompts import TimestampRules, prompt_tokens, special_tokens
-from lora_speech.whisper_decoder import WhisperDecoder
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_screened_vocabulary_gives_the_same_tokens(
 ) -> None:
     tokens = []
     for least in (0, math.inf):
-        monkeypatch.setattr("lora_speech.recorded_parts.SCREENED_BYTES", least)
+        monkeypatch.setattr("lora_speech.decoding.recorded_parts.SCREENED_BYTES", least)
         speech = load_base(tiny_whisper_folder)
         torch.manual_seed(0)
         speech.model.resize_token_embeddings(20_000, mean_resizing=False)

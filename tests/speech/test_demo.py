@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from tiny_whisper import make_adapter, tone
 
-from lora_speech import synthesis
-from lora_speech.demo import DemoProgress, DemoSettings, mixed_batch_equal, run_demo
-from lora_speech.demo_terminal import print_table
+from lora_speech.data.manifest import Utterance
+from lora_speech.demo.run import DemoProgress, DemoSettings, mixed_batch_equal, run_demo
+from lora_speech.demo.terminal import print_table
 from lora_speech.errors import ModelError
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import load_for_serving, shipped_model_path
+from lora_speech.synthetic import synthesis
 
 needs_voice = pytest.mark.skipif(
     not synthesis.is_available(), reason="espeak-ng (espeakng-loader) is not installed"

@@ -9,9 +9,9 @@ import pytest
 from tiny_whisper import make_adapter, tone
 
 from lora_speech import evaluation
+from lora_speech.data.manifest import Utterance
 from lora_speech.errors import SpeechError
 from lora_speech.evaluation import evaluate, total_rates, write_evaluation
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import load_base, load_for_serving
 from lora_speech.transcription import Segment, TranscriptionInfo
 

@@ -155,7 +155,7 @@ def _engines_stand_in(folder: Path, report: ExportReport) -> None:
         return Runner()
 
     engines = open_engines(folder, folder, load)
-    from lora_speech.features import extract_features
+    from lora_speech.data.features import extract_features
 
     features = extract_features(report.plan.model, [report.plan.samples[0]])["input_features"]
     decoding = engines.decoding

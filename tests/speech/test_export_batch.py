@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_speech.decoding import greedy_decode
+from lora_speech.decoding.greedy import greedy_decode
 from lora_speech.export.run import ExportReport, export_model
 
 pytestmark = pytest.mark.slow

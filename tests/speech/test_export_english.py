@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_speech.audio import load_audio
+from lora_speech.data.audio import load_audio
+from lora_speech.data.features import extract_features
 from lora_speech.errors import ModelError
 from lora_speech.export.run import ExportReport, export_model
-from lora_speech.features import extract_features
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ import soundfile
 import torch
 from tiny_whisper import make_adapter, tone
 
-from lora_speech.audio import load_audio
-from lora_speech.decoding import greedy_decode
+from lora_speech.data.audio import load_audio
+from lora_speech.data.features import extract_features
+from lora_speech.decoding.greedy import greedy_decode
 from lora_speech.export.run import export_model
-from lora_speech.features import extract_features
 from lora_speech.models.loading import load_base
 from lora_speech.transcription import decode_text
 

@@ -16,7 +16,7 @@ from tiny_whisper import make_adapter
 from typer.testing import CliRunner
 
 from lora_kernels.errors import LoraKernelsError
-from lora_speech.cli import app
+from lora_speech.cli.app import app
 from lora_speech.errors import ModelError, SpeechError
 from lora_speech.export import run as run_module
 from lora_speech.export import target as target_module

@@ -15,7 +15,7 @@ import soundfile
 import torch
 from tiny_whisper import make_adapter, tone
 
-from lora_speech.audio import load_audio
+from lora_speech.data.audio import load_audio
 from lora_speech.errors import SpeechError
 from lora_speech.export.run import export_model
 from lora_speech.export.torch_graphs import TOKENS

@@ -11,10 +11,10 @@ import torch
 from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
-from lora_speech import graphed_steps
-from lora_speech.decoder_step import RecordedStep
-from lora_speech.decoding import greedy_decode
-from lora_speech.features import extract_features
+from lora_speech.data.features import extract_features
+from lora_speech.decoding import graphed_steps
+from lora_speech.decoding.decoder_step import RecordedStep
+from lora_speech.decoding.greedy import greedy_decode
 from lora_speech.models.loading import SpeechModel, load_for_serving
 
 

@@ -9,11 +9,11 @@ from tiny_whisper import make_adapter
 
 import lora_kernels as lk
 from lora_kernels.implementations import describe
-from lora_speech import corpus, synthesis
+from lora_speech.data.manifest import Utterance
 from lora_speech.errors import ModelError
 from lora_speech.evaluation import Evaluation, evaluate
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import SpeechModel, load_for_serving, shipped_model_path
+from lora_speech.synthetic import corpus, synthesis
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lora_speech import corpus, synthesis
-from lora_speech.demo import DemoSettings, make_data
+from lora_speech.data.manifest import Utterance
+from lora_speech.demo.run import DemoSettings, make_data
 from lora_speech.errors import ModelError
 from lora_speech.evaluation import evaluate
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import load_for_serving, shipped_model_path
-from lora_speech.training import TrainingConfig, finetune
+from lora_speech.synthetic import corpus, synthesis
+from lora_speech.training.finetune import TrainingConfig, finetune
 
 ACCENT = synthesis.HELD_OUT_ACCENTS[1]
 

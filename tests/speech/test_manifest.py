@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from tiny_whisper import tone
 
+from lora_speech.data.manifest import Utterance, load_utterances, read_manifest, write_manifest
 from lora_speech.errors import ManifestError
-from lora_speech.manifest import Utterance, load_utterances, read_manifest, write_manifest
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from lora_speech.pretraining_data import Batch, batches
+from lora_speech.pretraining.data import Batch, batches
 
 BATCHES = 3
 

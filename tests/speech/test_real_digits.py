@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_speech.audio import load_audio
+from lora_speech.data.audio import load_audio
+from lora_speech.data.manifest import Utterance
 from lora_speech.errors import ModelError
 from lora_speech.evaluation import ErrorRates, evaluate
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import load_for_serving, shipped_model_path
-from lora_speech.training import TrainingConfig, finetune
+from lora_speech.training.finetune import TrainingConfig, finetune
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SPEAKERS = ("george", "jackson", "lucas")

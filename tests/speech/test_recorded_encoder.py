@@ -9,10 +9,10 @@ import torch
 from tiny_whisper import make_adapter
 
 import lora_kernels as lk
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.encoding import FlatEncoder
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.recorded_encoder import EncoderParts
+from lora_speech.decoding.whisper_encoder import FlatEncoder
 from lora_speech.models.loading import load_base, load_for_serving
-from lora_speech.recorded_encoder import EncoderParts
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lora_speech.charts import bar_chart, line_chart, nice_ceiling, smooth
-from lora_speech.report import render_report
+from lora_speech.demo.report import render_report
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import torch
 from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
-from lora_speech.beam_decoding import beam_decode
-from lora_speech.decoding import greedy_decode
-from lora_speech.encoding import FlatEncoder
-from lora_speech.features import extract_features
+from lora_speech.data.features import extract_features
+from lora_speech.decoding.beam import beam_decode
+from lora_speech.decoding.greedy import greedy_decode
+from lora_speech.decoding.whisper_encoder import FlatEncoder
 from lora_speech.models.loading import load_for_serving
 
 NAMES = ["me", None, "you"]

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from lora_speech import synthesis
-from lora_speech.synthesis import Speaker
+from lora_speech.synthetic import synthesis
+from lora_speech.synthetic.synthesis import Speaker
 
 needs_espeak = pytest.mark.skipif(
     not synthesis.is_available(), reason="espeak-ng is missing: pip install espeakng-loader"
@@ -88,7 +88,7 @@ def test_what_was_said_before_changes_nothing() -> None:
 def test_a_new_process_says_the_same() -> None:
     # A breathy voice, and not in the same second: by default the time seeds the breath.
     code = (
-        "import sys; from lora_speech.synthesis import Speaker, synthesize; "
+        "import sys; from lora_speech.synthetic.synthesis import Speaker, synthesize; "
         "sys.stdout.buffer.write(synthesize('one', Speaker('en-us+f2')).tobytes())"
     )
     spoken = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lora_speech.data.text import normalizer
 from lora_speech.errors import SpeechError
-from lora_speech.text import normalizer
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,17 @@ import pytest
 import torch
 from tiny_whisper import tone
 
-from lora_speech import checkpoints, training
-from lora_speech.batching import ExampleStore, epoch_batches, hash_seed, spec_augment
-from lora_speech.checkpoints import FOLDER, list_checkpoints
-from lora_speech.decoding import greedy_decode
+from lora_speech.data.features import extract_features
+from lora_speech.data.manifest import Utterance
+from lora_speech.decoding.greedy import greedy_decode
 from lora_speech.errors import AudioError, SpeechError, TrainingError
-from lora_speech.features import extract_features
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import load_base, load_for_serving
-from lora_speech.training import TrainingConfig, TrainingEvent, finetune, read_log
-from lora_speech.training_config import TrainingResult
+from lora_speech.training import checkpoints
+from lora_speech.training import finetune as training
+from lora_speech.training.batching import ExampleStore, epoch_batches, hash_seed, spec_augment
+from lora_speech.training.checkpoints import FOLDER, list_checkpoints
+from lora_speech.training.config import TrainingResult
+from lora_speech.training.finetune import TrainingConfig, TrainingEvent, finetune, read_log
 
 WORDS = ["go", "stop", "left", "right", "up", "down"]
 

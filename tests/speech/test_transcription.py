@@ -12,15 +12,15 @@ import soundfile
 from tiny_whisper import make_adapter, tone
 
 from lora_speech import transcription
-from lora_speech.beam_decoding import beam_decode
-from lora_speech.decoding import Hypotheses
+from lora_speech.data.features import extract_features
+from lora_speech.data.windows import cut_windows
+from lora_speech.decoding.beam import beam_decode
+from lora_speech.decoding.greedy import Hypotheses
+from lora_speech.decoding.prompts import special_tokens
 from lora_speech.errors import ModelError, SpeechError
-from lora_speech.features import extract_features
 from lora_speech.formats import clock, render
 from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
-from lora_speech.prompts import special_tokens
 from lora_speech.transcription import Segment, TranscriptionInfo, transcribe, transcribe_many
-from lora_speech.windows import cut_windows
 
 RATE = 16_000
 INFO = TranscriptionInfo("a.wav", 2.5, "en", None)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 import lora_kernels as lk
-from lora_speech.beam_decoding import beam_decode
 from lora_speech.bench.measure import OURS, Contestant
 from lora_speech.bench.workload import Workload
-from lora_speech.decoding import greedy_decode
-from lora_speech.encoding import FlatEncoder
-from lora_speech.projections import AdapterRows
-from lora_speech.whisper_decoder import whisper_of
+from lora_speech.decoding.beam import beam_decode
+from lora_speech.decoding.greedy import greedy_decode
+from lora_speech.decoding.projections import AdapterRows
+from lora_speech.decoding.whisper_decoder import whisper_of
+from lora_speech.decoding.whisper_encoder import FlatEncoder
 
 ADAPTER = "adapter"
 ONE_ADAPTER = "ours_one_adapter"

@@ -13,7 +13,7 @@ from lora_speech.bench.record import Record
 from lora_speech.bench.settings import MIXED_RANKS, RANK, BenchSettings
 from lora_speech.bench.systems import ONE_ADAPTER, RANK_16, Job, Ours, System
 from lora_speech.bench.workload import Workload
-from lora_speech.recorded_parts import SCREENED_BYTES
+from lora_speech.decoding.recorded_parts import SCREENED_BYTES
 
 JOBS = {
     "decode": (Job("decode"),),

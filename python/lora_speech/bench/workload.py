@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from lora_speech.bench.settings import MIXED_RANKS, RANK, RELEASED, BenchSettings, model_key
+from lora_speech.decoding.prompts import default_language, prompt_tokens, special_tokens
 from lora_speech.errors import ModelError
 from lora_speech.models.loading import load_base
 from lora_speech.models.whisper import WHISPER
-from lora_speech.prompts import default_language, prompt_tokens, special_tokens
 
 # The multilingual checkpoints' own numbers.
 VOCABULARY, END, START, FIRST_LANGUAGE = 51865, 50257, 50258, 50259

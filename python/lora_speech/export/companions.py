@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_speech.decoding.prompts import prompt_tokens, special_tokens, token_limit
 from lora_speech.export.conformer_graphs import SUBSAMPLING
 from lora_speech.export.folder import ADAPTERS, DECODING, CtcDecoding, Decoding
 from lora_speech.export.target import Plan
-from lora_speech.prompts import prompt_tokens, special_tokens, token_limit
 
 
 def ctc_decoding_of(plan: Plan, step: Any) -> CtcDecoding:

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_speech.decoding.linear_parts import LinearParts, linear_parts
+from lora_speech.decoding.recorded_parts import packed_once
 from lora_speech.errors import ModelError
 from lora_speech.export.operators import Bank, Operators, Tensors, attend
-from lora_speech.linear_parts import LinearParts, linear_parts
-from lora_speech.recorded_parts import packed_once
 
 
 class Graph(nn.Module):

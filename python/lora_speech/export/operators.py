@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from lora_speech.linear_parts import LinearParts
+from lora_speech.decoding.linear_parts import LinearParts
 
 Tensors = Sequence[torch.Tensor]
 Bank = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from lora_speech.audio import load_audio
+from lora_speech.data.audio import load_audio
+from lora_speech.decoding.prompts import default_language, special_tokens
 from lora_speech.errors import ModelError, SpeechError
 from lora_speech.export.check import Check, check_export
 from lora_speech.export.names import MAX_WER
 from lora_speech.export.target import Plan, Say, Target, target
 from lora_speech.files import publish, staging, sweep, write_json
 from lora_speech.models.loading import load_base, load_for_serving
-from lora_speech.prompts import default_language, special_tokens
 
 CHECK = "check.json"
 
@@ -224,8 +224,8 @@ def _recordings(plan: Plan, given: Sequence[Any]) -> tuple[list[str], list[np.nd
     if given:
         rate = plan.model.sampling_rate
         return [str(path) for path in given], [load_audio(path, rate) for path in given]
-    from lora_speech.corpus import sentences
-    from lora_speech.synthesis import SynthesisUnavailable, accent_speakers, synthesize
+    from lora_speech.synthetic.corpus import sentences
+    from lora_speech.synthetic.synthesis import SynthesisUnavailable, accent_speakers, synthesize
 
     try:
         speakers = accent_speakers("en-us", 3)

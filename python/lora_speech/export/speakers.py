@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_speech.decoding import greedy_decode
+from lora_speech.data.features import extract_features
+from lora_speech.decoding.greedy import greedy_decode
+from lora_speech.decoding.prompts import prompt_tokens, special_tokens, token_limit
 from lora_speech.export.ctc_decoding import CtcRecognizer, collapse
 from lora_speech.export.folder import CtcDecoding
 from lora_speech.export.graph_inputs import make_graphs
 from lora_speech.export.target import Plan, Recognizer
-from lora_speech.features import extract_features
-from lora_speech.prompts import prompt_tokens, special_tokens, token_limit
 from lora_speech.transcription import decode_text
 
 Way = tuple[str, Callable[[], Sequence[int]], Callable[[], Sequence[int]]]

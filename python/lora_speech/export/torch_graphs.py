@@ -140,7 +140,7 @@ def _write_tokens(plan: Plan, folder: Path) -> None:
     """A line per token id: its bytes in hexadecimal, none for what is no text."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    from lora_speech.prompts import special_tokens
+    from lora_speech.decoding.prompts import special_tokens
 
     tokenizer = plan.model.processor.tokenizer
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_speech.decoder_step import DecoderParts
+from lora_speech.decoding.decoder_step import DecoderParts
+from lora_speech.decoding.linear_parts import linear_parts
+from lora_speech.decoding.recorded_encoder import Convolution, EncoderParts
+from lora_speech.decoding.recorded_parts import norm_of
 from lora_speech.export.graphs import EncodeGraph, Graph, cache_names
 from lora_speech.export.operators import Tensors
 from lora_speech.export.torch_graphs import DecodeGraph
-from lora_speech.linear_parts import linear_parts
-from lora_speech.recorded_encoder import Convolution, EncoderParts
-from lora_speech.recorded_parts import norm_of
 
 _KINDS = ("key", "value", "key_scales", "value_scales")
 

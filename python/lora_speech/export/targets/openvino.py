@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_speech.data.features import extract_features
 from lora_speech.export.companions import decoding_of, write_adapters, write_companions
 from lora_speech.export.folder import (
     Decoding,
@@ -38,7 +39,6 @@ from lora_speech.export.graph_inputs import example_inputs, make_graphs
 from lora_speech.export.graphs import Graph, StepGraph, cache_names
 from lora_speech.export.operators import StandardOperators, Tensors
 from lora_speech.export.target import Plan, Say, Target
-from lora_speech.features import extract_features
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 """Without it OpenVINO computes in bf16 where the processor does, faster and less exactly."""

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.decoder_step import DecoderParts, pack_cross_attention, suppressing_bias
-from lora_speech.encoding import FlatEncoder
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.decoder_step import DecoderParts, pack_cross_attention, suppressing_bias
+from lora_speech.decoding.projections import joint_projection, projection
+from lora_speech.decoding.prompts import special_tokens
+from lora_speech.decoding.recorded_parts import has_gelu
+from lora_speech.decoding.whisper_encoder import FlatEncoder
 from lora_speech.errors import ModelError
-from lora_speech.projections import joint_projection, projection
-from lora_speech.prompts import special_tokens
-from lora_speech.recorded_parts import has_gelu
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.projections import joint_projection, projection
-from lora_speech.recorded_encoder import EncoderParts, RecordedEncoder
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.projections import joint_projection, projection
+from lora_speech.decoding.recorded_encoder import EncoderParts, RecordedEncoder
 
 
 class FlatEncoder:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from lora_speech.beam_search import BeamSearch
-from lora_speech.decoding import Hypotheses, begin_decoding
+from lora_speech.decoding.beam_search import BeamSearch
+from lora_speech.decoding.greedy import Hypotheses, begin_decoding
+from lora_speech.decoding.prompts import SpecialTokens, TimestampRules
+from lora_speech.decoding.stepping import Steps, likeliest
+from lora_speech.decoding.whisper_decoder import DecoderState
 from lora_speech.errors import ModelError
-from lora_speech.prompts import SpecialTokens, TimestampRules
-from lora_speech.stepping import Steps, likeliest
-from lora_speech.whisper_decoder import DecoderState
 
 MOST_BEAMS = 100
 """A step asks for twice as many candidates and one more, and `int8_lora_topk` has at most 256."""

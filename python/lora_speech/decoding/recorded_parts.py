@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from lora_speech.linear_parts import LinearParts
+from lora_speech.decoding.linear_parts import LinearParts
 
 Norm = tuple[torch.Tensor, torch.Tensor, float]
 """Weight, bias and epsilon of a layer norm."""

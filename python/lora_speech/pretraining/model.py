@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from lora_speech import corpus
-from lora_speech.pretraining_data import CHARACTERS, IGNORED, Batch, token_id
+from lora_speech.pretraining.data import CHARACTERS, IGNORED, Batch, token_id
+from lora_speech.synthetic import corpus
 
 CHUNK_SECONDS = 5
 MELS = 80

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 
-from lora_speech.grammars import ENGLISH, SPANISH, Grammar
+from lora_speech.synthetic.grammars import ENGLISH, SPANISH, Grammar
 
 GRAMMARS: dict[str, Grammar] = {"en": ENGLISH, "es": SPANISH}
 LANGUAGES: tuple[str, ...] = tuple(GRAMMARS)

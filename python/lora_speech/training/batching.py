@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from lora_speech.data.features import extract_features
+from lora_speech.data.manifest import Utterance
+from lora_speech.decoding.prompts import special_tokens, training_tokens
 from lora_speech.errors import TrainingError
-from lora_speech.features import extract_features
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import SpeechModel
-from lora_speech.prompts import special_tokens, training_tokens
 
 POOL_BATCHES = 16
 """Batches per pool in which examples are sorted by length: enough that lengths within a batch

@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from lora_speech.bench.settings import BenchSettings
-from lora_speech.cli_export import export
-from lora_speech.cli_finetune import finetune
-from lora_speech.cli_options import (
+from lora_speech.cli.export import export
+from lora_speech.cli.finetune import finetune
+from lora_speech.cli.options import (
     Base,
     BatchSize,
     BeamSize,
@@ -84,9 +84,9 @@ def evaluate(
 
     Example: lora-speech evaluate --adapter adapters/me --data test.jsonl --json result.json
     """
+    from lora_speech.data.manifest import load_utterances
     from lora_speech.evaluation import evaluate as run
     from lora_speech.evaluation import write_evaluation
-    from lora_speech.manifest import load_utterances
     from lora_speech.models.loading import load_for_serving
     from lora_speech.progress import counter, progress_bars
     from lora_speech.transcription import checked_length_penalty
@@ -158,7 +158,7 @@ def transcribe(
 
     Example: lora-speech transcribe --adapter me=adapters/me --int8 talk.mp3 --format srt
     """
-    from lora_speech.audio import check_audio_file
+    from lora_speech.data.audio import check_audio_file
     from lora_speech.formats import render
     from lora_speech.models.loading import load_for_serving
     from lora_speech.transcription import checked_length_penalty, transcribe_many
@@ -212,8 +212,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of voices, sentences and training.")] = 0,
 ) -> None:
     """Watch a model learn an accent, become INT8 and mix adapters, in a few minutes."""
-    from lora_speech.demo import DemoSettings, run_demo
-    from lora_speech.demo_terminal import TerminalProgress, print_table
+    from lora_speech.demo.run import DemoSettings, run_demo
+    from lora_speech.demo.terminal import TerminalProgress, print_table
     from lora_speech.progress import progress_bars
 
     with progress_bars() as bars:
@@ -281,7 +281,7 @@ app.command()(export)
 @app.command()
 def doctor() -> None:
     """Show what is installed, which kernels this machine runs, and why."""
-    from lora_speech.doctor import report
+    from lora_speech.cli.doctor import report
 
     typer.echo(report())
 

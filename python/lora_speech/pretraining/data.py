@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
-from lora_speech import corpus, synthesis
-from lora_speech.pretraining_speech import Utterance, random_utterance
-from lora_speech.synthesis import SAMPLING_RATE, Samples
+from lora_speech.pretraining.speech import Utterance, random_utterance
+from lora_speech.synthetic import corpus, synthesis
+from lora_speech.synthetic.synthesis import SAMPLING_RATE, Samples
 
 HOP = 160  # samples between feature frames: 10 ms
 FRAMES_PER_POSITION = 2  # the encoder's second convolution halves the rate

@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
 
-from lora_speech import synthesis
 from lora_speech.files import publish, staging, sweep, write_json
-from lora_speech.pretraining_data import Batch, BatchMaker, batches
-from lora_speech.pretraining_evaluation import Report, evaluate, write_model_card
-from lora_speech.pretraining_model import (
+from lora_speech.pretraining.data import Batch, BatchMaker, batches
+from lora_speech.pretraining.evaluation import Report, evaluate, write_model_card
+from lora_speech.pretraining.model import (
     SPELLINGS,
     Trainee,
     build_extractor,
@@ -32,6 +31,7 @@ from lora_speech.pretraining_model import (
     build_tokenizer,
     losses,
 )
+from lora_speech.synthetic import synthesis
 
 _CHECKPOINT = "checkpoint.pt"
 

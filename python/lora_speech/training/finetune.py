@@ -15,20 +15,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_speech.batching import Batch, ExampleStore, epoch_batches, hash_seed, spec_augment
-from lora_speech.checkpoints import (
+from lora_speech.data.manifest import load_utterances
+from lora_speech.errors import TrainingError
+from lora_speech.evaluation import evaluate
+from lora_speech.files import publish, staging, sweep, write_jsonl
+from lora_speech.models.loading import SpeechModel, load_base
+from lora_speech.training.batching import (
+    Batch,
+    ExampleStore,
+    epoch_batches,
+    hash_seed,
+    spec_augment,
+)
+from lora_speech.training.checkpoints import (
     FOLDER,
     Progress,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from lora_speech.errors import TrainingError
-from lora_speech.evaluation import evaluate
-from lora_speech.files import publish, staging, sweep, write_jsonl
-from lora_speech.manifest import load_utterances
-from lora_speech.models.loading import SpeechModel, load_base
-from lora_speech.training_config import TrainingConfig, TrainingEvent, TrainingResult
+from lora_speech.training.config import TrainingConfig, TrainingEvent, TrainingResult
 
 LOG = "training_log.jsonl"
 """One line per step (`step`, `loss`, `learning_rate`, `gradient_norm`) and per validation

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.linear_parts import LinearParts, join_parts, linear_parts
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.linear_parts import LinearParts, join_parts, linear_parts
 
 Projection = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 """`y = f(x, residual)`: x [rows, tokens, K], residual and y [rows, tokens, N]."""

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from lora_speech import corpus, synthesis
-from lora_speech.synthesis import SAMPLING_RATE, Samples, Speaker
+from lora_speech.synthetic import corpus, synthesis
+from lora_speech.synthetic.synthesis import SAMPLING_RATE, Samples, Speaker
 
 # Unlike any seed of the training data, which is drawn in another way anyway.
 EVALUATION_SEED = 1000
@@ -175,7 +175,7 @@ Every utterance was spoken by espeak-ng while training, with random rates, pitch
 microphones, gains and noise. No recording of a person was used.
 
 - English, {english_words} words, and Spanish, {spanish_words} words: grammars of
-  `lora_speech.grammars`.
+  `lora_speech.synthetic.grammars`.
 - Accents (espeak-ng voices): {accents}, each in {variants} variants.
 - Never heard: the accents {unseen}, and one sentence in ten of each grammar.
 

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lora_speech.demo import DemoProgress
-from lora_speech.progress import counter, training_bars
-from lora_speech.training_config import TrainingEvent
+from lora_speech.demo.run import DemoProgress
+from lora_speech.progress import counter
+from lora_speech.training.bars import training_bars
+from lora_speech.training.config import TrainingEvent
 
 
 class TerminalProgress(DemoProgress):

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_speech.decoding import greedy_decode
+from lora_speech.data.features import extract_features
+from lora_speech.data.manifest import Utterance
+from lora_speech.decoding.greedy import greedy_decode
+from lora_speech.decoding.prompts import prompt_tokens, special_tokens
 from lora_speech.errors import ModelError
-from lora_speech.features import extract_features
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import SpeechModel, load_base
-from lora_speech.prompts import prompt_tokens, special_tokens
 
 
 def measure_speed(

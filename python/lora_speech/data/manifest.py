@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_speech.audio import SAMPLING_RATE, load_audio, prepare_samples
+from lora_speech.data.audio import SAMPLING_RATE, load_audio, prepare_samples
 from lora_speech.errors import ManifestError, MissingExtraError
 from lora_speech.files import write_jsonl
 

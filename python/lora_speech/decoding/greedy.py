@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_speech import graphed_steps
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.errors import ModelError
-from lora_speech.prompts import (
+from lora_speech.decoding import graphed_steps
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.prompts import (
     TimestampRules,
     default_language,
     language_codes,
     prompt_tokens,
     token_limit,
 )
-from lora_speech.stepping import FlatSteps, RecordedSteps, Steps
-from lora_speech.whisper_decoder import WhisperDecoder
+from lora_speech.decoding.stepping import FlatSteps, RecordedSteps, Steps
+from lora_speech.decoding.whisper_decoder import WhisperDecoder
+from lora_speech.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_speech.decoding import greedy_decode
-from lora_speech.demo_speed import measure_speed, within_window
+from lora_speech.data.features import extract_features
+from lora_speech.data.manifest import Utterance
+from lora_speech.decoding.greedy import greedy_decode
+from lora_speech.demo.speed import measure_speed, within_window
 from lora_speech.errors import MissingExtraError, ModelError
 from lora_speech.evaluation import Evaluation, evaluate
-from lora_speech.features import extract_features
 from lora_speech.files import write_json, write_text
-from lora_speech.manifest import Utterance
 from lora_speech.models.loading import SHIPPED, SpeechModel, load_base, load_for_serving
-from lora_speech.training import finetune
-from lora_speech.training_config import TrainingConfig, TrainingEvent, TrainingResult
+from lora_speech.training.config import TrainingConfig, TrainingEvent, TrainingResult
+from lora_speech.training.finetune import finetune
 
 NORMALIZATION = "basic"
 """Case and punctuation only: the corpus writes numbers as words, and they count word by word."""
@@ -105,7 +105,7 @@ def run_demo(
         What `demo_report.json` holds: `wer_base`, `wer_adapted`, `wer_int8_adapted`,
         `mixed_batch_equal`, `tokens_per_second` (`ours`, `transformers_peft`, `ratio`), and more.
     """
-    from lora_speech.report import render_report
+    from lora_speech.demo.report import render_report
 
     settings = settings or DemoSettings()
     progress = progress or DemoProgress()
@@ -242,7 +242,7 @@ def make_data(
     seed : int
         Of sentences, speakers and noise, beside the settings' own.
     """
-    from lora_speech import corpus, synthesis
+    from lora_speech.synthetic import corpus, synthesis
 
     rng = np.random.default_rng([settings.seed, seed])
     speakers = synthesis.accent_speakers(accent, 20, settings.seed + seed)
@@ -287,13 +287,13 @@ def mixed_batch_equal(
 
 
 def _accent_names() -> dict[str, str]:
-    from lora_speech import synthesis
+    from lora_speech.synthetic import synthesis
 
     return {voice: synthesis.ACCENT_NAMES.get(voice, voice) for voice in synthesis.HELD_OUT_ACCENTS}
 
 
 def _accents() -> tuple[str, str]:
-    from lora_speech import synthesis
+    from lora_speech.synthetic import synthesis
 
     if not synthesis.is_available():
         raise MissingExtraError(

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.linear_parts import LinearParts, linear_parts
-from lora_speech.recorded_parts import (
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.linear_parts import LinearParts, linear_parts
+from lora_speech.decoding.recorded_parts import (
     Norm,
     has_gelu,
     norm_of,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_speech import corpus, synthesis
-from lora_speech.synthesis import SAMPLING_RATE, Samples, Speaker
+from lora_speech.synthetic import corpus, synthesis
+from lora_speech.synthetic.synthesis import SAMPLING_RATE, Samples, Speaker
 
 # Shares of the utterances.
 _SPANISH = 0.25

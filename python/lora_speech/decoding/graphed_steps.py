@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_speech.adapter_rows import AdapterRows
-from lora_speech.decoder_step import Head, RecordedStep, pack_cross_attention
-from lora_speech.stepping import RecordedSteps
+from lora_speech.decoding.adapter_rows import AdapterRows
+from lora_speech.decoding.decoder_step import Head, RecordedStep, pack_cross_attention
+from lora_speech.decoding.stepping import RecordedSteps
 
 if TYPE_CHECKING:
-    from lora_speech.whisper_decoder import WhisperDecoder
+    from lora_speech.decoding.whisper_decoder import WhisperDecoder
 
 _POOL = "_lora_speech_graphed_steps"
 _KEPT = 4

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from lora_speech.decoder_step import Head, RecordedStep, suppressing_bias
+from lora_speech.decoding.decoder_step import Head, RecordedStep, suppressing_bias
 
 if TYPE_CHECKING:
-    from lora_speech.whisper_decoder import DecoderState, WhisperDecoder
+    from lora_speech.decoding.whisper_decoder import DecoderState, WhisperDecoder
 
 
 class Steps(Protocol):

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from lora_speech.cli_options import Base, Language
-from lora_speech.training_config import TrainingConfig
+from lora_speech.cli.options import Base, Language
+from lora_speech.training.config import TrainingConfig
 
 
 def finetune(
@@ -71,8 +71,9 @@ def finetune(
 
     Example: lora-speech finetune --train train.jsonl --validation dev.jsonl --output adapters/me
     """
-    from lora_speech.progress import STDERR, progress_bars, training_bars
-    from lora_speech.training import finetune as run
+    from lora_speech.progress import STDERR, progress_bars
+    from lora_speech.training.bars import training_bars
+    from lora_speech.training.finetune import finetune as run
 
     given = locals()
     settings = {f.name: given[f.name] for f in fields(TrainingConfig) if f.name in given}

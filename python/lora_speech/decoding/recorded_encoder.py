@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lora_speech.linear_parts import LinearParts, linear_parts
-from lora_speech.recorded_parts import Norm, has_gelu, norm_of, packed_once, record_linear
+from lora_speech.decoding.linear_parts import LinearParts, linear_parts
+from lora_speech.decoding.recorded_parts import Norm, has_gelu, norm_of, packed_once, record_linear
 
 HIDDEN_BYTES = 1 << 20
 """Of a feed-forward block's wide rows at a time and thread: half of a second-level cache."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_speech.cli_options import Base, Language, named_folders
+from lora_speech.cli.options import Base, Language, named_folders
 from lora_speech.errors import SpeechError
 from lora_speech.export.names import MAX_WER, TARGETS
 
@@ -72,7 +72,7 @@ def export(
     """
     from rich.markup import escape
 
-    from lora_speech.audio import check_audio_file
+    from lora_speech.data.audio import check_audio_file
     from lora_speech.progress import STDERR
 
     folders = named_folders(adapter)

@@ -1,0 +1,1 @@
+"""The command line: `app` holds the commands, `export` and `finetune` those with many options."""

@@ -1,0 +1,4 @@
+"""How the small Whisper that ships with the project was trained.
+
+`python -m lora_speech.pretraining` trains it again.
+"""
