@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from exported import make_adapters, write_tones
+from tiny_parakeet import make_parakeet, make_parakeet_adapter, write_tune
 from tiny_whisper import make_tiny_whisper
 
 from lora_speech.export.run import ExportReport, export_model
@@ -52,6 +53,25 @@ def adapters(
 def tones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Recordings of tones, in which that Whisper hears something."""
     return write_tones(tmp_path_factory.mktemp("tones"))
+
+
+@pytest.fixture(scope="session")
+def tune(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tones one after another, in which a tiny Parakeet hears letters."""
+    return write_tune(tmp_path_factory.mktemp("tune") / "tune.wav")
+
+
+@pytest.fixture(scope="session")
+def tiny_parakeet_folder(tmp_path_factory: pytest.TempPathFactory, tune: Path) -> Path:
+    """A Parakeet in the Hugging Face layout: 32 wide, 2 layers, random weights."""
+    return make_parakeet(tmp_path_factory.mktemp("tiny_parakeet"), tune)
+
+
+@pytest.fixture(scope="session")
+def parakeet_adapter(tiny_parakeet_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of that Parakeet."""
+    path = tmp_path_factory.mktemp("parakeet_adapter") / "accent"
+    return make_parakeet_adapter(tiny_parakeet_folder, path)
 
 
 @pytest.fixture

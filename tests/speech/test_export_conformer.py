@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from tiny_whisper import tone
-from torch import nn
+from tiny_parakeet import parakeet, small
 
 import lora_kernels as lk
 from lora_speech.errors import SpeechError
@@ -19,87 +17,6 @@ from lora_speech.export.conformer_graphs import SUBSAMPLING, ConformerStepGraph,
 from lora_speech.export.ctc_decoding import collapse
 from lora_speech.export.operators import KernelOperators
 from lora_speech.export.run import export_model
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz "
-
-
-def parakeet(**encoder: Any) -> nn.Module:
-    """Real shapes of a Parakeet, as far as `encoder` does not change them; random weights."""
-    from transformers import ParakeetCTCConfig, ParakeetForCTC
-
-    blank = len(LETTERS)
-    config = ParakeetCTCConfig(
-        vocab_size=blank + 1, pad_token_id=blank, encoder_config={"layerdrop": 0.0, **encoder}
-    )
-    torch.manual_seed(0)
-    model = ParakeetForCTC(config).eval()
-    with torch.no_grad():  # what a fresh model has at zero or one would hide mistakes
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "running" in name:
-                tensor.uniform_(0.5, 1.5)
-            elif "bias" in name:
-                tensor.normal_(0.0, 0.1)
-            elif tensor.dim() > 1:  # wide enough for the frames to matter
-                tensor.normal_(0.0, 2.0 / tensor[0].numel() ** 0.5)
-        model.ctc_head.weight.normal_(0.0, 1.0)
-    return model
-
-
-def small(**more: Any) -> nn.Module:
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    return parakeet(**sizes, subsampling_conv_channels=8, num_mel_bins=16, **more)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, recording: Path) -> Path:
-    """A small Parakeet with its processor, in the Hugging Face layout."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import ParakeetFeatureExtractor, ParakeetProcessor, ParakeetTokenizer
-
-    path = tmp_path_factory.mktemp("parakeet")
-    vocabulary = {letter: index for index, letter in enumerate(LETTERS)} | {"<pad>": len(LETTERS)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=" "))
-    tokenizer.decoder = decoders.Fuse()
-    processor = ParakeetProcessor(
-        ParakeetFeatureExtractor(feature_size=16),
-        ParakeetTokenizer(tokenizer_object=tokenizer, pad_token="<pad>", unk_token=" "),
-    )
-    model = small()
-    inputs = processor.feature_extractor(
-        soundfile.read(recording)[0], sampling_rate=16_000, return_tensors="pt"
-    )
-    with torch.no_grad():  # no letter is the likeliest everywhere
-        model.ctc_head.bias -= model(**inputs).logits[0].median(0).values
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from peft import LoraConfig, get_peft_model
-    from transformers import ParakeetForCTC
-
-    model = get_peft_model(
-        ParakeetForCTC.from_pretrained(folder),
-        LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj", "linear1"]),
-    )
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.3)
-    path = tmp_path_factory.mktemp("adapters") / "accent"
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recordings") / "tones.wav"
-    tones = [tone(0.4, frequency=f) for f in (200.0, 3000.0, 700.0, 1500.0)]
-    soundfile.write(path, np.concatenate(tones), 16_000)
-    return path
 
 
 def steps(graph: ConformerStepGraph, features: torch.Tensor) -> torch.Tensor:
@@ -189,10 +106,11 @@ def test_paths_collapse() -> None:
 
 @pytest.mark.slow
 def test_onnx_whole_and_in_steps_with_a_live_adapter(
-    folder: Path, adapter: Path, recording: Path, tmp_path: Path
+    tiny_parakeet_folder: Path, parakeet_adapter: Path, tune: Path, tmp_path: Path
 ) -> None:
     report = export_model(
-        folder, "onnx", tmp_path / "out", adapters={"accent": adapter}, check=[recording],
+        tiny_parakeet_folder, "onnx", tmp_path / "out", adapters={"accent": parakeet_adapter},
+        check=[tune],
         options={"chunk": "3", "left": "8"},
     )  # fmt: skip
     assert report.check.identical
@@ -203,7 +121,7 @@ def test_onnx_whole_and_in_steps_with_a_live_adapter(
     # What is compared is not only ours: transformers says the same of the whole recording.
     model, processor = report.plan.model.model, report.plan.model.processor
     inputs = processor.feature_extractor(
-        soundfile.read(recording)[0], sampling_rate=16_000, return_tensors="pt"
+        soundfile.read(tune)[0], sampling_rate=16_000, return_tensors="pt"
     )
     with lk.use_adapters("accent"):
         theirs = processor.tokenizer.decode(model.generate(**inputs)[0])
@@ -231,7 +149,7 @@ def test_real_shapes_in_onnx_runtime(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(got), expected, atol=2e-3, rtol=1e-3)
 
 
-def test_only_onnx_takes_them(folder: Path, tmp_path: Path) -> None:
+def test_only_onnx_takes_them(tiny_parakeet_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SpeechError, match="got a Parakeet, which --to peft does not take"):
-        export_model(folder, "peft", tmp_path / "out")
+        export_model(tiny_parakeet_folder, "peft", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_export_conformer import LETTERS, adapter, folder, recording  # noqa: F401
+from tiny_parakeet import LETTERS
 
 from lora_speech.errors import ModelError
 from lora_speech.export.ctc_decoding import collapse
@@ -28,18 +28,15 @@ def run_logits(recognizer: Any, features: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def test_parakeet_in_int8_with_a_merged_adapter(
-    folder: Path,  # noqa: F811
-    adapter: Path,  # noqa: F811
-    recording: Path,  # noqa: F811
-    tmp_path: Path,
+    tiny_parakeet_folder: Path, parakeet_adapter: Path, tune: Path, tmp_path: Path
 ) -> None:
     """Whole and in steps; near the floating point model with the adapter, and not without it."""
     from peft import PeftModel
     from transformers import ParakeetForCTC
 
     report = export_model(
-        folder, "onnx", tmp_path / "out", adapters={"accent": adapter}, merge=True, int8=True,
-        check=[recording], options={"chunk": "3", "left": "8"}, max_wer=9.0,
+        tiny_parakeet_folder, "onnx", tmp_path / "out", adapters={"accent": parakeet_adapter},
+        merge=True, int8=True, check=[tune], options={"chunk": "3", "left": "8"}, max_wer=9.0,
     )  # fmt: skip
     assert report.plan.merged == "accent" and not report.plan.live
     assert not (tmp_path / "out" / "adapters").exists()
@@ -50,21 +47,23 @@ def test_parakeet_in_int8_with_a_merged_adapter(
     recognizer: Any = report.target.open(report.output)
     assert recognizer.decoding.int8 and recognizer.decoding.live == []
     inputs = report.plan.model.processor.feature_extractor(
-        soundfile.read(recording)[0], sampling_rate=16_000, return_tensors="pt"
+        soundfile.read(tune)[0], sampling_rate=16_000, return_tensors="pt"
     )
     features = inputs["input_features"]
     got = torch.from_numpy(run_logits(recognizer, features.numpy()))
     ours = report.plan.model.model(input_features=features).logits
-    base = ParakeetForCTC.from_pretrained(folder).eval()
+    base = ParakeetForCTC.from_pretrained(tiny_parakeet_folder).eval()
     plain = base(input_features=features).logits
-    adapted = PeftModel.from_pretrained(base, adapter).eval()(input_features=features).logits
+    adapted = (
+        PeftModel.from_pretrained(base, parakeet_adapter).eval()(input_features=features).logits
+    )
     change = (adapted - plain).norm()
     assert (got - ours).norm() < 0.05 * change
     assert (got - adapted).norm() < 0.5 * change < (got - plain).norm()
     assert (got - adapted).norm() > 1e-3 * change  # it is INT8 that ran
 
 
-def wav2vec2(folder: Path, positions: str, recording: Path) -> Path:  # noqa: F811
+def wav2vec2(folder: Path, positions: str, recording: Path) -> Path:
     """A small one with its processor, in the Hugging Face layout; random weights."""
     from transformers import (
         Wav2Vec2ConformerConfig,
@@ -100,14 +99,14 @@ def wav2vec2(folder: Path, positions: str, recording: Path) -> Path:  # noqa: F8
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 def test_wav2vec2_conformer_with_a_live_adapter(
     positions: str,
-    recording: Path,  # noqa: F811
+    tune: Path,
     tmp_path: Path,
 ) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import Wav2Vec2ConformerForCTC
 
     (tmp_path / "base").mkdir()
-    base = wav2vec2(tmp_path / "base", positions, recording)
+    base = wav2vec2(tmp_path / "base", positions, tune)
     torch.manual_seed(1)
     adapted: Any = get_peft_model(
         Wav2Vec2ConformerForCTC.from_pretrained(base),
@@ -119,7 +118,7 @@ def test_wav2vec2_conformer_with_a_live_adapter(
                 parameter.normal_(0.0, 0.3)
     adapted.save_pretrained(tmp_path / "accent")
     report = export_model(
-        base, "onnx", tmp_path / "out", adapters={"accent": tmp_path / "accent"}, check=[recording]
+        base, "onnx", tmp_path / "out", adapters={"accent": tmp_path / "accent"}, check=[tune]
     )
     assert report.check.identical
     found = {c.adapter: c for c in report.check.comparisons}
@@ -129,7 +128,7 @@ def test_wav2vec2_conformer_with_a_live_adapter(
     assert [path.name for path in (tmp_path / "out").glob("*.onnx")] == ["recognize.onnx"]
     # What is compared is not only ours: transformers and peft say the same.
     inputs = report.plan.model.processor.feature_extractor(
-        soundfile.read(recording)[0], sampling_rate=16_000, return_tensors="pt"
+        soundfile.read(tune)[0], sampling_rate=16_000, return_tensors="pt"
     )
     recognizer = report.target.open(report.output)
     got = recognizer.decode(inputs["input_values"].numpy(), (), 0, "accent")
