@@ -3,7 +3,8 @@
 python examples/run_engine.py model.engine inputs.npz outputs.npz
 
 inputs.npz has an array for each input, by name (numpy.savez); outputs.npz gets those of the
-outputs. Needs TensorRT, and cuda-python (the package cuda-bindings) or PyCUDA.
+outputs. Needs TensorRT (--rtx: TensorRT for RTX, where that built the engine ahead of time), and
+cuda-python (the package cuda-bindings) or PyCUDA.
 """
 
 from __future__ import annotations
@@ -35,12 +36,17 @@ def main() -> None:
     parser.add_argument("inputs", type=Path, help=".npz, an array for each input")
     parser.add_argument("outputs", type=Path, help=".npz to write")
     parser.add_argument("--plugins", type=Path, help="the plugin library (default: the package's)")
+    parser.add_argument(
+        "--rtx", action="store_true", help="built ahead of time, by TensorRT for RTX"
+    )
     arguments = parser.parse_args()
     module = import_runner()
     from lora_kernels.errors import LoraKernelsError
 
     try:
-        runner = module.EngineRunner(arguments.engine, plugin_library=arguments.plugins)
+        runner = module.EngineRunner(
+            arguments.engine, plugin_library=arguments.plugins, rtx=arguments.rtx
+        )
         with np.load(arguments.inputs) as arrays:
             results = runner(dict(arrays))
     except (LoraKernelsError, OSError) as error:

@@ -15,7 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import LoraKernelsError, describe_nearest
-from .tensorrt_model import aliases_path, find_plugin_library, load_tensorrt
+from .tensorrt_model import (
+    aliases_path,
+    find_plugin_library,
+    load_tensorrt,
+    load_tensorrt_rtx,
+)
 
 
 class Memory(Protocol):
@@ -188,6 +193,8 @@ class EngineRunner:
         The plugins it was built with; None: those of this package, if they were built.
     memory
         None: :func:`cuda_memory`.
+    rtx
+        It was built ahead of time, by TensorRT for RTX, whose runtime then runs it.
 
     Attributes
     ----------
@@ -211,23 +218,30 @@ class EngineRunner:
         *,
         plugin_library: str | Path | None = None,
         memory: Memory | None = None,
+        rtx: bool = False,
     ) -> None:
-        trt = self._trt = load_tensorrt()
+        if rtx and plugin_library is not None:
+            raise LoraKernelsError(
+                "plugin_library: expected None with rtx, TensorRT for RTX takes no plugins, got "
+                f"{plugin_library}; leave it out"
+            )
+        trt = self._trt = load_tensorrt_rtx() if rtx else load_tensorrt()
         path = Path(engine_path)
         if not path.is_file():
             raise LoraKernelsError(f"engine_path: expected a file, {path} is none")
         self.memory = memory or cuda_memory()
         self._logger = trt.Logger(trt.Logger.WARNING)
         runtime = trt.Runtime(self._logger)
-        library = plugin_library or find_plugin_library(trt)
+        library = None if rtx else plugin_library or find_plugin_library(trt)
         if library is not None:
             runtime.get_plugin_registry().load_library(str(library))
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise LoraKernelsError(
-                f"engine_path: TensorRT {trt.__version__} cannot read {path}; engines belong to "
-                "the version and GPU that built them, and to their plugins (plugin_library): build "
-                "it again here"
+                f"engine_path: TensorRT {'for RTX ' * rtx}{trt.__version__} cannot read {path}; "
+                "engines belong to the version that built them, to the GPU they were built for, "
+                "and to their plugins (plugin_library), and those built ahead of time to TensorRT "
+                "for RTX (rtx): build it again here"
             )
         self._runtime, self._engine = runtime, engine
         self._context = engine.create_execution_context()

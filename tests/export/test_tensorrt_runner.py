@@ -108,7 +108,8 @@ def engine(monkeypatch) -> Engine:
             deserialize_cuda_engine=lambda data: made if data == b"engine" else None,
         ),
     )
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, trt)
     return made
 
 
@@ -208,6 +209,35 @@ def test_what_cannot_be_run_is_named(engine: Engine, tmp_path, monkeypatch) -> N
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(LoraKernelsError, match="cuda-bindings"):
         tensorrt_runner.cuda_memory()
+
+
+def test_an_engine_built_ahead_of_time_is_run_by_tensorrt_for_rtx(
+    engine: Engine, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    (tmp_path / "e.engine").write_bytes(b"engine")
+    runner = EngineRunner(tmp_path / "e.engine", memory=HostMemory(), rtx=True)
+    np.testing.assert_array_equal(runner(inputs(2))["y"], inputs(2)["x"] + 1)
+    with pytest.raises(LoraKernelsError, match="plugin_library: expected None with rtx"):
+        EngineRunner(tmp_path / "e.engine", plugin_library="p.so", rtx=True)
+    (tmp_path / "bad.engine").write_bytes(b"other")
+    with pytest.raises(LoraKernelsError, match=r"TensorRT for RTX 10.16.1 cannot read"):
+        EngineRunner(tmp_path / "bad.engine", memory=HostMemory(), rtx=True)
+
+
+def test_tensorrt_for_rtx_has_what_the_runner_calls() -> None:
+    rtx = pytest.importorskip("tensorrt_rtx_bindings")
+    parts = {
+        rtx: "Logger Runtime TensorIOMode bfloat16 nptype",
+        rtx.Runtime: "deserialize_cuda_engine",
+        rtx.ICudaEngine: "create_execution_context get_tensor_dtype get_tensor_mode "
+        "get_tensor_name get_tensor_profile_shape get_tensor_shape num_io_tensors "
+        "num_optimization_profiles",
+        rtx.IExecutionContext: "execute_async_v3 get_tensor_shape set_input_shape "
+        "set_optimization_profile_async set_tensor_address",
+    }
+    for part, names in parts.items():
+        assert not [name for name in names.split() if not hasattr(part, name)]
 
 
 def test_the_example_runs_an_engine_without_torch(tmp_path) -> None:

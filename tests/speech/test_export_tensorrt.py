@@ -19,7 +19,6 @@ import pytest
 
 from lora_kernels.errors import LoraKernelsError
 from lora_speech.errors import SpeechError
-from lora_speech.export import engine_decoding
 from lora_speech.export.run import ExportReport, export_model
 from lora_speech.export.targets import tensorrt as target_module
 from lora_speech.export.targets.onnx import open_graphs
@@ -121,9 +120,7 @@ def built(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", module)
         # Its engines are none: their graphs are opened instead.
-        patch.setattr(
-            engine_decoding, "open_engines", lambda folder, companions: open_graphs(companions)
-        )
+        patch.setattr(target_module, "open_engines", lambda folder: open_graphs(folder / "onnx"))
         patch.chdir(folder)
         report = export_model(
             tiny_whisper_folder, "tensorrt", "out", adapters=adapters, check=tones,

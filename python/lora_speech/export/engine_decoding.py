@@ -12,6 +12,12 @@ from lora_speech.export.folder import Decoding, read_banks, read_decoding
 from lora_speech.export.graph_decoding import GraphRecognizer
 
 NAMES = ("encode", "prefill", "step")
+TRTEXEC = "trtexec.sh"
+
+
+def ahead_of_time(folder: Path) -> bool:
+    """Whether TensorRT for RTX built the engines of a folder, for which there is no `trtexec`."""
+    return not (folder / TRTEXEC).is_file()
 
 
 def open_engines(
@@ -36,10 +42,10 @@ def open_engines(
 
     companions = companions or folder / "onnx"
     if load is None:
-        memory = cuda_memory()
+        memory, rtx = cuda_memory(), ahead_of_time(folder)
 
         def load(path: Path) -> Any:
-            return EngineRunner(path, memory=memory)
+            return EngineRunner(path, memory=memory, rtx=rtx)
 
     runners = {name: load(folder / f"{name}.engine") for name in NAMES}
     decoding = read_decoding(companions)

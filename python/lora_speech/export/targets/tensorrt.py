@@ -17,6 +17,7 @@ import torch
 
 from lora_speech.errors import SpeechError
 from lora_speech.export.companions import decoding_of, write_adapters, write_companions
+from lora_speech.export.engine_decoding import TRTEXEC, ahead_of_time, open_engines
 from lora_speech.export.graph_inputs import make_graphs
 from lora_speech.export.graphs import Graph
 from lora_speech.export.onnx_graphs import write_onnx
@@ -24,7 +25,6 @@ from lora_speech.export.target import Plan, Recognizer, Say, Target, whole_numbe
 from lora_speech.export.targets.onnx import open_graphs
 
 ONNX = "onnx"
-TRTEXEC = "trtexec.sh"
 _PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -147,15 +147,11 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
 
 def _open(folder: Path) -> Recognizer:
     """The engines where they can run; ahead of time, the graphs they were built from."""
-    if not (folder / TRTEXEC).is_file():
-        return open_graphs(folder / ONNX)
-    from lora_speech.export.engine_decoding import open_engines
-
-    return open_engines(folder, folder / ONNX)
+    return open_graphs(folder / ONNX) if ahead_of_time(folder) else open_engines(folder)
 
 
 def _usage(folder: Path) -> str:
-    if (folder / TRTEXEC).is_file():
+    if not ahead_of_time(folder):
         lines = (folder / TRTEXEC).read_text(encoding="utf-8").splitlines()[3:]
         return "\n".join([f"cd {shlex.quote(str(folder))}", *lines])
     return (
