@@ -11,13 +11,14 @@ COMMA := ,
 STAMP := $(VENV)/.installed-$(subst $(COMMA),-,$(EXTRAS))
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: help setup demo test test-quick bench cuda-check lint format base-model clean
+.PHONY: help setup demo test test-quick test-litert bench cuda-check lint format base-model clean
 
 help:
 	@echo "make setup       create $(VENV) and install everything into it (rebuilds when C++ sources change)"
 	@echo "make demo        the main job, on speech synthesised here: adapt, quantize, serve two adapters in one batch"
 	@echo "make test        all tests (half an hour on two cores)"
 	@echo "make test-quick  the quick ones (under 3 minutes)"
+	@echo "make test-litert those of LiteRT's export, in an environment of its own (.venv-litert)"
 	@echo "make bench       benchmarks of the operators against torch and PEFT, JSON under benchmarks/results"
 	@echo "make cuda-check  compile every CUDA kernel for every architecture; registers, spills, instructions (no GPU needed)"
 	@echo "make lint        ruff, mypy, clang-format"
@@ -45,6 +46,11 @@ test: setup
 test-quick: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
+# Its converter brings torchao, which transformers and peft import wherever it is.
+test-litert:
+	$(MAKE) setup VENV=.venv-litert EXTRAS=speech,litert,test
+	.venv-litert/bin/python -m pytest tests/speech/test_export_litert.py
+
 bench: setup
 	$(BIN)/python -m benchmarks --output benchmarks/results
 
@@ -68,4 +74,4 @@ base-model: setup
 	$(BIN)/python -m lora_speech.pretraining --output python/lora_speech/assets/base_model
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lora_kernels/*.so demo_output
+	rm -rf $(VENV) .venv-litert build dist *.egg-info lora_kernels/*.so demo_output
