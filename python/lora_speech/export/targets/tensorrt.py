@@ -155,8 +155,9 @@ def _usage(folder: Path) -> str:
         lines = (folder / TRTEXEC).read_text(encoding="utf-8").splitlines()[3:]
         return "\n".join([f"cd {shlex.quote(str(folder))}", *lines])
     return (
-        "engines were built and not run: that needs the GPU they are for. Compared with torch were "
-        f"the graphs in {folder / ONNX}, run by ONNX Runtime."
+        "engines were built and not run: that needs the GPU they are for, and there\n"
+        f"python examples/transcribe_engine.py {shlex.quote(str(folder))} talk.wav\n"
+        f"Compared with torch were the graphs in {folder / ONNX}, run by ONNX Runtime."
     )
 
 
