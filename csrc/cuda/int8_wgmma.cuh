@@ -117,7 +117,7 @@ class Int8WgmmaTile {
     int32_t sums[kProducts][kEights][4] = {};
     uint32_t w[2][kProducts][4];
     int k = 0;
-    do {  // at least once: there is no map of no columns. The compiler would else set sums beside products.
+    do {  // There is a step, or there were no map. (If there might be none, ptxas would make products one by one.)
       wait_for_bytes(landed_ + k % kStages, k / kStages & 1);
       __syncthreads();  // all are done with step k - 2, whose place is filled next
       fetch(k + kAhead, steps, adapters);
