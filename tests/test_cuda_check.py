@@ -72,6 +72,21 @@ def test_products_of_a_warpgroup_are_expected_on_sm_90_alone() -> None:
     assert "HGMMA" not in RECORDED["sm_100"][name]["instructions"]
 
 
+def test_integer_products_of_a_warpgroup_are_expected_with_their_branch() -> None:
+    """On sm_90 alone; mma.sync in their place would pass for the branch's own."""
+    budget = RECORDED["sm_80"][GEMM]
+    for kind, name in (("f16", "__half"), ("f32", "float")):
+        full = f"int8_wgmma<{name}, Int8WgmmaShape<256> >"
+        found = RECORDED["sm_90"][full]
+        assert not check["faults"](full, kind, 90, check["Kernel"](**found), found)
+        without = check["Kernel"](**(found | {"instructions": "IMMA.16832.S8.S8:64 LDSM:4"}))
+        text = "; ".join(check["faults"](full, kind, 90, without, found))
+        for words in ("no IGMMA.64x128x32", "no HMMA", "no UTMALDG", "no LDGSTS"):
+            assert words in text
+        assert not check["faults"](full, kind, 80, check["Kernel"](**budget), budget)
+        assert "IGMMA" not in RECORDED["sm_100"][full]["instructions"]
+
+
 def test_a_kernel_without_a_record_is_a_fault() -> None:
     assert "not in resources.json" in faults(kernel(), budget=None)
 

@@ -3,9 +3,9 @@
 ``make cuda-check`` fails if a kernel spills registers or has a stack beyond what
 ``csrc/cuda/resources.json`` records, if it takes more registers than recorded there or more shared
 memory than the architecture has, or if its machine code lacks the instructions that it was written
-for: tensor-core products (HMMA, HGMMA), ldmatrix (LDSM), asynchronous copies (LDGSTS, UTMALDG). So
-it does if the compiler puts wgmma's products one after another. ``--record`` writes that file anew,
-for the change to be reviewed with the kernel's.
+for: tensor-core products (HMMA, IMMA, HGMMA, IGMMA), ldmatrix (LDSM), asynchronous copies (LDGSTS,
+UTMALDG). So it does if the compiler puts wgmma's products one after another. ``--record`` writes
+that file anew, for the change to be reviewed with the kernel's.
 
 Needs nvcc, g++ and nvdisasm (of the toolkit, or ``pip install nvidia-cuda-nvdisasm``).
 """
@@ -101,12 +101,17 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   SIZE("kv_pack_kernel<" #Q ">", kKvPackSharedBytes)
 #define WGMMA(T, N)                                                       \\
   SIZE("gemm_wgmma<" #T ", WgmmaShape<" #N "> >", (WgmmaLayout<T, WgmmaShape<N>>::kSharedBytes))
+#define INT8_WGMMA(T, N)                                                  \\
+  SIZE("int8_wgmma<" #T ", Int8WgmmaShape<" #N "> >",                     \\
+       (Int8WgmmaLayout<T, Int8WgmmaShape<N>>::kSharedBytes))
 int main() {
   WGMMA(__half, 128) WGMMA(__half, 256) WGMMA(__nv_bfloat16, 128) WGMMA(__nv_bfloat16, 256)
   ALL(__half, LargeShape) ALL(__half, SmallShape) SKINNY(__half)
   ALL(__nv_bfloat16, LargeShape) ALL(__nv_bfloat16, SmallShape) SKINNY(__nv_bfloat16)
   ALL(float, LargeShape) ALL(float, SmallShape) SKINNY(float)
   INT8(__half) INT8(__nv_bfloat16) INT8(float)
+  INT8_WGMMA(__half, 128) INT8_WGMMA(__nv_bfloat16, 128) INT8_WGMMA(float, 128)
+  INT8_WGMMA(__half, 256) INT8_WGMMA(__nv_bfloat16, 256) INT8_WGMMA(float, 256)
   KV(__half) KV(__nv_bfloat16) KV(float) KV_CACHE(float, __half) KV_CACHE(float, __nv_bfloat16)
   KV_FRAMES(__half, __half) KV_FRAMES(__nv_bfloat16, __nv_bfloat16) KV_FRAMES(float, float)
   KV_FRAMES(float, __half) KV_FRAMES(float, __nv_bfloat16)
@@ -164,7 +169,9 @@ def parse(report: str) -> dict[str, Kernel]:
 
 
 # Instructions that tell what a kernel does, in its machine code.
-INTERESTING = re.compile(r"\b(HGMMA|IMMA|QMMA|HMMA)[\w.]*|\b(LDSM|LDGSTS|LDL|STL|UTMALDG)\b[\w.]*")
+INTERESTING = re.compile(
+    r"\b(HGMMA|IGMMA|IMMA|QMMA|HMMA)[\w.]*|\b(LDSM|LDGSTS|LDL|STL|UTMALDG)\b[\w.]*"
+)
 
 
 def instructions(cubin: Path, nvdisasm: str) -> dict[str, dict[str, int]]:
@@ -227,12 +234,14 @@ def expected(name: str, kind: str, arch: int) -> list[str]:
         return ["IMMA.8816" if arch < 80 else "IMMA.16832"]
     if name.startswith("gemm_wgmma<"):  # empty elsewhere
         return ["HGMMA.64x", "LDGSTS", "UTMALDG"] if arch == 90 else []
-    if not name.startswith(GEMM_LIKE):
-        return []
     if kind == "f32":
         wanted = ["HMMA.1688.F32.TF32"]
     else:
         wanted = ["HMMA.1688.F32" if arch < 80 else "HMMA.16816.F32"]
+    if name.startswith("int8_wgmma<"):  # empty elsewhere
+        return ["IGMMA.64x128x32", "UTMALDG", "LDSM", "LDGSTS", *wanted] if arch == 90 else []
+    if not name.startswith(GEMM_LIKE):
+        return []
     if name.startswith(("int8_gemm<", "int8_few")):
         wanted = ["IMMA.8816" if arch < 80 else "IMMA.16832", *(wanted if "gemm" in name else [])]
     if "gemm<" in name or name.startswith("dy_once<"):
@@ -319,7 +328,7 @@ def main() -> int:
             budgets = recorded.setdefault(f"sm_{arch}", {})
             for kernel_name, kernel in kernels.items():
                 kernel.shared = sizes.get(kernel_name, 0)
-                if arch != 90 and kernel_name.startswith("gemm_wgmma<"):
+                if arch != 90 and kernel_name.startswith(("gemm_wgmma<", "int8_wgmma<")):
                     kernel.shared = 0
                 if arguments.record:
                     budgets[kernel_name] = asdict(kernel)

@@ -12,16 +12,22 @@ namespace {
 
 // Its launches can fail, so they return a Status and are called below; a CPU's cannot.
 const Int8LoraLinearImplementation kInt8LoraLinearCuda = {"cuda", kIsaCuda, cuda::configure, nullptr};
+// Not taken unless it is forced: to compare it, or should wgmma be at fault.
+const Int8LoraLinearImplementation kInt8LoraLinearCudaMma = {"cuda_mma", kIsaCuda, cuda::configure_mma, nullptr};
+
+bool on_cuda(const Int8LoraLinearImplementation* row) {
+  return row == &kInt8LoraLinearCuda || row == &kInt8LoraLinearCudaMma;
+}
 
 const Table<Int8LoraLinearImplementation> kTable = {
     "int8_lora_linear",
 #if defined(__x86_64__)
-    6,
-    {&kInt8LoraLinearCuda, &kInt8LoraLinearAmx, &kInt8LoraLinearAvx512, &kInt8LoraLinearAvx2Vnni, &kInt8LoraLinearAvx2,
-     &kInt8LoraLinearGeneric},
+    7,
+    {&kInt8LoraLinearCuda, &kInt8LoraLinearCudaMma, &kInt8LoraLinearAmx, &kInt8LoraLinearAvx512,
+     &kInt8LoraLinearAvx2Vnni, &kInt8LoraLinearAvx2, &kInt8LoraLinearGeneric},
 #else
-    2,
-    {&kInt8LoraLinearCuda, &kInt8LoraLinearGeneric},
+    3,
+    {&kInt8LoraLinearCuda, &kInt8LoraLinearCudaMma, &kInt8LoraLinearGeneric},
 #endif
 };
 
@@ -82,7 +88,7 @@ Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const
   const Int8LoraLinearProblem& p = plan.problem;
   if (p.rows == 0 || p.out_features == 0) return {};
   Check check("int8_lora_linear");
-  if (plan.implementation == &kInt8LoraLinearCuda) {  // whose operands are not in the CPU's memory: kernels clamp
+  if (on_cuda(plan.implementation)) {  // whose operands are not in the CPU's memory: kernels clamp
     if (p.static_scale && !args.x_scale) check_x_scale(&check, args.host_x_scale);
     if (reinterpret_cast<uintptr_t>(args.packed_weight) % 16)
       check.fail("packed_weight: expected an address that is a multiple of 16, got one of " +
@@ -116,7 +122,7 @@ std::string to_string(const Int8LoraLinearProblem& p) {
 
 std::string to_string(const Int8LoraLinearPlan& plan) {
   std::ostringstream text;
-  if (plan.implementation == &kInt8LoraLinearCuda) {
+  if (on_cuda(plan.implementation)) {
     text << to_string(plan.problem) << " -> " << to_string(plan.cuda) << " workspace=" << plan.workspace;
     return text.str();
   }

@@ -25,14 +25,18 @@ struct Epilogue {
   int columns = 0;
   bool pairs = false;  // two neighbours of y (and residual) can be stored at once
 
+  __device__ float bias_at(int column) const { return load_as_float(bias, column, bias_type); }
+
   // What is stored for a sum at this place.
   template <class T>
   __device__ float finish(float sum, int64_t row, int column) const {
     float v = sum;
-    if (bias) v += load_as_float(bias, column, bias_type);
-    v = activate(v, activation);
-    if (residual) v += to_float(static_cast<const T*>(residual)[row * columns + column]);
-    return v;
+    if (bias) v += bias_at(column);
+    return with_residual<T>(activate(v, activation), row, column);
+  }
+  template <class T>
+  __device__ float with_residual(float v, int64_t row, int column) const {
+    return residual ? v + to_float(static_cast<const T*>(residual)[row * columns + column]) : v;
   }
 
   template <class T>

@@ -11,9 +11,9 @@
 // steps by two chunks that eight lanes read together lie in different banks.
 //
 // One kernel for all: mma.sync, which every architecture from sm_75 on has (there as products of 8 x 8 x 16, and
-// without asynchronous copies). It is all that sm_120 has. On sm_90, wgmma (mma.sync is taken to reach 60 % of it), and
-// on sm_100 tcgen05, want the weight by rows in shared memory, so a layout of their own beside the packed one; sm_103
-// has next to no INT8 at all. Left until a GPU can say what that would bring.
+// without asynchronous copies). It is all that sm_120 has. On sm_90, where it is taken to reach 60 % of wgmma,
+// int8_wgmma.cuh takes its place for many rows. tcgen05 of sm_100 is left until a GPU can say what it would bring;
+// sm_103 has next to no INT8 at all.
 //
 // Not measured: no GPU has run this.
 #pragma once

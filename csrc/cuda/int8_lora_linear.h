@@ -10,8 +10,10 @@ namespace lora_kernels::cuda {
 // Why this cannot run on the device, every reason at once and what to do instead; or ok.
 Status supported(const Int8LoraLinearProblem& problem, const CudaDevice& device);
 
-// Fills the CUDA part and the workspace of a plan whose problem is set, valid and supported.
+// Fill the CUDA part and the workspace of a plan whose problem is set, valid and supported.
 void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan);
+// The same without wgmma: what the row "cuda_mma" is.
+void configure_mma(const DeviceInfo& device, Int8LoraLinearPlan* plan);
 
 Status launch(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor);
 

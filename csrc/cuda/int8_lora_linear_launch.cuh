@@ -6,6 +6,7 @@
 #include "cuda/int8_lora_linear.h"
 #include "cuda/int8_skinny.cuh"
 #include "cuda/int8_topk.cuh"
+#include "cuda/int8_wgmma.cuh"
 #include "cuda/sequence.h"
 
 namespace lora_kernels::cuda {
@@ -27,6 +28,18 @@ inline Int8Epilogue int8_epilogue(const Int8LoraLinearProblem& p, const Int8Lora
 inline UpFactor up_factor(const LoraShape& shape, const LoraBank& bank) {
   const int64_t block = bank.b_stride_block ? bank.b_stride_block : kLoraBlockColumns * bank.b_stride_out;
   return {bank.b, bank.b_stride_rank, bank.b_stride_out, block, shape.dtype};
+}
+
+// False, and nothing launched, where the driver knows no tensor maps.
+template <class T, int kColumns>
+bool int8_tiled_wgmma(Sequence* s, const char* name, const Int8GemmParams& p, bool early) {
+  using Shape = Int8WgmmaShape<kColumns>;
+  Int8WgmmaParams w{};
+  w.gemm = p;
+  if (!make_int8_maps<Shape>(&w)) return false;
+  const dim3 grid(tiles(p.rows, Shape::kRows) * tiles(p.w.columns, Shape::kColumns), 1, 1);
+  s->run<&int8_wgmma<T, Shape>>(name, grid, Shape::kThreads, Int8WgmmaLayout<T, Shape>::kSharedBytes, w, early);
+  return true;
 }
 
 template <class T>
@@ -118,10 +131,13 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
       s.run<decltype(kernel)::value>(name, grid, Shape::kThreads, Int8GemmLayout<T, Shape>::kSharedBytes, p,
                                      chosen.early_start);
     };
-    if (chosen.large_tiles)
+    const bool launched =
+        (chosen.wgmma_columns == 256 && int8_tiled_wgmma<T, 256>(&s, "int8_wgmma<128x256>", p, chosen.early_start)) ||
+        (chosen.wgmma_columns == 128 && int8_tiled_wgmma<T, 128>(&s, "int8_wgmma<128x128>", p, chosen.early_start));
+    if (!launched && chosen.large_tiles)
       tiled(LargeShape(), std::integral_constant<decltype(&int8_gemm<T, LargeShape>), &int8_gemm<T, LargeShape>>(),
             "int8_gemm<128x128>");
-    else
+    else if (!launched)
       tiled(SmallShape(), std::integral_constant<decltype(&int8_gemm<T, SmallShape>), &int8_gemm<T, SmallShape>>(),
             "int8_gemm<64x64>");
   } else {

@@ -19,7 +19,7 @@ constexpr double kBytesOfOne = 50e9, kPassesUs = 1.5;
 constexpr int64_t kMostFewRows = 32;  // two products of sixteen rows for each fragment of w
 
 // Integer operations of one multiprocessor per clock through mma.sync. Data sheets: T4 130, A100 624, L4 242, RTX 5090
-// 838 TOPS; of the H100's 1979, which wgmma reaches, 60 %. Unknown ones are taken for the slowest.
+// 838 TOPS; of the H100's 1979, which is wgmma's rate, 60 %. Unknown ones are taken for the slowest.
 double operations_per_clock(int arch) {
   switch (arch) {
     case 80: return 4096;
@@ -123,11 +123,32 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
       c.early_start = false;
     }
   }
+  // A choice among outputs is made for few rows; the kernel by wgmma has no fp32 y beside another x.
+  if (device.cuda.wgmma && p.in_features > 0 && !p.top_k) {
+    // The branch stays with mma.sync.
+    const Machine products(device.cuda, kWgmmaInt8PerClock);
+    const WgmmaTime wgmma = wgmma_tiles(products, p.rows, p.out_features, base_bytes,
+                                        K + branch * products.operations / machine.operations);
+    if (wgmma.us + rows_us < kClearlyBetter * c.predicted_us) {
+      c.path = CudaInt8LoraLinearPath::kTiled;
+      c.large_tiles = true;
+      c.wgmma_columns = wgmma.columns;
+      c.splits = 1;
+      c.early_start = machine.early;
+      c.predicted_us = wgmma.us + rows_us;
+    }
+  }
   if (c.path != CudaInt8LoraLinearPath::kTiled) c.large_tiles = false;
   if (p.top_k) c.predicted_us += machine.memory_us(M * N * 4) + 2 * kLaunchUs;
   Workspace w;
   const Int8Workspace parts(w, *plan);
   plan->workspace = w.used;
+}
+
+void configure_mma(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
+  DeviceInfo without = device;
+  without.cuda.wgmma = false;
+  configure(without, plan);
 }
 
 }  // namespace lora_kernels::cuda
@@ -140,7 +161,10 @@ std::string to_string(const CudaInt8LoraLinearPlan& c) {
        << (c.path == CudaInt8LoraLinearPath::kTiled     ? "tiled"
            : c.path == CudaInt8LoraLinearPath::kFewRows ? "few_rows"
                                                         : "fused");
-  if (c.path == CudaInt8LoraLinearPath::kTiled) text << " tile=" << (c.large_tiles ? "128x128" : "64x64");
+  if (c.wgmma_columns)
+    text << " wgmma tile=128x" << c.wgmma_columns;
+  else if (c.path == CudaInt8LoraLinearPath::kTiled)
+    text << " tile=" << (c.large_tiles ? "128x128" : "64x64");
   text << " splits=" << c.splits << (c.staged_bytes ? " staged" : "") << (c.early_start ? " early_start" : "")
        << (c.convert_a ? " convert_a" : "");
   char predicted[32];

@@ -57,6 +57,32 @@ struct Int8Epilogue {
       e.store<T>(sum, row, column);
   }
 
+  // The values at `column`, a multiple of kCount (2 or 4), and those behind it, of which some may lie outside, but for
+  // the residual; `whole`: `eights`, known beforehand. Not for a wide y.
+  template <class T, int kCount>
+  __device__ void store_run(const float (&values)[kCount], int64_t row, int column, bool whole) const {
+    constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
+    T* to = static_cast<T*>(e.y) + row * e.columns + column;
+    if (!whole) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (column + i < e.columns) to[i] = from_float<T>(e.with_residual<T>(values[i], row, column + i));
+      return;
+    }
+    if (column >= e.columns) return;
+    uint32_t words[kWords] = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      words[i * kWords / kCount] |= bits_of<T>(from_float<T>(e.with_residual<T>(values[i], row, column + i)))
+                                    << (sizeof(T) == 2 ? i % 2 * 16 : 0);
+    if constexpr (kWords == 4)
+      store16(to, {{words[0], words[1], words[2], words[3]}});
+    else if constexpr (kWords == 2)
+      *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    else
+      *reinterpret_cast<uint32_t*>(to) = words[0];
+  }
+
   // The sums at `column`, a multiple of 8, and the seven behind it, of which some may lie outside.
   template <class T>
   __device__ void store_eight(const float (&sums)[8], int64_t row, int column) const {

@@ -19,11 +19,6 @@ constexpr int64_t kMostFewRows = 32;       // four products of eight columns for
 constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
 constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
 
-// Of wgmma: 4,096 per clock, of which tiles are expected to reach this, whether TMA fills them or cp.async, which hangs
-// on addresses that no plan knows; vendors' libraries reach about 0.8. Since nothing has been measured, it is taken
-// only where it is predicted to need no more than this part of the time by mma.sync.
-constexpr double kWgmmaFlopsPerClock = 4096, kWgmmaTiles = 0.65, kClearlyBetter = 0.85;
-
 // FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
 // reaches. Unknown ones are taken for the slowest: a path that needs less arithmetic then wins, and all work.
 double flops_per_clock(int arch) {
@@ -39,27 +34,6 @@ Machine machine_of(const CudaDevice& d, DType type, bool allow_tf32) {
   // tf32 at half the rate of 16 bits; three products
   const double slower = type != DType::kFloat32 ? 1 : allow_tf32 ? 2 : 6;
   return {d, flops_per_clock(d.arch) / slower};
-}
-
-// Tiles of 128 x 128 or 128 x 256 by wgmma, one at a time on a multiprocessor: the better width, and its time.
-TiledTime wgmma_tiles(const CudaDevice& device, const LoraLinearProblem& p, double bytes, double depth, int* columns) {
-  const Machine machine(device, kWgmmaFlopsPerClock);
-  TiledTime best{true, 0};
-  *columns = 0;
-  for (int width : {128, 256}) {
-    const double tiles =
-        static_cast<double>((p.rows + 127) / 128) * static_cast<double>((p.out_features + width - 1) / width);
-    const double products = machine.turns(tiles) * 2.0 * 128 * width * depth / (machine.operations * kWgmmaTiles) * 1e6;
-    // Two (256) or four (128) steps of a tile's 64 of depth are on their way at a time.
-    const double in_flight = width == 256 ? 2 * 49152 : 4 * 32768;
-    const double busy = std::min(1.0, tiles * in_flight / (machine.bytes * kLatencySeconds));
-    const double us = std::max(products, machine.memory_us(bytes) / busy) + kLaunchUs;
-    if (*columns == 0 || us < best.us) {
-      best.us = us;
-      *columns = width;
-    }
-  }
-  return best;
 }
 
 int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
@@ -180,10 +154,10 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
   c.large_tiles = two.large;
   c.predicted_us = two.us + down_us;
-  int wgmma_columns = 0;
-  double wgmma_us = 0;
+  WgmmaTime wgmma{0, 0};
   if (device.cuda.wgmma && p.dtype != DType::kFloat32)
-    wgmma_us = wgmma_tiles(device.cuda, p, base_bytes, K + round_up(p.lora.max_rank, 16), &wgmma_columns).us + down_us;
+    wgmma = wgmma_tiles(Machine(device.cuda, kWgmmaFlopsPerClock), p.rows, p.out_features, base_bytes,
+                        K + static_cast<double>(round_up(p.lora.max_rank, 16)));
 
   if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a &&
       !p.keeps_t) {
@@ -215,13 +189,13 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
       c.predicted_us = us;
     }
   }
-  if (wgmma_columns && wgmma_us < kClearlyBetter * c.predicted_us) {
+  if (wgmma.columns && wgmma.us + down_us < kClearlyBetter * c.predicted_us) {
     c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
-    c.wgmma_columns = wgmma_columns;
+    c.wgmma_columns = wgmma.columns;
     c.large_tiles = true;
     c.splits = 1;
     c.t_in_blocks = false;
-    c.predicted_us = wgmma_us;
+    c.predicted_us = wgmma.us + down_us;
   }
   c.tile_rows = c.large_tiles ? 128 : 64;
   c.tile_columns = c.wgmma_columns ? c.wgmma_columns : c.tile_rows;

@@ -23,6 +23,10 @@ constexpr double kL2 = 2.5;
 
 // The part of the tensor cores' peak that tiles of these shapes are expected to reach.
 constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
+// Of wgmma: operations of one multiprocessor per clock, of which tiles are expected to reach this, whether TMA fills
+// them or cp.async, which hangs on addresses that no plan knows; vendors' libraries reach about 0.8. Since nothing has
+// been measured, it is taken only where it is predicted to need no more than this part of the time by mma.sync.
+constexpr double kWgmmaFlopsPerClock = 4096, kWgmmaInt8PerClock = 8192, kWgmmaTiles = 0.65, kClearlyBetter = 0.85;
 
 // A device as predictions see it: what it does not say of itself is taken from a T4.
 struct Machine {
@@ -68,6 +72,27 @@ TiledTime tiled(const Machine& machine, int64_t rows, int64_t columns, double by
   };
   const double large = time(128, kLargeTiles, 2 * 16384), small = time(64, kSmallTiles, 3 * 8192);
   return {large <= small, std::min(large, small) + kLaunchUs};
+}
+
+struct WgmmaTime {
+  int columns;
+  double us;
+};
+
+// Tiles of 128 x 128 or 128 x 256 by wgmma, one at a time on a multiprocessor: the better width, and 256, which brings
+// less from L2, if they are alike. `machine` has wgmma's operations per clock. Two (256) or four (128) steps of 128
+// bytes of depth are on their way to a tile at a time.
+inline WgmmaTime wgmma_tiles(const Machine& machine, int64_t rows, int64_t columns, double bytes, double depth) {
+  WgmmaTime best{0, 0};
+  for (int width : {256, 128}) {
+    const double tiles = static_cast<double>((rows + 127) / 128) * static_cast<double>((columns + width - 1) / width);
+    const double products = machine.turns(tiles) * 2.0 * 128 * width * depth / (machine.operations * kWgmmaTiles) * 1e6;
+    const double in_flight = width == 256 ? 2 * 49152 : 4 * 32768;
+    const double busy = std::min(1.0, tiles * in_flight / (machine.bytes * kLatencySeconds));
+    const double us = std::max(products, machine.memory_us(bytes) / busy) + kLaunchUs;
+    if (best.columns == 0 || us < best.us) best = {width, us};
+  }
+  return best;
 }
 
 // Into how many parts few rows split K, so many bytes of it: enough for memory to be busy, where that gains more than

@@ -14,7 +14,8 @@ namespace {
 struct Call {
   int64_t rows, in_features, out_features, dtype, bias_dtype, norm_dtype, activation, has_bias, has_residual, has_norm;
   int64_t static_scale, top_k, log_sum, adapters, total_rank, max_rank, groups, lora_dtype;
-  int64_t arch, path, large_tiles, splits, staged;  // path -1: the heuristic's own choice
+  // path -1: the heuristic's own choice. large_tiles 128 or 256: by wgmma, so wide.
+  int64_t arch, path, large_tiles, splits, staged;
   int64_t x_stride, a_stride, b_stride_rank, b_stride_out, b_stride_block, shared_bytes;
   double norm_eps, host_x_scale;
   const void *x, *packed, *bias, *lora_a, *lora_b, *scales, *offsets, *adapter_ids, *residual, *x_scale, *norm_weight,
@@ -59,6 +60,7 @@ int emulated_int8_forward(const Call* c, char* message, int64_t size) {
   if (c->path >= 0) {
     plan.cuda.path = static_cast<CudaInt8LoraLinearPath>(c->path);
     plan.cuda.large_tiles = c->large_tiles != 0;
+    plan.cuda.wgmma_columns = c->large_tiles > 1 ? static_cast<int>(c->large_tiles) : 0;
     plan.cuda.splits = static_cast<int>(c->splits);
     if (!c->staged) plan.cuda.staged_bytes = 0;
     cuda::Workspace w;

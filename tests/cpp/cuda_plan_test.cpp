@@ -1,49 +1,13 @@
 // What a plan says of CUDA devices that are not here: who is offered which implementation, which path it takes, and
-// that every reason against is listed. Nothing is launched.
+// that every reason against is listed. Nothing is launched. lora_linear's plans; cuda_plan_*.cpp have the others'.
 #include <cmath>
-#include <set>
 
-#include "check.h"
-#include "lora_kernels/composite.h"
-#include "lora_kernels/implementations.h"
-#include "lora_kernels/int8_lora_linear.h"
-#include "lora_kernels/lora_linear.h"
+#include "cuda_devices.h"
+#include "lora_kernels/kv_pack.h"
 
 using namespace lora_kernels;
 
 namespace {
-
-CudaDevice device_of(int arch, int multiprocessors, double clock_ghz, double memory_gbs) {
-  CudaDevice d;
-  d.arch = arch;
-  d.multiprocessors = multiprocessors;
-  d.clock_hz = clock_ghz * 1e9;
-  d.memory_bytes_per_second = memory_gbs * 1e9;
-  d.shared_bytes = arch == 75 ? 64 << 10 : arch == 80 ? 163 << 10 : arch == 90 || arch == 100 ? 227 << 10 : 99 << 10;
-  return d;
-}
-
-const CudaDevice kT4 = device_of(75, 40, 1.59, 320);
-const CudaDevice kA100 = device_of(80, 108, 1.41, 1555);
-const CudaDevice kA10 = device_of(86, 72, 1.7, 600);
-const CudaDevice kL4 = device_of(89, 58, 2.04, 300);
-const CudaDevice kH100 = device_of(90, 132, 1.755, 3350);
-const CudaDevice kH200 = device_of(90, 132, 1.755, 4800);
-const CudaDevice kB200 = device_of(100, 148, 1.85, 8000);
-const CudaDevice k5090 = device_of(120, 170, 2.41, 1792);
-
-LoraLinearProblem problem_of(int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t adapters = 1) {
-  LoraLinearProblem p;
-  p.rows = rows;
-  p.in_features = in;
-  p.out_features = out;
-  p.dtype = p.lora.dtype = DType::kFloat16;
-  p.lora.adapters = rank > 0 ? adapters : 0;
-  p.lora.max_rank = rank;
-  p.lora.total_rank = rank * p.lora.adapters;
-  if (adapters > 1) p.lora.groups = rows;
-  return p;
-}
 
 LoraLinearPlan plan_of(const LoraLinearProblem& p, const CudaDevice& device) {
   LoraLinearPlan chosen;
@@ -194,8 +158,7 @@ void test_one_reading_of_dy() {
 }
 
 void test_wgmma() {
-  CudaDevice with = kH100;
-  with.wgmma = true;
+  const CudaDevice with = with_wgmma(kH100);
   for (const int64_t rank : {0, 16, 64}) {
     const LoraLinearProblem p = problem_of(12000, 1280, 5120, rank);
     const LoraLinearPlan mma = plan_of(p, kH100), wgmma = plan_of(p, with);
@@ -214,11 +177,11 @@ void test_wgmma() {
   check(force_implementation("cuda_mma").ok(), "it can be left out by name");
   p = problem_of(12000, 1280, 5120, 16);
   const LoraLinearPlan forced = plan_of(p, with);
-  Int8LoraLinearPlan other;
-  Int8LoraLinearProblem int8;
-  int8.rows = int8.in_features = int8.out_features = 64;
-  int8.dtype = DType::kFloat16;
-  check(plan(int8, on_cuda(with), &other).ok(), "which other operators take for their CUDA kernels");
+  KvPackPlan other;
+  KvPackProblem pack;
+  pack.cache_rows = pack.positions = pack.heads = pack.head_size = 8;
+  pack.dtype = DType::kFloat16;
+  check(plan(pack, on_cuda(with), &other).ok(), "which other operators take for their CUDA kernels");
   LoraLinearPlan refused;
   check(!plan(p, DeviceInfo(), &refused).ok(), "and a CPU refuses");
   force_implementation("");
@@ -253,236 +216,6 @@ void test_refusals() {
         "and running one says how to build them: " + run_status.text);
 }
 
-Int8LoraLinearProblem int8_problem(int64_t rows, int64_t in, int64_t out, int64_t rank, int64_t adapters = 1) {
-  Int8LoraLinearProblem p;
-  const LoraLinearProblem same = problem_of(rows, in, out, rank, adapters);
-  p.rows = rows;
-  p.in_features = in;
-  p.out_features = out;
-  p.dtype = same.dtype;
-  p.lora = same.lora;
-  return p;
-}
-
-Int8LoraLinearPlan int8_plan(const Int8LoraLinearProblem& p, const CudaDevice& device) {
-  Int8LoraLinearPlan chosen;
-  const Status status = plan(p, on_cuda(device), &chosen);
-  check(status.ok(), status.text);
-  return chosen;
-}
-
-void test_int8_paths() {
-  using Path = CudaInt8LoraLinearPath;
-  CudaDevice unknown;
-  unknown.arch = 130;
-  for (const CudaDevice& d : {kT4, kA100, kL4, kH200, unknown}) {
-    for (int64_t rows : {1, 8, 16}) {
-      const Int8LoraLinearPlan few = int8_plan(int8_problem(rows, 1280, 1280, 16, 4), d);
-      check(few.cuda.path != Path::kTiled, "few rows stream w: " + to_string(few));
-    }
-    check(int8_plan(int8_problem(24, 1280, 5120, 16), d).cuda.path == Path::kFewRows, "up to 32 of them");
-    const Int8LoraLinearPlan many = int8_plan(int8_problem(4096, 1280, 5120, 16), d);
-    check(many.cuda.path == Path::kTiled && many.cuda.large_tiles, "a large product is tiled: " + to_string(many));
-    check(!int8_plan(int8_problem(100, 256, 256, 16), d).cuda.large_tiles, "a small one has small tiles");
-    check(many.cuda.early_start == (d.arch >= 90), "products start early from sm_90 on: " + to_string(many));
-    check(to_string(many) == to_string(int8_plan(int8_problem(4096, 1280, 5120, 16), d)), "a plan is a function");
-    check(std::isfinite(many.cuda.predicted_us) && many.cuda.predicted_us > 0, to_string(many));
-    // A whole vocabulary: rows are quantized once, and not by 1,621 blocks.
-    Int8LoraLinearProblem p = int8_problem(1, 1280, 51865, 0);
-    p.top_k = 5;
-    p.has_screen = true;
-    const Int8LoraLinearPlan vocabulary = int8_plan(p, d);
-    check(vocabulary.cuda.path == Path::kFewRows && vocabulary.cuda.splits == 1, to_string(vocabulary));
-    check(workspace_bytes(vocabulary) >= 51865 * 4, "with room for the outputs to choose from");
-  }
-  // Without an early start the kernel that is saved costs more than rows quantized in every block.
-  check(int8_plan(int8_problem(1, 1280, 1280, 16), kA100).cuda.path == Path::kFused, "A100: one kernel at one row");
-  check(workspace_bytes(int8_plan(int8_problem(1, 1280, 1280, 16), kA100)) == 0, "which needs no memory");
-  check(int8_plan(int8_problem(32, 16384, 64, 16), kH200).cuda.splits > 1, "a narrow deep layer is split");
-  check(int8_plan(int8_problem(4096, 1280, 1280, 16), kH200).cuda.staged_bytes > 0, "rows that fit are read once");
-  check(int8_plan(int8_problem(4096, 65536, 1280, 16), kH200).cuda.staged_bytes == 0, "those that do not, from L2");
-  Int8LoraLinearProblem p = int8_problem(64, 1280, 1280, 16);
-  p.dtype = DType::kBFloat16;
-  check(int8_plan(p, kL4).cuda.convert_a, "factors of another type than x are converted first");
-
-  Int8LoraLinearPlan chosen;
-  Status s = plan(p, on_cuda(kT4), &chosen);
-  check(s.code == StatusCode::kUnsupported && contains(s.text, "dtype of x: on sm_75 expected float16"), s.text);
-  p.rows = int64_t{1} << 40;
-  p.lora.groups = 0;
-  s = plan(p, on_cuda(device_of(70, 80, 1.4, 900)), &chosen);
-  check(contains(s.text, "expected sm_75") && contains(s.text, "rows of x: expected at most"), s.text);
-  check(plan(int8_problem(4, 8, 8, 2), DeviceInfo(), &chosen).ok() && !contains(to_string(chosen), "cuda"),
-        "a CPU problem stays on the CPU");
-
-  p = int8_problem(4, 64, 64, 2);
-  p.static_scale = true;
-  check(plan(p, on_cuda(kH200), &chosen).ok(), "static scales have a plan");
-  for (float scale : {0.0f, -1.0f, NAN, INFINITY}) {
-    Int8LoraLinearArgs args;
-    args.host_x_scale = scale;
-    s = run(chosen, args, serial_executor());
-    check(s.code == StatusCode::kInvalidArgument && contains(s.text, "x_scale: expected a positive finite scale, got"),
-          "a bad scale is refused before anything is launched: " + s.text);
-  }
-  Int8LoraLinearArgs args;
-  args.host_x_scale = 1;
-  s = run(chosen, args, serial_executor());
-  check(s.code == StatusCode::kUnsupported && contains(s.text, "LORA_KERNELS_CUDA=ON"), s.text);
-}
-
-// Whisper large-v3: 20 heads of 64.
-KvAttentionStepProblem kv_problem(int64_t rows, int64_t capacity, bool append) {
-  KvAttentionStepProblem p;
-  p.rows = p.cache_rows = rows;
-  p.heads = 20;
-  p.head_size = 64;
-  p.capacity = capacity;
-  p.dtype = p.cache_dtype = DType::kFloat16;
-  p.append = append;
-  return p;
-}
-
-KvAttentionStepProblem cross_problem(int64_t utterances, int64_t beams) {
-  KvAttentionStepProblem p = kv_problem(utterances, 1500, false);
-  p.rows = utterances * beams;
-  p.slots = KvSlots::kPerRow;
-  p.cache_dtype = DType::kInt8;
-  p.scales = KvScales::kPerChannel;
-  p.layout = KvLayout::kBlocked;
-  return p;
-}
-
-KvAttentionStepPlan kv_plan(const KvAttentionStepProblem& p, const CudaDevice& device) {
-  KvAttentionStepPlan chosen;
-  const Status status = plan(p, on_cuda(device), &chosen);
-  check(status.ok(), status.text);
-  return chosen;
-}
-
-void test_kv_plans() {
-  CudaDevice unknown;
-  unknown.arch = 130;
-  for (const CudaDevice& d : {kT4, kA100, kL4, kH200, unknown}) {
-    const KvAttentionStepPlan own = kv_plan(kv_problem(16, 448, true), d);
-    check(own.cuda.fused && own.cuda.splits == 1 && own.cuda.chunks == 1,
-          "a step of self-attention is one launch: " + to_string(own));
-    check(workspace_bytes(own) == 0, "which needs no memory: " + to_string(own));
-    check(std::isfinite(own.cuda.predicted_us) && own.cuda.predicted_us > 0, to_string(own));
-    const KvAttentionStepPlan alone = kv_plan(cross_problem(1, 5), d);
-    check(alone.cuda.splits > 1, "few heads over many positions are split: " + to_string(alone));
-    check(workspace_bytes(alone) >= alone.cuda.splits * 5 * 20 * 66 * 4, "partial sums have room: " + to_string(alone));
-    check(int64_t{alone.cuda.splits} * alone.cuda.split_positions >= 1500 &&
-              int64_t{alone.cuda.splits - 1} * alone.cuda.split_positions < 1500,
-          "no split is empty: " + to_string(alone));
-    check(to_string(alone) == to_string(kv_plan(cross_problem(1, 5), d)), "a plan is a function");
-    // The beams of an utterance are one block's queries: K and V are read once, whoever shares them.
-    const double one = kv_plan(cross_problem(16, 1), d).cuda.predicted_us;
-    const KvAttentionStepPlan beams = kv_plan(cross_problem(16, 5), d);
-    check(beams.cuda.grouped && beams.cuda.chunks == 1 && beams.cuda.predicted_us < 1.1 * one,
-          "five beams take what one takes: " + to_string(beams));
-    check(own.cuda.early_start == (d.arch >= 90), "kernels start early from sm_90 on");
-  }
-  KvAttentionStepProblem p = kv_problem(4, 448, true);
-  p.slots = KvSlots::kPerPosition;
-  check(kv_plan(p, kA100).cuda.places && !kv_plan(p, kA100).cuda.grouped, "a table is looked up");
-  p.capacity = 20000;
-  check(kv_plan(p, kA100).cuda.split_positions <= 4096, "in parts that fit shared memory");
-  p = kv_problem(4, 448, true);
-  p.cache_dtype = DType::kInt8;
-  p.scales = KvScales::kPerPosition;
-  check(!kv_plan(p, kA100).cuda.fused, "an int8 cache is appended to first");
-  p = kv_problem(4, 448, true);
-  p.tokens = 17;
-  check(!kv_plan(p, kA100).cuda.fused && kv_plan(p, kA100).cuda.chunks == 2, "and so is a long prompt");
-  p = kv_problem(4, 448, true);
-  p.head_size = 80;
-  check(kv_plan(p, kA100).cuda.groups == 2, "heads of more than 64 channels");
-
-  KvAttentionStepPlan chosen;
-  p = kv_problem(4, 448, true);
-  p.dtype = DType::kBFloat16;
-  p.head_size = 129;
-  Status s = plan(p, on_cuda(kT4), &chosen);
-  check(s.code == StatusCode::kUnsupported && contains(s.text, "q: on sm_75 expected float16") &&
-            contains(s.text, "k_cache, v_cache: expected bfloat16, as q is, or int8, got float16") &&
-            contains(s.text, "head size: expected at most 128, got 129") && contains(s.text, "move them to the CPU"),
-        s.text);
-  p = kv_problem(4, 8, true);
-  p.tokens = 9;
-  s = plan(p, on_cuda(kH100), &chosen);
-  check(contains(s.text, "k, v: expected at most as many new tokens as the cache has positions, 8, got 9"), s.text);
-  p = kv_problem(4, 8, true);
-  p.slots = KvSlots::kPerRow;
-  p.cache_rows = 0;
-  check(contains(plan(p, on_cuda(kH100), &chosen).text, "got a cache without any"), "no cache rows at all");
-
-  p = kv_problem(4, 448, true);
-  p.weight_heads = 1;
-  check(plan(p, on_cuda(kH100), &chosen).ok(), "weights of heads have a plan");
-  KvAttentionStepArgs args;
-  const int64_t head = 20;
-  args.weight_heads = &head;
-  s = run(chosen, args, serial_executor());
-  check(s.code == StatusCode::kInvalidArgument && contains(s.text, "heads: entry 0 is 20, expected a head, 0 to 19"),
-        "what the host knows is refused before the launch: " + s.text);
-  check(plan(cross_problem(2, 5), on_cuda(kH100), &chosen).ok(), "blocked caches have a plan");
-  args.k_cache = reinterpret_cast<void*>(uintptr_t{24});
-  s = run(chosen, args, serial_executor());
-  check(contains(s.text, "k_cache: expected an address that is a multiple of 16, got one of 8 beyond"), s.text);
-  args.k_cache = nullptr;
-  s = run(chosen, args, serial_executor());
-  check(s.code == StatusCode::kUnsupported && contains(s.text, "LORA_KERNELS_CUDA=ON"), s.text);
-}
-
-void test_kv_pack_plans() {
-  KvPackProblem p;
-  p.cache_rows = 16;
-  p.positions = 1500;
-  p.heads = 20;
-  p.head_size = 64;
-  p.dtype = DType::kFloat16;
-  KvPackPlan chosen;
-  const Status planned = plan(p, on_cuda(kH100), &chosen);
-  check(planned.ok(), planned.text);
-  check(contains(to_string(chosen), "cuda sm_90"), to_string(chosen));
-  check(workspace_bytes(chosen) == 0 && chosen.cuda.predicted_us > 0, to_string(chosen));
-  check(contains(run(chosen, KvPackArgs(), serial_executor()).text, "LORA_KERNELS_CUDA=ON"), "nothing runs here");
-  p.dtype = DType::kBFloat16;
-  const Status s = plan(p, on_cuda(kT4), &chosen);
-  check(s.code == StatusCode::kUnsupported && contains(s.text, "on sm_75 expected float16"), s.text);
-}
-
-// A decoder layer, as it is recorded: every stage is planned for the device, and none is left to the CPU.
-void test_composite() {
-  CompositeProblem step;
-  Int8LoraLinearProblem linear = int8_problem(16, 1280, 1280, 16, 4);
-  linear.has_norm = true;
-  KvPackProblem pack;
-  pack.cache_rows = 16;
-  pack.positions = 1500;
-  pack.heads = 20;
-  pack.head_size = 64;
-  pack.dtype = DType::kFloat16;
-  Int8LoraLinearProblem choice = int8_problem(16, 1280, 51866, 0);
-  choice.top_k = 1;
-  step.stages = {pack, linear, kv_problem(16, 448, true), cross_problem(16, 1), choice};
-  CompositePlan chosen;
-  const Status planned = plan(step, on_cuda(kH100), &chosen);
-  check(planned.ok() && chosen.threads == 1, planned.text);
-  for (const StagePlan& stage : chosen.stages) {
-    const std::string text = std::visit([](const auto& p) { return to_string(p); }, stage);
-    check(contains(text, "cuda sm_90"), text);
-    check(std::visit([](const auto& p) { return workspace_bytes(p); }, stage) <= workspace_bytes(chosen), text);
-  }
-  CompositeArgs args;
-  args.stages = {KvPackArgs(), Int8LoraLinearArgs(), KvAttentionStepArgs(), KvAttentionStepArgs(),
-                 Int8LoraLinearArgs()};
-  const Status s = run(chosen, args, serial_executor());
-  check(s.code == StatusCode::kUnsupported && contains(s.text, "kv_pack") && contains(s.text, "LORA_KERNELS_CUDA=ON"),
-        "it stops at its first stage in a library without kernels: " + s.text);
-}
-
 }  // namespace
 
 int main() {
@@ -493,10 +226,8 @@ int main() {
   test_one_reading_of_dy();
   test_wgmma();
   test_refusals();
-  test_int8_paths();
+  test_int8_plans();
   test_kv_plans();
-  test_kv_pack_plans();
-  test_composite();
   if (failures) std::printf("%d checks failed\n", failures);
   if (!failures) std::printf("all checks passed\n");
   return failures != 0;

@@ -4,7 +4,7 @@
 #include "cuda/numbers.h"
 #include "cuda/primitives/launch.h"
 #include "cuda/primitives/tma.h"
-#include "cuda/primitives/wgmma.h"
+#include "cuda/primitives/wgmma_int8.h"
 #include "cuda/tile.h"
 
 using namespace lora_kernels;
@@ -115,6 +115,39 @@ Status run_warpgroup(const Registers& p) {
   return launch<&warpgroup<T, kColumns>>({"warpgroup", dim3(1, 1, 1), dim3(128, 1, 1), kBytes, nullptr}, p);
 }
 
+// The same of bytes, 128 rows of 128 of them and four steps of depth, the left operand in registers that are taken in
+// turns.
+__global__ void __launch_bounds__(128) integers(const Registers p) {
+  Shared shared;
+  char* tile = shared.take<char>(kWgmmaInt8Columns * 128);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < kWgmmaInt8Columns * 8; i += 128)
+    copy16_async(tile + (i / 8 * 8 + (i % 8 ^ (i / 8 & 7))) * 16, p.in + (i * 12 + i / 64 * 4) % 512, 16);
+  commit_copies();
+  wait_copies<0>();
+  fence_proxy();
+  __syncthreads();
+  int32_t c[kWgmmaInt8Columns / 8][4] = {};
+  uint32_t a[2][4];
+  const uint64_t b = wgmma_operand(tile);
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    wait_products<1>();
+    for (int i = 0; i < 4; ++i) a[step % 2][i] = p.in[(thread * 4 + i * 37 + step * 101) % 512];
+    wgmma_fence();
+    wgmma_s8(c, a[step % 2], b + static_cast<uint64_t>(step) * kWgmmaStep);
+    commit_products();
+  }
+  wait_products<0>();
+  const int chosen = static_cast<int>(p.in[0] % (kWgmmaInt8Columns / 8));
+#pragma unroll
+  for (int j = 0; j < kWgmmaInt8Columns / 8; ++j)
+    if (j == chosen) {
+      p.out[2 * thread] = static_cast<uint32_t>(p.in[1] & 1 ? c[j][0] : c[j][1]);
+      p.out[2 * thread + 1] = static_cast<uint32_t>(p.in[1] & 1 ? c[j][3] : c[j][2]);
+    }
+}
+
 struct BoxParams {
   TensorMap map;
   uint32_t* out;
@@ -142,6 +175,28 @@ Status run_box(const Registers& p) {
   return launch<&box>({"box", dim3(1, 1, 1), dim3(32, 1, 1), 2048, nullptr}, b);
 }
 
+// Planes 1 and 2, rows 1 to 4 and bytes 16 to 143 of the 2 planes of 4 rows of 100 bytes, 160 apart, of `in`.
+__global__ void planes(const __grid_constant__ BoxParams p) {
+  Shared shared;
+  uint32_t* to = shared.take<uint32_t>(256);
+  uint64_t* landed = shared.take<uint64_t>(1);
+  if (threadIdx.x == 0) {
+    init_arrivals(landed);
+    fence_arrivals();
+    expect_bytes(landed, 1024);
+    load_planes(to, p.map, 1, 1, 16, landed);
+  }
+  __syncthreads();
+  wait_for_bytes(landed, 0);
+  for (int i = static_cast<int>(threadIdx.x); i < 256; i += 32) p.out[i] = to[i];
+}
+
+Status run_planes(const Registers& p) {
+  BoxParams b{{}, p.out};
+  if (!make_tensor_map(&b.map, BytePlanes{p.in, 2, 4, 100, 5 * 160, 160}, 2, 4)) return Status::failed("no tensor map");
+  return launch<&planes>({"planes", dim3(1, 1, 1), dim3(32, 1, 1), 2048, nullptr}, b);
+}
+
 constexpr int kPrimitives = 12;
 
 template <int kWhich = 0>
@@ -151,6 +206,9 @@ Status run_one(int which, const Registers& p) {
   if (which == kPrimitives + 2) return run_warpgroup<__nv_bfloat16, 128>(p);
   if (which == kPrimitives + 3) return run_warpgroup<__nv_bfloat16, 256>(p);
   if (which == kPrimitives + 4) return run_box(p);
+  if (which == kPrimitives + 5)
+    return launch<&integers>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kWgmmaInt8Columns * 128, nullptr}, p);
+  if (which == kPrimitives + 6) return run_planes(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

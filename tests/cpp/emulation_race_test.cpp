@@ -1,6 +1,7 @@
-// Races, for ThreadSanitizer: built with LORA_KERNELS_SANITIZE=thread. "kernels" runs every path of lora_linear, and
-// attention with what belongs to it, in drawn order and is expected to be silent; "race" runs a kernel whose threads
-// write the same value to the same word, which changes no result and which nothing but the sanitizer sees.
+// Races, for ThreadSanitizer: built with LORA_KERNELS_SANITIZE=thread. "kernels" runs every path of the linear
+// operators, and attention with what belongs to it, in drawn order and is expected to be silent; "race" runs a kernel
+// whose threads write the same value to the same word, which changes no result and which nothing but the sanitizer
+// sees.
 #include <cstdlib>
 #include <cstring>
 
@@ -147,6 +148,67 @@ void run_kernels() {
   check(status.ok(), status.text);
 }
 
+// Every path over one packed weight of random bytes, whose scales are those of 1 / 128.
+void run_int8() {
+  DeviceInfo device;
+  cuda_device(0, &device);
+  const int64_t M = 70, K = 600, N = 72, R = 5;
+  Buffer<uint16_t> x = halves(M * K), a = halves(R * K), b = halves(R * N), y = halves(M * N);
+  Buffer<uint8_t> packed = Buffer<uint8_t>::aligned(int8_packed_bytes(N, K));
+  for (int64_t i = 0; i < packed.size(); ++i) packed[i] = static_cast<uint8_t>(generator()() % 255 - 127);
+  const float scale = 1.0f / 128;
+  for (int64_t n = 0; n < round_up(N, kInt8BlockChannels); ++n)
+    std::memcpy(packed.get() + n / kInt8BlockChannels * int8_block_bytes(K) +
+                    kInt8BlockChannels * int8_padded_depth(K) + n % kInt8BlockChannels * 4,
+                &scale, 4);
+  Buffer<int32_t> ids(M), offsets(3);
+  for (int64_t m = 0; m < M; ++m) ids[m] = static_cast<int32_t>(m / 3 % 3) - 1;
+  offsets[0] = 0, offsets[1] = 2, offsets[2] = 5;
+  Int8LoraLinearPlan plan;
+  Int8LoraLinearProblem& p = plan.problem;
+  p.in_features = K;
+  p.out_features = N;
+  p.dtype = p.lora.dtype = DType::kFloat16;
+  p.activation = Activation::kSilu;
+  p.lora.adapters = 2;
+  p.lora.total_rank = p.lora.max_rank = R;
+  Int8LoraLinearArgs args;
+  args.x = x.get();
+  args.x_stride = K;
+  args.packed_weight = packed.get();
+  args.lora.a = a.get();
+  args.lora.a_stride = K;
+  args.lora.b = b.get();
+  args.lora.b_stride_rank = N;
+  args.lora.b_stride_out = 1;
+  args.lora.offsets = offsets.get();
+  args.lora.adapter_ids = ids.get();
+  args.y = y.get();
+  using Path = CudaInt8LoraLinearPath;
+  const struct {
+    Path path;
+    int wgmma_columns, splits;
+  } ways[] = {{Path::kTiled, 0, 1},
+              {Path::kTiled, 128, 1},
+              {Path::kTiled, 256, 1},
+              {Path::kFewRows, 0, 2},
+              {Path::kFused, 0, 1}};
+  for (const auto& [path, wgmma_columns, splits] : ways) {
+    p.rows = p.lora.groups = path == Path::kTiled ? M : 9;
+    cuda::configure(device, &plan);
+    plan.cuda.path = path;
+    plan.cuda.large_tiles = false;
+    plan.cuda.wgmma_columns = wgmma_columns;
+    plan.cuda.splits = splits;
+    cuda::Workspace size;
+    cuda::Int8Workspace(size, plan);
+    Buffer<char> workspace = Buffer<char>::aligned(size.used + 256);
+    args.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(workspace.get()), 256));
+    const Status status = cuda::launch(plan, args, Executor());
+    check(status.ok(), status.text);
+  }
+}
+
 // A step of self-attention whose rows name each other's new tokens, and one of cross-attention over what was packed.
 void run_attention() {
   DeviceInfo device;
@@ -282,7 +344,7 @@ int main(int count, char** words) {
   const std::string what = count > 1 ? words[1] : "kernels";
   emulation::options = {emulation::Order::kShuffled, 3};
   if (what == "kernels")
-    run_kernels(), run_attention(), run_relative_attention();
+    run_kernels(), run_int8(), run_attention(), run_relative_attention();
   else
     run_race(what == "ordered");
   if (!failures) std::printf("all checks passed\n");

@@ -11,7 +11,8 @@
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
 
-void test_wgmma();  // emulation_wgmma.cpp
+void test_wgmma();       // emulation_wgmma.cpp
+void test_wgmma_int8();  // emulation_wgmma_int8.cpp
 
 namespace {
 
@@ -342,6 +343,7 @@ int main() {
   }
   test_tf32();
   test_wgmma();
+  test_wgmma_int8();
   if (failures) std::printf("%d checks failed\n", failures);
   if (!failures) std::printf("all checks passed\n");
   return failures != 0;

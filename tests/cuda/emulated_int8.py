@@ -33,13 +33,15 @@ class Call(ctypes.Structure):
 class EmulatedInt8:
     """The kernels in one order of threads; ``path=None``: the plan that the heuristic takes.
 
+    ``large`` 128 or 256: tiles by wgmma, so wide.
+
     After a call ``q`` and ``row_scales`` are the quantized rows and their scales, where the path
     keeps them in memory, and ``plan`` says what ran.
     """
 
     def __init__(
         self, order: str = "forward", seed: int = 1, *, path: str | None = None,
-        large: bool = False, splits: int = 1, staged: bool = True, arch: int = 90,
+        large: int = False, splits: int = 1, staged: bool = True, arch: int = 90,
         shared_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.lib = library()

@@ -31,15 +31,24 @@ SHAPES = [
     (129, 257, 191),
     (130, 96, 264),
 ]
-# path, large tiles, splits of K, most rows
+# By wgmma: both sides of a tile, and more steps of depth than it has places for them.
+WGMMA_SHAPES = [(1, 1, 1), (33, 40, 16), (129, 257, 191), (130, 1030, 264), (140, 516, 400)]
+# path, large tiles (128, 256: by wgmma), splits of K, most rows
 PLANS = [
     ("tiled", False, 1, 1 << 20),
     ("tiled", True, 1, 1 << 20),
+    ("tiled", 128, 1, 1 << 20),
+    ("tiled", 256, 1, 1 << 20),
     ("few_rows", False, 1, 32),
     ("few_rows", False, 3, 32),
     ("fused", False, 1, 16),
 ]
-NAMES = [f"{path}-{'large' if large else splits}" for path, large, splits, _ in PLANS]
+NAMES = [
+    f"{path}-{f'wgmma{large}' if large > 1 else 'large' if large else splits}"
+    for path, large, splits, _ in PLANS
+]
+# One plan of each kernel.
+WAYS = [("tiled", False), ("tiled", 128), ("tiled", 256), ("few_rows", False), ("fused", False)]
 ORDERS = [("forward", 1), ("reverse", 1), ("shuffled", 1), ("shuffled", 2)]
 
 
@@ -74,7 +83,7 @@ def check(emulated: EmulatedInt8, shape, dtype, mode, activation="none", static=
 
 @pytest.mark.parametrize("plan", PLANS, ids=NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, bool, int, int]) -> None:
+def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, int, int, int]) -> None:
     path, large, splits, most = plan
     shape = (min(most, 70), 101, 67)
     for mode in ("peft", "bank"):
@@ -86,10 +95,11 @@ def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, bool, int, int]) -
 @pytest.mark.parametrize("plan", PLANS, ids=NAMES)
 @pytest.mark.parametrize("mode", ["none", "peft", "by_rank", "bank", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, bool, int, int]) -> None:
+def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int, int]) -> None:
     path, large, splits, most = plan
     activations = itertools.cycle(["none", "gelu", "silu"])
-    for index, (shape, order) in enumerate(zip(SHAPES, itertools.cycle(ORDERS))):
+    shapes = WGMMA_SHAPES if large > 1 else SHAPES
+    for index, (shape, order) in enumerate(zip(shapes, itertools.cycle(ORDERS))):
         if shape[0] <= most:
             emulated = EmulatedInt8(
                 *order, path=path, large=large, splits=splits, staged=index % 2 == 0
@@ -97,12 +107,40 @@ def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, bool, int, int]
             check(emulated, shape, dtype, mode, next(activations), static=index % 3 == 0)
 
 
-@pytest.mark.parametrize("path", ["tiled", "few_rows", "fused"])
-def test_no_order_of_threads_changes_a_bit(path: str) -> None:
+@pytest.mark.parametrize(("path", "large"), WAYS)
+def test_no_order_of_threads_changes_a_bit(path: str, large: int) -> None:
     _, _, packed = weight_of(200, 70)
     x, operands = torch.randn(14, 200).half(), bank("bank", 14, 200, 70, torch.float16)
-    seen = [EmulatedInt8(*o, path=path).forward(x, packed, 70, **operands) for o in ORDERS]
+    seen = [
+        EmulatedInt8(*order, path=path, large=large).forward(x, packed, 70, **operands)
+        for order in ORDERS
+    ]
     assert all(torch.equal(y, seen[0]) for y in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_tiles_by_wgmma_have_the_bits_of_those_by_mma(dtype: torch.dtype) -> None:
+    """Integer sums are exact, and the branch adds the same products in the same order."""
+    library().emulated_boxes()
+    for rows, k, n in [(130, 200, 72), (70, 333, 131)]:
+        _, _, packed = weight_of(k, n)
+        x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
+        operands = bank("bank", rows, k, n, dtype) | {"residual": torch.randn(rows, n).to(dtype)}
+        want = EmulatedInt8(path="tiled").forward(x, packed, n, bias, **operands)
+        assert library().emulated_boxes() == 0
+        for columns in (128, 256):
+            emulated = EmulatedInt8("shuffled", path="tiled", large=columns)
+            assert torch.equal(emulated.forward(x, packed, n, bias, **operands), want)
+            # Of q and w, for each step of 128 of each tile.
+            tiles = -(-rows // 128) * -(-n // columns)
+            assert library().emulated_boxes() == 2 * tiles * -(-k // 128)
+
+
+def test_where_no_tensor_map_can_be_made_mma_takes_the_place_of_wgmma() -> None:
+    packed = ops.int8_pack(torch.zeros(9, 0, dtype=torch.int8), torch.ones(9))
+    bias = torch.randn(9)
+    got = EmulatedInt8(path="tiled", large=256).forward(torch.zeros(5, 0), packed, 9, bias)
+    assert torch.equal(got, bias.expand(5, 9))
 
 
 def test_integer_sums_are_those_of_the_cpu() -> None:
@@ -117,15 +155,16 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
         assert torch.equal(got.long(), want), emulated.plan
 
 
-@pytest.mark.parametrize("path", ["tiled", "few_rows", "fused"])
-def test_norm(path: str) -> None:
+@pytest.mark.parametrize(("path", "large"), WAYS)
+def test_norm(path: str, large: int) -> None:
     """Sums of LayerNorm are in another order than torch's: a value may round to its neighbour."""
     for dtype in DTYPES:
         q, scales, packed = weight_of(333, 40)
         x = (3 * torch.randn(9, 333) + 1).to(dtype)
         norm = (torch.rand(333) + 0.5, torch.randn(333), 1e-5)
         operands = bank("peft", 9, 333, 40, dtype)
-        got = EmulatedInt8("shuffled", path=path).forward(x, packed, 40, norm=norm, **operands)
+        emulated = EmulatedInt8("shuffled", path=path, large=large)
+        got = emulated.forward(x, packed, 40, norm=norm, **operands)
         exact = reference.int8_lora_linear(x, q, scales, norm=norm, **operands)
         step = 127 * scales.max() / 127 * 4 / exact.abs().max()
         assert_close(got, exact, rounded(exact, dtype), extra=2 * step.item(), what=path)
@@ -136,20 +175,20 @@ def test_blocks_of_b_and_misaligned_x() -> None:
     x = torch.randn(20, 71).half()[:, 3:70]
     a, b = torch.randn(5, 67).half() / 8, torch.randn(5, 130).half()
     blocks = torch.nn.functional.pad(b, (0, 62)).view(5, 3, 64).transpose(0, 1).contiguous()
-    for path in ("tiled", "few_rows"):
-        emulated = EmulatedInt8(path=path)
+    for path, large in WAYS[:-1]:
+        emulated = EmulatedInt8(path=path, large=large)
         got = emulated.forward(x, packed, 130, lora_a=a, lora_b=blocks)
         assert torch.equal(got, emulated.forward(x, packed, 130, lora_a=a, lora_b=b))
         exact = reference.int8_lora_linear(x, q, scales, lora_a=a, lora_b=b)
         assert_close(got, exact, rounded(exact, torch.float16))
 
 
-@pytest.mark.parametrize("path", ["tiled", "few_rows", "fused"])
-def test_bad_values_stay_where_they_are(path: str) -> None:
+@pytest.mark.parametrize(("path", "large"), WAYS)
+def test_bad_values_stay_where_they_are(path: str, large: int) -> None:
     """NaN rows for what is not finite and for bad scales; unknown adapters are the base alone."""
     _, _, packed = weight_of(64, 40)
     x, operands = torch.randn(6, 64).half(), bank("bank", 6, 64, 40, torch.float16)
-    emulated = EmulatedInt8(path=path)
+    emulated = EmulatedInt8(path=path, large=large)
     ids = torch.tensor([7, -9, 2, 2**31 - 1, -(2**31), 0], dtype=torch.int32)
     known = torch.tensor([-1, -1, 2, -1, -1, 0], dtype=torch.int32)
     got = emulated.forward(x, packed, 40, **(operands | {"adapter_ids": ids}))
@@ -210,7 +249,7 @@ def test_unpack() -> None:
 
 def test_no_bank_conflicts_and_heuristic_plans() -> None:
     library().emulated_bank_conflicts()
-    for shape, words in [((1, 512, 256), "fused"), ((200, 128, 96), "tile=64x64")]:
+    for shape, words in [((1, 512, 256), "fused"), ((200, 128, 96), " tile=64x64")]:
         emulated = EmulatedInt8()
         check(emulated, shape, torch.float16, "peft")
         assert words in emulated.plan

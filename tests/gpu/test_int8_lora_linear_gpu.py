@@ -15,6 +15,7 @@ from test_emulated_lora_linear import bank
 from test_lora_linear_gpu import dtypes, there
 from tolerances import assert_close
 
+import lora_kernels as lk
 from lora_kernels import nn, ops, reference
 
 
@@ -57,6 +58,27 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
         got = ops.int8_lora_linear(x.cuda(), packed, n, x_scale=torch.ones(1))
         want = reference.int8_accumulators(x.to(torch.int8), q)
         assert torch.equal(got.cpu().float(), want.to(x.dtype).float())
+
+
+@pytest.mark.parametrize("dtype", dtypes(), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("mode", ["none", "peft", "bank"])
+def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
+    """At sizes whose plan takes wgmma, in uneven tiles; without LoRA to the bit."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is of sm_90a alone")
+    for rows, k, n in [(4096, 1280, 5120), (4001, 1001, 2563), (12000, 512, 2560)]:
+        _, _, packed = weight_of(k, n)
+        x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
+        operands = there(bank(mode, rows, k, n, dtype, 16))
+        operands["residual"] = torch.randn(rows, n).to(dtype).cuda()
+        arguments = [x.cuda(), packed.cuda(), n, bias.cuda()]
+        got = ops.int8_lora_linear(*arguments, **operands)
+        assert torch.equal(got, ops.int8_lora_linear(*arguments, **operands))
+        with lk.force_implementation("cuda_mma"):
+            plain = ops.int8_lora_linear(*arguments, **operands)
+        if mode == "none":
+            assert torch.equal(got, plain)
+        assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
 
 
 def test_topk_is_the_cpu_s() -> None:

@@ -36,10 +36,12 @@ PRIMITIVES = [
     "wgmma.bf16.n128",
     "wgmma.bf16.n256",
     "tma",
+    "wgmma.s8",
+    "tma of planes",
 ]
 # Sums in another order, and other implementations of exp and erfc; everything else is exact.
 ROUNDED = {"mma.f16", "mma.bf16", "mma.tf32", "mma.f16.k8", "activations"}
-ROUNDED |= {name for name in PRIMITIVES if name.startswith("wgmma")}
+ROUNDED |= {name for name in PRIMITIVES if name.startswith("wgmma") and name != "wgmma.s8"}
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -81,7 +83,7 @@ def registers(name: str, seed: int) -> torch.Tensor:
     """512 words: small numbers of the right type where they are multiplied, else anything."""
     g = torch.Generator().manual_seed(seed)
     words = torch.randint(-(2**31), 2**31 - 1, (32, 16), generator=g, dtype=torch.int32)
-    if name.startswith("wgmma"):
+    if name.startswith("wgmma") and name != "wgmma.s8":
         kind = torch.bfloat16 if "bf16" in name else torch.float16
         chosen = words[0, :2].clone()
         words = torch.randn(32, 32, generator=g).to(kind).view(torch.int32)
@@ -122,7 +124,7 @@ def test_device_and_emulation_agree(device: ctypes.CDLL, host: ctypes.CDLL, name
     which = PRIMITIVES.index(name)
     if name in ("mma.bf16", "mma.tf32", "mma.s8") and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("sm_80 has it, this device does not")
-    if name == "tma" and torch.cuda.get_device_capability() < (9, 0):
+    if name.startswith("tma") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("sm_90 has it, this device does not")
     if name.startswith("wgmma") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("sm_90 has it, this device does not")

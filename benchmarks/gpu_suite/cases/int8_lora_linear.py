@@ -7,10 +7,11 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+import lora_kernels as lk
 from lora_kernels import ops
 
 from ..case import Aim, Case, Contestant, Function
-from .lora_linear import RANK, sizes
+from .lora_linear import RANK, has_wgmma, sizes
 
 INT_MM_ROWS = 17  # what torch._int_mm takes at least
 
@@ -18,14 +19,16 @@ INT_MM_ROWS = 17  # what torch._int_mm takes at least
 def cases(dtype: torch.dtype) -> list[Case]:
     """Whisper large's feed-forward block: decoding, and a batch of encoder windows."""
 
-    def case(m: int, k: int, n: int, aim: Aim) -> Case:
+    def case(m: int, k: int, n: int, *aims: Aim) -> Case:
         shape = {"rows": m, "in_features": k, "out_features": n}
         name = f"int8-{m}x{k}x{n}"
-        return Case(name, shape, dtype, work, contestants, (aim,), graphs=m <= 32)
+        return Case(name, shape, dtype, work, contestants, aims, graphs=m <= 32)
 
     few = [case(m, 1280, 5120, Aim("bandwidth", 0.8)) for m in (1, 16)]
-    over_merged = Aim("time", 1 / 1.5, "merged")
-    return [*few, *(case(4096, k, n, over_merged) for k, n in ((1280, 5120), (5120, 1280)))]
+    many = [Aim("time", 1 / 1.5, "merged")]
+    if has_wgmma("cuda"):
+        many.append(Aim("time", 0.85, "ours_mma"))  # what the plan takes it for
+    return [*few, *(case(4096, k, n, *many) for k, n in ((1280, 5120), (5120, 1280)))]
 
 
 def work(case: Case) -> tuple[float, float]:
@@ -59,8 +62,18 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
         quantize_(linear, Int8DynamicActivationInt8WeightConfig())
         return torch.compile(lambda: linear(x).addmm_(x @ a.t(), b))
 
+    def ours() -> torch.Tensor:
+        return ops.int8_lora_linear(x, packed, n, None, a, b)
+
+    def ours_mma() -> torch.Tensor:
+        with lk.force_implementation("cuda_mma"):
+            return ours()
+
+    # Forcing asks the host, beside which many rows take long; few rows are captured, and alike.
+    more = {"ours_mma": Contestant(lambda: ours_mma)} if has_wgmma(device) and m > 32 else {}
     found = {
-        "ours": Contestant(lambda: lambda: ops.int8_lora_linear(x, packed, n, None, a, b)),
+        "ours": Contestant(lambda: ours),
+        **more,
         "without_lora": Contestant(lambda: lambda: ops.int8_lora_linear(x, packed, n)),
         "merged": Contestant(lambda: lambda: F.linear(x, merged)),
     }
@@ -74,7 +87,10 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 def every_kernel(dtypes: list[torch.dtype]) -> None:
     """Few and many rows, with LayerNorm and a choice, and the gradients."""
     for dtype in dtypes:
-        for m, k, n in [(1, 512, 1024), (9, 101, 67), (32, 512, 520), (70, 136, 130)]:
+        shapes = [(1, 512, 1024), (9, 101, 67), (32, 512, 520), (70, 136, 130)]
+        if has_wgmma("cuda"):
+            shapes.append((4000, 1000, 2570))
+        for m, k, n in shapes:
             x = torch.randn(m, k, device="cuda", dtype=dtype, requires_grad=True)
             q = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
             packed = ops.int8_pack(q, torch.rand(n, device="cuda") / k)

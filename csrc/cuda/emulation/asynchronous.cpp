@@ -42,20 +42,69 @@ constexpr int kBoxWidth = 128;  // bytes
 void land(const PendingBox& p) {
   const Box& box = p.box;
   const uint32_t begin = shared_offset(p.to);
-  for (int r = 0; r < box.box_rows; ++r)
+  for (int r = 0; r < box.box_planes * box.box_rows; ++r)
     for (int chunk = 0; chunk < kBoxWidth / 16; ++chunk) {
       uint32_t at = begin + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
       at ^= (at >> 7 & 7) << 4;
-      const int64_t row = box.row + r, column = box.column + chunk * 16;
-      int64_t inside = row < box.rows ? box.row_bytes - column : 0;
+      const int64_t plane = box.plane + r / box.box_rows, row = box.row + r % box.box_rows;
+      const int64_t column = box.column + chunk * 16;
+      int64_t inside = plane < box.planes && row < box.rows ? box.row_bytes - column : 0;
       inside = inside < 0 ? 0 : inside > 16 ? 16 : inside;
       memset(running.shared + at, 0, 16);
-      if (inside) memcpy(running.shared + at, box.data + row * box.stride + column, static_cast<size_t>(inside));
+      if (inside)
+        memcpy(running.shared + at, box.data + plane * box.plane_stride + row * box.stride + column,
+               static_cast<size_t>(inside));
       writers[at / 16] = 0;  // written through the proxy that wgmma reads by
     }
   Arrivals& a = arrivals[p.barrier];
-  a.bytes -= box.box_rows * kBoxWidth;
+  a.bytes -= box.box_planes * box.box_rows * kBoxWidth;
   a.look();
+}
+
+// What a lane brings to a product whose left operand is in registers, and what it takes: those of its row's lanes.
+struct OwnRegisters {
+  uint32_t words[4];
+  uint64_t b;
+  uint32_t idle;  // has no product under way
+};
+struct RowRegisters {
+  uint32_t words[16];
+  uint32_t now;  // the product is made at once
+};
+
+void exchange(Slot* slots, uint32_t now) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 16; ++i) slots[lane].out[i] = slots[lane / 4 * 4 + i / 4].in[i % 4];
+    slots[lane].out[16] = now;
+  }
+}
+
+// All lanes of a warp together decide when the product is made, as all of them bring registers to it.
+void start_together(Slot* slots, uint32_t lanes) {
+  if (lanes != ~0u) refuse("wgmma needs all 32 lanes of a warp");
+  bool idle = true;
+  uint64_t first = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    OwnRegisters own;
+    memcpy(&own, slots[lane].in, sizeof own);
+    if (lane == 0) first = own.b;
+    if (own.b != first) refuse("wgmma: the lanes of a warp name different operands");
+    idle = idle && own.idle;
+  }
+  exchange(slots, idle && at_once());
+}
+
+void read_together(Slot* slots, uint32_t) { exchange(slots, 1); }
+
+void make(const PendingProduct& p) {
+  if (!p.words) {
+    p.multiply(p.registers, p.a, p.b);
+    return;
+  }
+  OwnRegisters own{};
+  memcpy(own.words, p.words, sizeof own.words);
+  const auto row = meet<RowRegisters>(~0u, p.call, own, read_together);
+  p.multiply_registers(p.registers, row.words, p.b);
 }
 
 Arrivals& arrivals_at(uint32_t place) {
@@ -137,7 +186,18 @@ void start_product(void* registers, uint64_t a, uint64_t b, Multiply multiply) {
   if (started.products.empty() && at_once())
     multiply(registers, a, b);
   else
-    started.products.push_back({registers, a, b, started.product_group, multiply});
+    started.products.push_back({registers, a, b, started.product_group, multiply, nullptr, nullptr, {}});
+}
+
+void start_product(void* registers, const uint32_t (&a)[4], uint64_t b, MultiplyRegisters multiply, const Call& call) {
+  Started& started = *running.started;
+  if (!started.registers_fenced) refuse("wgmma without wgmma_fence() before the first of a group");
+  OwnRegisters own{{a[0], a[1], a[2], a[3]}, b, started.products.empty()};
+  const auto row = meet<RowRegisters>(~0u, call, own, start_together);
+  if (row.now)
+    multiply(registers, row.words, b);
+  else
+    started.products.push_back({registers, 0, b, started.product_group, nullptr, a, multiply, call});
 }
 
 void commit_products() {
@@ -149,7 +209,7 @@ void wait_products(int newest) {
   Started& started = *running.started;
   size_t i = 0;
   for (; i < started.products.size() && started.products[i].group < started.product_group - newest; ++i)
-    started.products[i].multiply(started.products[i].registers, started.products[i].a, started.products[i].b);
+    make(started.products[i]);
   started.products.erase(started.products.begin(), started.products.begin() + static_cast<ptrdiff_t>(i));
 }
 

@@ -18,6 +18,9 @@ struct PendingProduct {
   uint64_t a, b;
   int group;
   Multiply multiply;
+  const uint32_t* words;  // the left operand in registers, or null: it is `a`
+  MultiplyRegisters multiply_registers;
+  Call call;
 };
 // What one thread has started and not waited for.
 struct Started {

@@ -40,7 +40,7 @@ class Error : public std::runtime_error {
 // What a lane brings to a collective, and what it takes from it.
 struct Slot {
   alignas(16) uint32_t in[16];
-  uint32_t out[8];
+  uint32_t out[20];
 };
 
 // The running thread.
@@ -88,15 +88,20 @@ const void* shared_at(uint32_t offset);
 using Multiply = void (*)(void* registers, uint64_t a, uint64_t b);
 void fence_products();
 void start_product(void* registers, uint64_t a, uint64_t b, Multiply multiply);
+// The same with four registers `a` of each thread as the left operand, which are read when the product is made: in all
+// lanes of a warp at once, and by each its own. `multiply` gets those of the four lanes of a row, in their order.
+using MultiplyRegisters = void (*)(void* registers, const uint32_t (&a)[16], uint64_t b);
+void start_product(void* registers, const uint32_t (&a)[4], uint64_t b, MultiplyRegisters multiply, const Call& call);
 void commit_products();
 void wait_products(int newest);
 
-// A box of a matrix in global memory, in bytes but for rows, and barriers that count its bytes. A box lands when
-// somebody waits for it, at once, or by chance. Who waits for a phase that nothing on its way can end is refused.
+// A box of planes of rows in global memory, in bytes but for planes and rows, and barriers that count its bytes. A box
+// lands when somebody waits for it, at once, or by chance. Who waits for a phase that nothing on its way can end is
+// refused.
 struct Box {
   const char* data;
-  int64_t rows, row_bytes, stride;
-  int box_rows, row, column;
+  int64_t planes, rows, row_bytes, plane_stride, stride;
+  int box_planes, box_rows, plane, row, column;
 };
 extern uint64_t boxes;  // that were loaded; counted until the caller sets it back
 void init_arrivals(const void* barrier);

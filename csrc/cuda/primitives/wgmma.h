@@ -77,18 +77,24 @@ __device__ inline void wait_products() {
 #if defined(LORA_KERNELS_EMULATION)
 namespace detail {
 
-// Sixteen elements of a row of an operand.
-template <class T>
-void read_operand(float (&out)[16], uint64_t operand, int row) {
+// Sixteen bytes of a row of an operand: the first or the second half of a step.
+inline const void* operand_chunk(uint64_t operand, int row, uint32_t half) {
   const uint32_t start = static_cast<uint32_t>(operand & 0x3FFF) << 4;
   const uint32_t stride = static_cast<uint32_t>(operand >> 32 & 0x3FFF) << 4;
   if (operand >> 62 != 1) emulation::refuse("wgmma: the emulation knows the 128-byte swizzle alone");
   if (start >> 7 & 7) emulation::refuse("wgmma: the operand's rows do not begin at a multiple of 1024 bytes");
+  uint32_t at = start + static_cast<uint32_t>(row) / 8 * stride + static_cast<uint32_t>(row) % 8 * 128 + half * 16;
+  at ^= (at >> 7 & 7) << 4;
+  const void* chunk = emulation::shared_at(at);
+  emulation::expect_visible(chunk);
+  return chunk;
+}
+
+// Sixteen elements of a row of an operand.
+template <class T>
+void read_operand(float (&out)[16], uint64_t operand, int row) {
   for (uint32_t half = 0; half < 2; ++half) {
-    uint32_t at = start + static_cast<uint32_t>(row) / 8 * stride + static_cast<uint32_t>(row) % 8 * 128 + half * 16;
-    at ^= (at >> 7 & 7) << 4;
-    const void* chunk = emulation::shared_at(at);
-    emulation::expect_visible(chunk);
+    const void* chunk = operand_chunk(operand, row, half);
     for (int i = 0; i < 4; ++i) emulation::expect_written(static_cast<const uint32_t*>(chunk) + i, "wgmma");
     uint16_t bits[8];
     memcpy(bits, chunk, sizeof bits);

@@ -53,6 +53,7 @@ struct CudaInt8LoraLinearPlan {
   CudaInt8LoraLinearPath path = CudaInt8LoraLinearPath::kTiled;
   int arch = 0;              //
   bool large_tiles = false;  // kTiled: 128 x 128, or 64 x 64
+  int wgmma_columns = 0;     // kTiled: 128 or 256, of tiles of 128 rows by wgmma; 0: by mma.sync
   int splits = 1;            // kFewRows: of K among blocks; integer parts go to the workspace
   bool early_start = false;  // the product may start before the kernel that makes its rows has finished
   bool convert_a = false;    // A is of another type than x: a kernel converts it first

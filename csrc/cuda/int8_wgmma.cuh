@@ -1,0 +1,357 @@
+// The tiled product of int8_lora_linear on the tensor cores of sm_90a, for many rows: what int8_gemm.cuh does by
+// mma.sync, of which Hopper does about 60 % as many as of wgmma. It makes y transposed, so that the packed weight needs
+// no other layout: wgmma takes its left operand from registers, in the fragments of mma.sync, and that is the weight;
+// its right one from shared memory by rows, and that is q.
+//
+// Two warpgroups make 128 rows x 256 (or 128) channels of y, 128 (64) channels each, in steps of 128 k. Both operands
+// come by TMA into the 128-byte swizzle, one thread asking for two boxes: 16 KB of q, rows of 128 bytes, and 32 (16) KB
+// of w, the packed steps of 256 bytes of four (two) blocks as rows of 128 bytes. There are places for four (six) steps:
+// two (four) are on their way while one is multiplied and one is being finished. w does not wait for the kernel that
+// makes q.
+//
+// Channels of a tile may be taken in any order: of the sixteen bytes that a lane reads of w (a word of four k of four
+// neighbouring channels) two words go to each of two instructions, rows g and g + 8 of their fragments, and the four
+// words of k behind them complete both. (At 128 channels there is one instruction, and lanes read eight bytes.) Eight
+// (sixteen) lanes read 128 bytes from 32 different banks, as the swizzle has it: the four words t lie 256 bytes apart.
+// Afterwards a lane holds four (two) neighbouring channels of each of its 32 rows, which it stores at once; activations
+// go by way of shared memory, in a loop. The registers of w are taken in turns, as wgmma reads them while it
+// multiplies.
+//
+// The LoRA branch follows on the same sums, then fp32, by mma.sync, whose fragments of a warp are wgmma's: B by
+// channels as the left operand, t by rows as the right one, r / 32 steps (r / 16 in fp32) fetched by cp.async into
+// places of the ring while the last integers are multiplied. Integer operations 2 M N K, exact; a step brings 48 KB for
+// 2 * 128 * 256 * 128 of them: 170 to a byte of L2. Bound by arithmetic, and nearly by shared memory, which at 128
+// bytes per clock takes 1,152 clocks for what a step writes and reads, and multiplies in 1,024 at the peak.
+//
+// Where the driver knows no tensor maps int8_gemm.cuh takes its place. Not measured: no GPU has run this. Not tried:
+// 256 rows for each read of w, clusters that share boxes, the end of a tile beside the next one's products.
+#pragma once
+
+#include "cuda/int8_gemm.cuh"
+#include "cuda/primitives/tma.h"
+#include "cuda/primitives/wgmma_int8.h"
+
+namespace lora_kernels::cuda {
+
+template <int kColumns_>
+struct Int8WgmmaShape {
+  static constexpr int kRows = 128, kColumns = kColumns_, kThreads = 256, kDepth = 128;
+  static constexpr int kStages = kColumns == 256 ? 4 : 6;
+  static constexpr int kProducts = kColumns / 128;  // of 64 channels, by each warpgroup
+  static constexpr int kBlocks = kColumns / 64;     // of the packed weight
+  static_assert(kRows == kWgmmaInt8Columns, "a product has all rows of the tile");
+};
+
+template <class T, class Shape>
+struct Int8WgmmaLayout {
+  using TileT = Tile<T, Shape::kRows, kStep<T>>;
+  using TileB = Tile<T, Shape::kColumns, kStep<T>>;
+  using Adapters = TileAdapters<Shape::kRows, Shape::kThreads>;
+  static constexpr int kRowsBytes = Shape::kRows * Shape::kDepth, kBlockBytes = 64 * Shape::kDepth;
+  static constexpr int kStageBytes = kRowsBytes + Shape::kBlocks * kBlockBytes;
+  static_assert(TileT::kBytes <= kRowsBytes && kRowsBytes + TileB::kBytes <= kStageBytes,
+                "steps of the branch in the same ring");
+  static_assert(kRowsBytes % kWgmmaAlignment == 0 && kStageBytes % kWgmmaAlignment == 0, "tiles follow one another");
+  static constexpr int kTileBytes = Shape::kStages * kStageBytes;
+  static constexpr size_t kSharedBytes =
+      static_cast<size_t>(kTileBytes) + (Shape::kStages * 8 + 15) / 16 * 16 + (Adapters::kWords * 4 + 15) / 16 * 16;
+};
+
+struct Int8WgmmaParams {
+  TensorMap q, w;
+  Int8GemmParams gemm;
+};
+
+// Maps of both operands; false where there can be none.
+template <class Shape>
+inline bool make_int8_maps(Int8WgmmaParams* p) {
+  const Int8GemmParams& g = p->gemm;
+  const int64_t rows = g.rows, steps = g.w.steps, blocks = (int64_t{g.w.columns} + 63) / 64;
+  const BytePlanes q{g.q, 1, rows, g.q_stride, rows * g.q_stride, g.q_stride};
+  const BytePlanes w{g.w.data, blocks, steps * (kInt8StepBytes / 128), 128, g.w.block_bytes, 128};
+  return make_tensor_map(&p->q, q, 1, Shape::kRows) &&
+         make_tensor_map(&p->w, w, Shape::kBlocks, Shape::kDepth / 4 * (kInt8StepBytes / 128));
+}
+
+template <class T, class Shape>
+class Int8WgmmaTile {
+  using Layout = Int8WgmmaLayout<T, Shape>;
+  using TileT = typename Layout::TileT;
+  using TileB = typename Layout::TileB;
+  using Adapters = typename Layout::Adapters;
+  static constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages, kAhead = kStages - 2;
+  static constexpr int kProducts = Shape::kProducts, kEights = Shape::kRows / 8;
+  static constexpr int kRun = 2 * kProducts;           // neighbouring channels of a lane
+  static constexpr int kWarpColumns = 16 * kProducts;  // channels of a warp
+  static_assert(Shape::kDepth / 32 % 2 == 0, "registers in turns, from step to step");
+
+ public:
+  __device__ Int8WgmmaTile(const Int8WgmmaParams& p, int m, int n) : all_(p), p_(p.gemm), m_(m), n_(n) {
+    tiles_ = shared_.template take<char>(Layout::kTileBytes);  // first: from a multiple of 1024 on
+    landed_ = shared_.template take<uint64_t>(kStages);
+    warp_column_ = static_cast<int>(threadIdx.x) / 32 * kWarpColumns;
+    base_steps_ = (p_.w.steps * 4 + Shape::kDepth - 1) / Shape::kDepth;
+  }
+
+  __device__ void run() {
+    const int first = kAhead < base_steps_ ? kAhead : base_steps_;
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kStages; ++i) init_arrivals(landed_ + i);
+      fence_arrivals();
+      for (int k = 0; k < first; ++k) fetch_weight(k);
+    }
+    wait_for_kernel_before();  // which makes q and t
+    if (threadIdx.x == 0)
+      for (int k = 0; k < first; ++k) fetch_rows(k);
+    // Its barrier shows all threads the barriers above.
+    const Adapters adapters(p_.routing, shared_.template take<int>(Adapters::kWords), m_, p_.rows);
+    int steps = base_steps_;
+    for (int i = 0; i < adapters.count(); ++i)
+      steps += (p_.routing.rank(adapters.adapter(i)) + kStep<T> - 1) / kStep<T>;
+#pragma unroll 1
+    for (int k = 0; k < kAhead; ++k) {
+      if (k >= base_steps_) fetch_branch(k, steps, adapters);
+      commit_copies();
+    }
+
+    int32_t sums[kProducts][kEights][4] = {};
+    uint32_t w[2][kProducts][4];
+    int k = 0;
+    do {  // There is a step, or there were no map. (If there might be none, ptxas would make products one by one.)
+      wait_for_bytes(landed_ + k % kStages, k / kStages & 1);
+      __syncthreads();  // all are done with step k - 2, whose place is filled next
+      fetch(k + kAhead, steps, adapters);
+      multiply(place(k), w, sums);
+    } while (++k < base_steps_);
+    wait_products<0>();
+    float c[kProducts][kEights][4];
+    scale(sums, c);
+    for (; k < steps; ++k) {
+      wait_copies<kAhead - 1>();
+      __syncthreads();  // step k has landed for all, and all are done with step k - 2
+      fetch(k + kAhead, steps, adapters);
+      add_branch(place(k), c);
+    }
+    wait_copies<0>();
+    store(c);
+  }
+
+ private:
+  __device__ char* place(int k) const { return tiles_ + k % kStages * Layout::kStageBytes; }
+
+  // By one thread. The place was read by products and loads that are done, and everyone has said so at a barrier.
+  __device__ void fetch_weight(int k) {
+    uint64_t* landed = landed_ + k % kStages;
+    expect_bytes(landed, Layout::kStageBytes);
+    load_planes(place(k) + Layout::kRowsBytes, all_.w, n_ / 64, k * (Shape::kDepth / 4) * (kInt8StepBytes / 128), 0,
+                landed);
+  }
+  __device__ void fetch_rows(int k) { load_planes(place(k), all_.q, 0, m_, k * Shape::kDepth, landed_ + k % kStages); }
+
+  __device__ void fetch(int k, int steps, const Adapters& adapters) {
+    if (k >= base_steps_) {
+      fetch_branch(k, steps, adapters);
+    } else if (threadIdx.x == 0) {
+      fetch_weight(k);
+      fetch_rows(k);
+    }
+    commit_copies();
+  }
+
+  // The next step of the branch: steps come in order, so what has been fetched says where to go on. A warp's channels
+  // lie in its tile of B as in the fragments of w: row 8 (2 i + h) + g is that of instruction i, row g + 8 h.
+  __device__ void fetch_branch(int k, int steps, const Adapters& adapters) {
+    if (k >= steps) return;
+    char *rows = place(k), *factor = rows + Layout::kRowsBytes;
+    const int adapter = adapters.adapter(slot_), begin = p_.routing.begin(adapter), rank = p_.routing.rank(adapter);
+    Matrix t = p_.t;
+    t.columns = rank;
+    load_tile<TileT, kThreads>(rows, t, m_, chunk_, [&](int row) { return adapters.uses(row, adapter); });
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < Shape::kColumns * 4; i += kThreads) {
+      const int at = i % Shape::kColumns, part = i / Shape::kColumns, r = chunk_ + part * kPerChunk<T>;
+      const int n = n_ + at / kWarpColumns * kWarpColumns + at % 8 * kRun + at % kWarpColumns / 8;
+      int count = n < p_.w.columns ? rank - r : 0;
+      count = count < 0 ? 0 : count > kPerChunk<T> ? kPerChunk<T> : count;
+      store16(factor + TileB::offset(at, part),
+              gather16<T>(count, [&](int j) { return from_float<T>(p_.up.at(begin + r + j, n)); }));
+    }
+    chunk_ += kStep<T>;
+    if (chunk_ >= rank) {
+      chunk_ = 0;
+      ++slot_;
+    }
+  }
+
+  // The registers of all instructions of 32 k: words t and t + 4 of a lane's channels.
+  __device__ void load_weight(const char* weight, int step, uint32_t (&w)[kProducts][4]) const {
+    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4, channel = warp_column_ + g * kRun;
+    const char* block = weight + channel / 64 * Layout::kBlockBytes;
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      const int at = (step * 8 + high * 4 + t) * kInt8StepBytes + channel % 64 * 4;
+      const char* word = block + (at ^ (at >> 7 & 7) << 4);
+      if constexpr (kProducts == 2) {
+        const Vector four = load16(word);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i / 2][high * 2 + i % 2] = four.v[i];
+      } else {
+        const uint2 two = *reinterpret_cast<const uint2*>(word);
+        w[0][high * 2] = two.x;
+        w[0][high * 2 + 1] = two.y;
+      }
+    }
+  }
+
+  __device__ void multiply(const char* stage, uint32_t (&w)[2][kProducts][4],
+                           int32_t (&sums)[kProducts][kEights][4]) const {
+    const uint64_t rows = wgmma_operand(stage);
+#pragma unroll
+    for (int step = 0; step < Shape::kDepth / 32; ++step) {
+      wait_products<1>();  // those before the last, which read the registers that are loaded now
+      load_weight(stage + Layout::kRowsBytes, step, w[step % 2]);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kProducts; ++i)
+        wgmma_s8(sums[i], w[step % 2][i], rows + static_cast<uint64_t>(step) * kWgmmaStep);
+      commit_products();
+    }
+  }
+
+  // Sum [i][j][e] is of row first_row() + 8 j + e % 2 and of channel 2 i + e / 2 of the lane's run.
+  __device__ int first_row() const { return m_ + lane_of_warp() % 4 * 2; }
+  __device__ int first_channel() const { return n_ + warp_column_ + lane_of_warp() / 4 * kRun; }
+
+  __device__ void scale(const int32_t (&sums)[kProducts][kEights][4], float (&c)[kProducts][kEights][4]) const {
+    const int left = p_.rows - first_row();
+    const float* of_rows = p_.scales + first_row();
+    float of_channel[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)  // a channel beyond N within its block has the scale 0
+      of_channel[i] = first_channel() / 64 < p_.w.blocks() ? p_.w.scale(first_channel() + i) : 0.0f;
+    // By parts, which those beyond M skip: all at once would want more registers than there are.
+#pragma unroll
+    for (int part = 0; part < kEights; part += 4) {
+      if (m_ + part * 8 < p_.rows) {
+#pragma unroll
+        for (int j = part; j < part + 4; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float of_row = j * 8 + e < left ? of_rows[j * 8 + e] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < kRun; ++i)
+              c[i / 2][j][i % 2 * 2 + e] = static_cast<float>(sums[i / 2][j][i % 2 * 2 + e]) * (of_row * of_channel[i]);
+          }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i)
+#pragma unroll
+          for (int j = part; j < part + 4; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) c[i][j][e] = 0;
+      }
+    }
+  }
+
+  __device__ void add_branch(const char* stage, float (&c)[kProducts][kEights][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t a[kProducts][4], b[4];
+#pragma unroll
+      for (int i = 0; i < kProducts; ++i) load_a<TileB>(a[i], stage + Layout::kRowsBytes, warp_column_ + i * 16, half);
+#pragma unroll
+      for (int j = 0; j < kEights; j += 2) {
+        load_b<TileT>(b, stage, j * 8, half);
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i) {
+          product<T>(c[i][j], a[i], b[0], b[1], p_.precise);
+          product<T>(c[i][j + 1], a[i], b[2], b[3], p_.precise);
+        }
+      }
+    }
+  }
+
+  __device__ void store(const float (&c)[kProducts][kEights][4]) const {
+    const Epilogue& end = p_.epilogue.e;
+    if (end.activation != Activation::kNone || !p_.epilogue.eights) {
+      store_in_turns(c);
+      return;
+    }
+    const int left = p_.rows - first_row();
+    float biases[kRun] = {};
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      if (end.bias && first_channel() + i < p_.w.columns) biases[i] = end.bias_at(first_channel() + i);
+#pragma unroll
+    for (int j = 0; j < kEights; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float run[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          run[i] = c[i / 2][j][i % 2 * 2 + e];
+          if (end.bias) run[i] += biases[i];
+        }
+        if (j * 8 + e < left)
+          p_.epilogue.template store_run<T>(run, int64_t{first_row()} + j * 8 + e, first_channel(), true);
+      }
+  }
+
+  // Activations, and channels that are stored one by one: by way of shared memory, each warp its own part, in a loop.
+  // In registers a lane's 128 would have 128 times their code. Rows are padded for lanes that write or read together.
+  __device__ void store_in_turns(const float (&c)[kProducts][kEights][4]) const {
+    constexpr int kStride = kWarpColumns + 4, kFours = kWarpColumns / 4;
+    static_assert(Shape::kRows * kStride * 4 * (kThreads / 32) <= Layout::kTileBytes, "sums in the place of the tiles");
+    __syncthreads();  // all are done with the tiles
+    const int warp = static_cast<int>(threadIdx.x) / 32, g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+    float* sums = reinterpret_cast<float*>(tiles_) + warp * Shape::kRows * kStride;
+#pragma unroll
+    for (int j = 0; j < kEights; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float* to = sums + (j * 8 + t * 2 + e) * kStride + g * kRun;
+        if constexpr (kProducts == 2)
+          *reinterpret_cast<float4*>(to) = make_float4(c[0][j][e], c[0][j][2 + e], c[1][j][e], c[1][j][2 + e]);
+        else
+          *reinterpret_cast<float2*>(to) = make_float2(c[0][j][e], c[0][j][2 + e]);
+      }
+    __syncwarp();
+    const Epilogue& end = p_.epilogue.e;
+#pragma unroll 1
+    for (int i = lane_of_warp(); i < Shape::kRows * kFours; i += 32) {
+      const int row = i / kFours, column = n_ + warp_column_ + i % kFours * 4;
+      if (m_ + row >= p_.rows || column >= p_.w.columns) continue;
+      const Vector sums_of_row = load16(sums + row * kStride + i % kFours * 4);
+      float four[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        four[e] = __uint_as_float(sums_of_row.v[e]);
+        if (end.bias && column + e < p_.w.columns) four[e] += end.bias_at(column + e);
+        four[e] = activate(four[e], end.activation);
+      }
+      p_.epilogue.template store_run<T>(four, m_ + row, column, p_.epilogue.eights);
+    }
+  }
+
+  const Int8WgmmaParams& all_;
+  const Int8GemmParams& p_;
+  Shared shared_;
+  char* tiles_;
+  uint64_t* landed_;  // of each place: q and w are there
+  int m_, n_, warp_column_ = 0, base_steps_ = 0, slot_ = 0, chunk_ = 0;
+};
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1) int8_wgmma(const __grid_constant__ Int8WgmmaParams p) {
+  if constexpr (kWgmma) {
+    int m = 0, n = 0;
+    tile_of_block<Shape>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.w.columns, &m, &n);
+    Int8WgmmaTile<T, Shape>(p, m, n).run();
+  } else {
+#if !defined(LORA_KERNELS_EMULATION)
+    __trap();  // a plan takes it only where the library has it for sm_90a (CudaDevice::wgmma)
+#endif
+  }
+}
+
+}  // namespace lora_kernels::cuda

@@ -1,0 +1,126 @@
+// int8_lora_linear's CUDA plans.
+#include <cmath>
+
+#include "cuda_devices.h"
+
+using namespace lora_kernels;
+
+namespace {
+
+Int8LoraLinearPlan int8_plan(const Int8LoraLinearProblem& p, const CudaDevice& device) {
+  Int8LoraLinearPlan chosen;
+  const Status status = plan(p, on_cuda(device), &chosen);
+  check(status.ok(), status.text);
+  return chosen;
+}
+
+void test_int8_paths() {
+  using Path = CudaInt8LoraLinearPath;
+  CudaDevice unknown;
+  unknown.arch = 130;
+  for (const CudaDevice& d : {kT4, kA100, kL4, kH200, unknown}) {
+    for (int64_t rows : {1, 8, 16}) {
+      const Int8LoraLinearPlan few = int8_plan(int8_problem(rows, 1280, 1280, 16, 4), d);
+      check(few.cuda.path != Path::kTiled, "few rows stream w: " + to_string(few));
+    }
+    check(int8_plan(int8_problem(24, 1280, 5120, 16), d).cuda.path == Path::kFewRows, "up to 32 of them");
+    const Int8LoraLinearPlan many = int8_plan(int8_problem(4096, 1280, 5120, 16), d);
+    check(many.cuda.path == Path::kTiled && many.cuda.large_tiles, "a large product is tiled: " + to_string(many));
+    check(!int8_plan(int8_problem(100, 256, 256, 16), d).cuda.large_tiles, "a small one has small tiles");
+    check(many.cuda.early_start == (d.arch >= 90), "products start early from sm_90 on: " + to_string(many));
+    check(to_string(many) == to_string(int8_plan(int8_problem(4096, 1280, 5120, 16), d)), "a plan is a function");
+    check(std::isfinite(many.cuda.predicted_us) && many.cuda.predicted_us > 0, to_string(many));
+    // A whole vocabulary: rows are quantized once, and not by 1,621 blocks.
+    Int8LoraLinearProblem p = int8_problem(1, 1280, 51865, 0);
+    p.top_k = 5;
+    p.has_screen = true;
+    const Int8LoraLinearPlan vocabulary = int8_plan(p, d);
+    check(vocabulary.cuda.path == Path::kFewRows && vocabulary.cuda.splits == 1, to_string(vocabulary));
+    check(workspace_bytes(vocabulary) >= 51865 * 4, "with room for the outputs to choose from");
+  }
+  // Without an early start the kernel that is saved costs more than rows quantized in every block.
+  check(int8_plan(int8_problem(1, 1280, 1280, 16), kA100).cuda.path == Path::kFused, "A100: one kernel at one row");
+  check(workspace_bytes(int8_plan(int8_problem(1, 1280, 1280, 16), kA100)) == 0, "which needs no memory");
+  check(int8_plan(int8_problem(32, 16384, 64, 16), kH200).cuda.splits > 1, "a narrow deep layer is split");
+  check(int8_plan(int8_problem(4096, 1280, 1280, 16), kH200).cuda.staged_bytes > 0, "rows that fit are read once");
+  check(int8_plan(int8_problem(4096, 65536, 1280, 16), kH200).cuda.staged_bytes == 0, "those that do not, from L2");
+  Int8LoraLinearProblem p = int8_problem(64, 1280, 1280, 16);
+  p.dtype = DType::kBFloat16;
+  check(int8_plan(p, kL4).cuda.convert_a, "factors of another type than x are converted first");
+
+  Int8LoraLinearPlan chosen;
+  Status s = plan(p, on_cuda(kT4), &chosen);
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "dtype of x: on sm_75 expected float16"), s.text);
+  p.rows = int64_t{1} << 40;
+  p.lora.groups = 0;
+  s = plan(p, on_cuda(device_of(70, 80, 1.4, 900)), &chosen);
+  check(contains(s.text, "expected sm_75") && contains(s.text, "rows of x: expected at most"), s.text);
+  check(plan(int8_problem(4, 8, 8, 2), DeviceInfo(), &chosen).ok() && !contains(to_string(chosen), "cuda"),
+        "a CPU problem stays on the CPU");
+
+  p = int8_problem(4, 64, 64, 2);
+  p.static_scale = true;
+  check(plan(p, on_cuda(kH200), &chosen).ok(), "static scales have a plan");
+  for (float scale : {0.0f, -1.0f, NAN, INFINITY}) {
+    Int8LoraLinearArgs args;
+    args.host_x_scale = scale;
+    s = run(chosen, args, serial_executor());
+    check(s.code == StatusCode::kInvalidArgument && contains(s.text, "x_scale: expected a positive finite scale, got"),
+          "a bad scale is refused before anything is launched: " + s.text);
+  }
+  Int8LoraLinearArgs args;
+  args.host_x_scale = 1;
+  s = run(chosen, args, serial_executor());
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "LORA_KERNELS_CUDA=ON"), s.text);
+}
+
+void test_int8_wgmma() {
+  using Path = CudaInt8LoraLinearPath;
+  const CudaDevice with = with_wgmma(kH200);
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32})
+    for (const int64_t rank : {0, 16}) {
+      Int8LoraLinearProblem p = int8_problem(4096, 1280, 5120, rank);
+      p.dtype = p.lora.dtype = dtype;
+      const Int8LoraLinearPlan mma = int8_plan(p, kH200), wgmma = int8_plan(p, with);
+      check(mma.cuda.wgmma_columns == 0 && !contains(to_string(mma), "wgmma"),
+            "without machine code for sm_90a there is none: " + to_string(mma));
+      check(wgmma.cuda.path == Path::kTiled && wgmma.cuda.wgmma_columns > 0 &&
+                wgmma.cuda.predicted_us < 0.85 * mma.cuda.predicted_us,
+            "a large product is predicted to be clearly faster: " + to_string(wgmma) + ", " + to_string(mma));
+      check(contains(to_string(wgmma), "wgmma tile=128x" + std::to_string(wgmma.cuda.wgmma_columns)), to_string(wgmma));
+      check(wgmma.cuda.early_start && workspace_bytes(wgmma) == workspace_bytes(mma),
+            "which needs no other memory: " + to_string(wgmma));
+    }
+  // Tiles in turns: where 256 columns leave most of a last turn idle, 128 do better.
+  check(int8_plan(int8_problem(4096, 1280, 5120, 16), with).cuda.wgmma_columns == 256, "wide tiles");
+  check(int8_plan(int8_problem(4096, 5120, 1280, 16), with).cuda.wgmma_columns == 128, "narrow tiles");
+  for (const int64_t rows : {1, 32, 100})
+    check(int8_plan(int8_problem(rows, 1280, 1280, 16), with).cuda.wgmma_columns == 0, "few rows are bound by memory");
+  Int8LoraLinearProblem p = int8_problem(4096, 1280, 51865, 0);
+  p.top_k = 5;
+  check(int8_plan(p, with).cuda.wgmma_columns == 0, "outputs that are chosen among are fp32, which it does not store");
+  p = int8_problem(4096, 0, 5120, 0);
+  check(int8_plan(p, with).cuda.wgmma_columns == 0, "nor is there a map of no columns");
+  p = int8_problem(4096, 1280, 5120, 16);
+  p.dtype = p.lora.dtype = DType::kFloat32;
+  p.lora.max_rank = p.lora.total_rank = 512;
+  check(int8_plan(p, with).cuda.wgmma_columns == 0, "a branch that outweighs the base stays where it is as fast");
+
+  p = int8_problem(4096, 1280, 5120, 16);
+  check(force_implementation("cuda_mma").ok(), "it can be left out by name");
+  const Int8LoraLinearPlan forced = int8_plan(p, with);
+  Int8LoraLinearPlan refused;
+  const Status on_cpu = plan(p, DeviceInfo(), &refused);
+  const Status launched = run(forced, Int8LoraLinearArgs(), serial_executor());
+  force_implementation("");
+  check(forced.cuda.wgmma_columns == 0 && to_string(forced) == to_string(int8_plan(p, kH200)), to_string(forced));
+  check(contains(on_cpu.text, "cuda_mma: it runs on a CUDA device"), "and a CPU refuses: " + on_cpu.text);
+  check(contains(launched.text, "LORA_KERNELS_CUDA=ON"), "it is launched as a CUDA kernel is: " + launched.text);
+}
+
+}  // namespace
+
+void test_int8_plans() {
+  test_int8_paths();
+  test_int8_wgmma();
+}
