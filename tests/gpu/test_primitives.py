@@ -36,6 +36,10 @@ PRIMITIVES = [
     "wgmma.bf16.n128",
     "wgmma.bf16.n256",
     "tma",
+    "wgmma.f16.n128 across",
+    "wgmma.f16.n256 across",
+    "wgmma.bf16.n128 across",
+    "wgmma.bf16.n256 across",
 ]
 # Sums in another order, and other implementations of exp and erfc; everything else is exact.
 ROUNDED = {"mma.f16", "mma.bf16", "mma.tf32", "mma.f16.k8", "activations"}
