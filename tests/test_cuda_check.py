@@ -62,7 +62,7 @@ def test_every_fault_is_named(changes: dict, words: str) -> None:
 
 
 def test_products_of_a_warpgroup_are_expected_on_sm_90_alone() -> None:
-    name = "gemm_wgmma<__half, WgmmaShape<256> >"
+    name = "gemm_wgmma<__half, WgmmaShape<256>, kForward>"
     mma = check["Kernel"](**(RECORDED["sm_80"][GEMM]))
     budget = RECORDED["sm_80"][GEMM]
     found = check["faults"](name, "f16", 90, mma, budget)

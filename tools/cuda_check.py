@@ -99,8 +99,12 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   SIZE("kv_blocked<" #Q ", 1>", kv_shared_bytes(1, kKvBlockedQueries, 0)) \\
   SIZE("kv_blocked<" #Q ", 2>", kv_shared_bytes(2, kKvBlockedQueries, 0)) \\
   SIZE("kv_pack_kernel<" #Q ">", kKvPackSharedBytes)
+#define WGMMA_OF(T, N, P)                                                 \\
+  SIZE("gemm_wgmma<" #T ", WgmmaShape<" #N ">, " #P ">",                  \\
+       (WgmmaLayout<T, WgmmaShape<N>, Product::P>::kSharedBytes))
 #define WGMMA(T, N)                                                       \\
-  SIZE("gemm_wgmma<" #T ", WgmmaShape<" #N "> >", (WgmmaLayout<T, WgmmaShape<N>>::kSharedBytes))
+  WGMMA_OF(T, N, kForward) WGMMA_OF(T, N, kInputGradient)                 \\
+  WGMMA_OF(T, N, kMaskedGradient)
 #define INT8_WGMMA(T, N)                                                  \\
   SIZE("int8_wgmma<" #T ", Int8WgmmaShape<" #N "> >",                     \\
        (Int8WgmmaLayout<T, Int8WgmmaShape<N>>::kSharedBytes))

@@ -17,7 +17,7 @@ const LoraLinearImplementation kLoraLinearCuda = {
 
 // Not taken unless it is forced: to compare it, or should wgmma be at fault.
 const LoraLinearImplementation kLoraLinearCudaMma = {
-    "cuda_mma", kIsaCuda, cuda::configure_mma, nullptr, cuda::configure_backward, nullptr,
+    "cuda_mma", kIsaCuda, cuda::configure_mma, nullptr, cuda::configure_backward_mma, nullptr,
 };
 
 bool on_cuda(const LoraLinearImplementation* row) { return row == &kLoraLinearCuda || row == &kLoraLinearCudaMma; }

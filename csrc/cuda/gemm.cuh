@@ -16,8 +16,9 @@
 // kInTile costs max_rank / BN of the base's products again (rank 16: 12.5 %), kForward another kernel that reads x:
 // lora_linear_plan.cpp weighs the two.
 //
-// Not measured: no GPU has run this. On Hopper mma.sync reaches about 60 % of what wgmma does: gemm_wgmma.cuh. Not
-// tried: stores of 16 bytes (results leave as pairs, half of a sector at a time).
+// Not measured: no GPU has run this. On Hopper mma.sync reaches about 60 % of what wgmma does, by which
+// gemm_wgmma.cuh makes the first, third and fourth of these. Not tried: stores of 16 bytes (results leave as pairs,
+// half of a sector at a time).
 #pragma once
 
 #include "cuda/gemm_shapes.h"

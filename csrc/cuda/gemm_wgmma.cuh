@@ -1,13 +1,22 @@
-// The tiled forward product on the tensor cores of sm_90a: y = act(x Wt + bias + t B) + residual, fp16 and bf16, for
-// many rows. What gemm.cuh does by mma.sync, of which Hopper does about 60 % as many as of wgmma.
+// Tiled products on the tensor cores of sm_90a, fp16 and bf16, for many rows: what gemm.cuh does by mma.sync, of which
+// Hopper does about 60 % as many as of wgmma. Result = a b, with
 //
-// Two warpgroups make 128 x 256 of y (or 128 x 128), 64 rows each, in steps of 64 of depth. Operands come into tiles in
-// the 128-byte swizzle that wgmma reads, four (six) steps of 48 (32) KB: two (four) steps are in flight from memory
-// while one is multiplied and one is being finished. x and W come by TMA, one thread asking for two boxes; where their
-// alignment allows no tensor map, by cp.async, of which 256 threads issue twelve (eight) each in the 1,024 (512) clocks
-// that a step multiplies. t beside x and B beside W are more steps on the same sums, of which only as many ranks as
-// there are, in sixteens, are multiplied; they come by cp.async, since which rows of t count their adapters say. Sums
-// leave through shared memory.
+//   kForward         y  = act(x Wt + bias + t B) + residual   a = x [M, K], b = W [N, K]; t = s x At, made before
+//   kInputGradient   dx = dy W + u A                          a = dy [M, N], b = W [N, K] by depth; u = s dy Bt
+//   kMaskedGradient  dx = dy W + mask (u A)                   with dropout: apart, the branch has to come first
+//
+// Two warpgroups make 128 x 256 of the result (or 128 x 128), 64 rows each, in steps of 64 of depth. Operands come into
+// tiles in the 128-byte swizzle that wgmma reads, four (six) steps of 48 (32) KB: two (four) steps are in flight from
+// memory while one is multiplied and one is being finished. a and b come by TMA, one thread asking for their boxes;
+// where their alignment allows no tensor map, by cp.async, of which 256 threads issue twelve (eight) each in the 1,024
+// (512) clocks that a step multiplies. The depth of b in gradients lies across its rows, as W and A lie in memory:
+// wgmma reads 16-bit operands either way, and nothing is transposed. t beside x and B beside W (u beside dy and A
+// beside W) are more steps on the same sums, of which only as many ranks as there are, in sixteens, are multiplied;
+// they come by cp.async, since which rows of t count their adapters say. Sums leave through shared memory.
+//
+// The branch comes last, so that a kernel that starts early does the base while t or u is still being made. Under
+// dropout the mask is of the branch alone: it comes first, its sums are masked in registers, and the base is added to
+// them; the bits of the mask are drawn before u is waited for.
 //
 // FLOPs 2 M N (K + r); a step reads 48 KB for 2 * 128 * 256 * 64 FLOPs: 85 to a byte of L2. Bound by arithmetic. Not
 // measured: no GPU has run this. Not tried: a warpgroup that asks for boxes alone, stores beside the next tile's
@@ -26,12 +35,18 @@ struct WgmmaShape {
   static constexpr int kStages = kColumns == 256 ? 4 : 6;
 };
 
-template <class T, class Shape>
+template <class T, class Shape, Product kProduct>
 struct WgmmaLayout {
+  static constexpr bool kMasked = kProduct == Product::kMaskedGradient;
+  static constexpr bool kAcross = kProduct == Product::kInputGradient || kMasked;
+  static_assert(kAcross || kProduct == Product::kForward, "products that are made here");
   using A = Tile<T, Shape::kRows, Shape::kDepth>;
-  using B = Tile<T, Shape::kColumns, Shape::kDepth>;
+  // Rows of depth, or rows across depth, of which 64 columns are a tile.
+  using B = std::conditional_t<kAcross, Tile<T, Shape::kDepth, 64>, Tile<T, Shape::kColumns, Shape::kDepth>>;
+  static constexpr int kBTiles = kAcross ? Shape::kColumns / 64 : 1;
+  static_assert(!kAcross || B::kBytes == static_cast<int>(kWgmmaAcrossBytes), "as the descriptor says");
   using Adapters = TileAdapters<Shape::kRows, Shape::kThreads>;
-  static constexpr int kStageBytes = A::kBytes + B::kBytes;
+  static constexpr int kStageBytes = A::kBytes + kBTiles * B::kBytes;
   // Sums on their way out: eight words more than a row has, so that the eight rows of a store lie in different banks.
   static constexpr int kSumsStride = Shape::kColumns + 8;
   static constexpr int kTileBytes = Shape::kStages * kStageBytes;
@@ -41,22 +56,26 @@ struct WgmmaLayout {
 };
 
 struct WgmmaParams {
-  TensorMap a, b;      // of x and W, boxes of a tile's rows
+  TensorMap a, b;      // of both operands, boxes of a tile
   bool boxes = false;  // there are such maps
   GemmParams gemm;
 };
 
-template <class T, class Shape>
+template <class T, class Shape, Product kProduct>
 class WgmmaTile {
-  using Layout = WgmmaLayout<T, Shape>;
+  using Layout = WgmmaLayout<T, Shape, kProduct>;
   using A = typename Layout::A;
   using B = typename Layout::B;
   using Adapters = typename Layout::Adapters;
   static constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages, kAhead = kStages - 2;
+  static constexpr bool kAcross = Layout::kAcross, kMasked = Layout::kMasked;
+  // Columns whose bits fill two words of a thread.
+  static constexpr int kMaskColumns = 128, kMaskParts = Shape::kColumns / kMaskColumns;
   static_assert(A::kBytes % kWgmmaAlignment == 0 && B::kBytes % kWgmmaAlignment == 0, "tiles follow one another");
 
  public:
-  __device__ WgmmaTile(const WgmmaParams& p, int m, int n) : all_(p), p_(p.gemm), m_(m), n_(n) {
+  __device__ WgmmaTile(const WgmmaParams& p, int m, int n)
+      : all_(p), p_(p.gemm), dropout_(p.gemm.dropout.with_seed()), m_(m), n_(n) {
     tiles_ = shared_.template take<char>(Layout::kTileBytes);  // first: from a multiple of 1024 on
     landed_ = shared_.template take<uint64_t>(kStages);
   }
@@ -66,22 +85,26 @@ class WgmmaTile {
     if (all_.boxes && threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) init_arrivals(landed_ + i);
       fence_arrivals();
-      for (int k = 0; k < kAhead && k < base_steps_; ++k) fetch_boxes(k);
+      for (int k = 0; !kMasked && k < kAhead && k < base_steps_; ++k) fetch_boxes(k);
     }
     // Its barrier shows all threads the barriers above.
     const Adapters adapters(p_.routing, shared_.template take<int>(Adapters::kWords), m_, p_.rows);
-    int steps = base_steps_;
+    int branch_steps = 0;
     for (int i = 0; i < adapters.count(); ++i)
-      steps += (p_.routing.rank(adapters.adapter(i)) + Shape::kDepth - 1) / Shape::kDepth;
-    for (int k = 0; k < kAhead; ++k) fetch(k, steps, adapters, all_.boxes);
+      branch_steps += (p_.routing.rank(adapters.adapter(i)) + Shape::kDepth - 1) / Shape::kDepth;
+    const int steps = base_steps_ + branch_steps;
+    if (kMasked) base_begin_ = branch_steps;
+    if (kMasked && branch_steps > 0) draw_mask();
+    for (int k = 0; k < kAhead; ++k) fetch(k, steps, adapters, !kMasked && all_.boxes);
     Place multiplied;
     for (int k = 0; k < steps; ++k) {
       wait_copies<kAhead - 1>();
-      if (all_.boxes && k < base_steps_) wait_for_bytes(landed_ + k % kStages, k / kStages & 1);
+      if (all_.boxes && is_base(k)) wait_for_bytes(landed_ + k % kStages, (k - base_begin_) / kStages & 1);
       fence_proxy();
       __syncthreads();  // step k has landed for all, and all are done with step k - 2, whose place is filled next
+      if (kMasked && k == base_begin_ && k > 0) mask();
       const char* a = tiles_ + k % kStages * Layout::kStageBytes;
-      if (k < base_steps_)
+      if (is_base(k))
         multiply<Shape::kDepth / 16>(a);
       else
         multiply_ranks(a, multiplied.next(p_.routing, adapters));
@@ -126,35 +149,61 @@ class WgmmaTile {
     }
   };
 
+  __device__ bool is_base(int k) const { return k >= base_begin_ && k < base_begin_ + base_steps_; }
+
   // By one thread. The tiles' place was read by products that are done, and everyone has said so at a barrier.
   __device__ void fetch_boxes(int k) {
     char* a = tiles_ + k % kStages * Layout::kStageBytes;
     uint64_t* landed = landed_ + k % kStages;
+    const int depth = (k - base_begin_) * Shape::kDepth;
     expect_bytes(landed, Layout::kStageBytes);
-    load_box(a, all_.a, m_, k * Shape::kDepth, landed);
-    load_box(a + A::kBytes, all_.b, n_, k * Shape::kDepth, landed);
+    load_box(a, all_.a, m_, depth, landed);
+#pragma unroll
+    for (int i = 0; i < Layout::kBTiles; ++i) {
+      char* b = a + A::kBytes + i * B::kBytes;
+      if constexpr (kAcross)
+        load_box(b, all_.b, depth, n_ + i * 64, landed);
+      else
+        load_box(b, all_.b, n_, depth, landed);
+    }
   }
 
   __device__ void fetch(int k, int steps, const Adapters& adapters, bool boxes_are_fetched) {
     if (k < steps) {
       char *a = tiles_ + k % kStages * Layout::kStageBytes, *b = a + A::kBytes;
-      if (k < base_steps_ && all_.boxes) {
+      if (is_base(k) && all_.boxes) {
         if (!boxes_are_fetched && threadIdx.x == 0) fetch_boxes(k);
-      } else if (k < base_steps_) {
-        load_tile<A, kThreads>(a, p_.a, m_, k * Shape::kDepth);
-        load_tile<B, kThreads>(b, p_.b, n_, k * Shape::kDepth);
+      } else if (is_base(k)) {
+        const int depth = (k - base_begin_) * Shape::kDepth;
+        load_tile<A, kThreads>(a, p_.a, m_, depth);
+        if constexpr (kAcross)
+          load_across(b, p_.b, depth);
+        else
+          load_tile<B, kThreads>(b, p_.b, n_, depth);
       } else {
         wait_for_kernel_before();  // which makes t
         const int adapter = adapters.adapter(fetched_.slot), chunk = fetched_.chunk;
-        const int rank = p_.routing.rank(adapter);
+        const int begin = p_.routing.begin(adapter), rank = p_.routing.rank(adapter);
         Matrix t = p_.t;
         t.columns = rank;
         load_tile<A, kThreads>(a, t, m_, chunk, [&](int row) { return adapters.uses(row, adapter); });
-        load_up<B, kThreads>(b, p_.up, n_, p_.columns, p_.routing.begin(adapter), chunk, rank);
+        if constexpr (kAcross) {
+          Matrix up = p_.up_rows;
+          up.rows = begin + rank;
+          load_across(b, up, begin + chunk);
+        } else {
+          load_up<B, kThreads>(b, p_.up, n_, p_.columns, begin, chunk, rank);
+        }
         fetched_.next(p_.routing, adapters);
       }
     }
     commit_copies();
+  }
+
+  // Rows `row` on of this tile's columns.
+  __device__ void load_across(char* b, const Matrix& m, int row) {
+#pragma unroll
+    for (int i = 0; i < Layout::kBTiles; ++i) load_tile<B, kThreads>(b + i * B::kBytes, m, row, n_ + i * 64);
   }
 
   template <int kSteps>
@@ -164,8 +213,8 @@ class WgmmaTile {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)
-      wgmma<T, Shape::kColumns>(c_, a + static_cast<uint64_t>(i) * kWgmmaStep,
-                                b + static_cast<uint64_t>(i) * kWgmmaStep);
+      wgmma<T, Shape::kColumns, kAcross>(c_, a + static_cast<uint64_t>(i) * kWgmmaStep,
+                                         b + static_cast<uint64_t>(i) * (kAcross ? kWgmmaStepAcross : kWgmmaStep));
     commit_products();
   }
 
@@ -179,28 +228,70 @@ class WgmmaTile {
       multiply<Shape::kDepth / 16>(a_tile);
   }
 
-  // This warpgroup's rows of x, and W.
+  // This warpgroup's rows of a, and b.
   __device__ static void operands(const char* a_tile, uint64_t* a, uint64_t* b) {
     *a = wgmma_operand(a_tile + static_cast<int>(threadIdx.x) / 128 * (A::kBytes / 2));
-    *b = wgmma_operand(a_tile + A::kBytes);
+    *b = kAcross ? wgmma_operand_across(a_tile + A::kBytes) : wgmma_operand(a_tile + A::kBytes);
+  }
+
+  // The mask of x at this thread's elements of dx: of rows g and g + 8 (kept_[h]) bit 4 j + e for column 8 j + 2 t + e.
+  // Two neighbours have the four elements of a counter between them where rows are whole counters: each draws those of
+  // one row for both.
+  __device__ void draw_mask() {
+    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4, odd = t % 2;
+    const int row = m_ + static_cast<int>(threadIdx.x) / 32 * 16 + g;
+    const auto bits = [&](int of_row, int column, int count) {
+      return static_cast<uint64_t>(
+          kept_bits(dropout_, static_cast<uint64_t>(of_row) * static_cast<uint64_t>(p_.columns) + column, count));
+    };
+#pragma unroll
+    for (int part = 0; part < kMaskParts; ++part) {
+      uint64_t of_row[2] = {0, 0};
+      const int column = n_ + part * kMaskColumns;
+      if (p_.columns % 4 == 0) {
+#pragma unroll 1
+        for (int j = 0; j < 16; ++j) of_row[0] |= bits(row + odd * 8, column + j * 8 + t / 2 * 4, 4) << 4 * j;
+        const uint64_t others = __shfl_xor_sync(~0u, of_row[0], 1);
+        of_row[1] = odd ? of_row[0] : others;
+        of_row[0] = odd ? others : of_row[0];
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < 16; ++j) {
+          of_row[0] |= bits(row, column + j * 8 + t * 2, 2) << (4 * j + 2 * odd);
+          of_row[1] |= bits(row + 8, column + j * 8 + t * 2, 2) << (4 * j + 2 * odd);
+        }
+      }
+      for (int h = 0; h < 2; ++h) kept_[part][h] = of_row[h] >> 2 * odd;
+    }
+  }
+
+  // 1 / (1 - p) is in the scale of u.
+  __device__ void mask() {
+    wait_products<0>();
+#pragma unroll
+    for (int j = 0; j < Shape::kColumns / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c_[j][i] = kept_[j / 16][i / 2] >> (4 * (j % 16) + i % 2) & 1 ? c_[j][i] : 0.0f;
   }
 
   const WgmmaParams& all_;
   const GemmParams& p_;
+  const Dropout dropout_;
   Shared shared_;
   char* tiles_;
-  uint64_t* landed_;  // of each place: x and W are there
-  int m_, n_, base_steps_ = 0;
+  uint64_t* landed_;  // of each place: a and b are there
+  int m_, n_, base_begin_ = 0, base_steps_ = 0;
   Place fetched_;
+  uint64_t kept_[kMasked ? kMaskParts : 1][2];
   float c_[Shape::kColumns / 8][4] = {};
 };
 
-template <class T, class Shape>
+template <class T, class Shape, Product kProduct>
 __global__ void __launch_bounds__(Shape::kThreads, 1) gemm_wgmma(const __grid_constant__ WgmmaParams p) {
   if constexpr (kWgmma) {
     int m = 0, n = 0;
     tile_of_block<Shape>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.columns, &m, &n);
-    WgmmaTile<T, Shape> tile(p, m, n);
+    WgmmaTile<T, Shape, kProduct> tile(p, m, n);
     tile.run();
     tile.store();
   } else {

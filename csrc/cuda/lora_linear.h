@@ -13,6 +13,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan);
 // The same without wgmma: what the row "cuda_mma" is.
 void configure_mma(const DeviceInfo& device, LoraLinearPlan* plan);
 void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan);
+void configure_backward_mma(const DeviceInfo& device, LoraLinearBackwardPlan* plan);
 
 Status launch(const LoraLinearPlan& plan, const LoraLinearArgs& args, const Executor& executor);
 Status launch_backward(const LoraLinearBackwardPlan& plan, const LoraLinearBackwardArgs& args,

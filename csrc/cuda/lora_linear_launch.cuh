@@ -57,19 +57,45 @@ void tiled(Sequence* s, const char* name, const GemmParams& p, bool early) {
                                     GemmLayout<T, Shape, kProduct>::kSharedBytes, p, early);
 }
 
-template <class T, int kColumns>
+template <class T, int kColumns, Product kProduct>
 void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early) {
   using Shape = WgmmaShape<kColumns>;
+  using Layout = WgmmaLayout<T, Shape, kProduct>;
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   const auto map = [&](TensorMap* to, const Matrix& m, int box_rows) {
     return make_tensor_map(to, m.data, kBf16, m.rows, m.columns, m.stride * static_cast<int64_t>(sizeof(T)), box_rows);
   };
   WgmmaParams w{};
   w.gemm = p;
-  w.boxes = map(&w.a, p.a, Shape::kRows) && map(&w.b, p.b, Shape::kColumns);
+  w.boxes = map(&w.a, p.a, Shape::kRows) && map(&w.b, p.b, Layout::B::kRows);
   const unsigned blocks = tiles(p.rows, Shape::kRows) * tiles(p.columns, Shape::kColumns);
-  s->run<&gemm_wgmma<T, Shape>>(name, dim3(blocks, 1, 1), Shape::kThreads, WgmmaLayout<T, Shape>::kSharedBytes, w,
-                                early);
+  s->run<&gemm_wgmma<T, Shape, kProduct>>(name, dim3(blocks, 1, 1), Shape::kThreads, Layout::kSharedBytes, w, early);
+}
+
+// dx by the tiles of the plan; with dropout the branch is masked.
+template <class T>
+void input_gradient(Sequence* s, const GemmParams& p, const CudaLoraLinearBackwardPlan& plan, bool early) {
+  if constexpr (sizeof(T) == 2) {
+    if (plan.wgmma_columns) {
+      if (p.dropout.on && plan.wgmma_columns == 256)
+        tiled_wgmma<T, 256, Product::kMaskedGradient>(s, "gemm_wgmma<masked dx, 128x256>", p, early);
+      else if (p.dropout.on)
+        tiled_wgmma<T, 128, Product::kMaskedGradient>(s, "gemm_wgmma<masked dx, 128x128>", p, early);
+      else if (plan.wgmma_columns == 256)
+        tiled_wgmma<T, 256, Product::kInputGradient>(s, "gemm_wgmma<dx, 128x256>", p, early);
+      else
+        tiled_wgmma<T, 128, Product::kInputGradient>(s, "gemm_wgmma<dx, 128x128>", p, early);
+      return;
+    }
+  }
+  if (p.dropout.on && plan.large_tiles)
+    tiled<T, LargeShape, Product::kMaskedGradient>(s, "gemm<masked dx, 128x128>", p, early);
+  else if (p.dropout.on)
+    tiled<T, SmallShape, Product::kMaskedGradient>(s, "gemm<masked dx, 64x64>", p, early);
+  else if (plan.large_tiles)
+    tiled<T, LargeShape, Product::kInputGradient>(s, "gemm<dx, 128x128>", p, early);
+  else
+    tiled<T, SmallShape, Product::kInputGradient>(s, "gemm<dx, 64x64>", p, early);
 }
 
 // out [out_rows, columns] = sums over rows of at b, split among blocks and added in order.
@@ -197,9 +223,9 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
   if constexpr (sizeof(T) == 2) {
     if (plan.cuda.wgmma_columns) {
       if (plan.cuda.wgmma_columns == 256)
-        tiled_wgmma<T, 256>(&s, "gemm_wgmma<128x256>", p, early);
+        tiled_wgmma<T, 256, Product::kForward>(&s, "gemm_wgmma<128x256>", p, early);
       else
-        tiled_wgmma<T, 128>(&s, "gemm_wgmma<128x128>", p, early);
+        tiled_wgmma<T, 128, Product::kForward>(&s, "gemm_wgmma<128x128>", p, early);
       return s.status();
     }
   }
@@ -293,15 +319,7 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
     p.epilogue.y = args.dx;
     p.epilogue.columns = static_cast<int>(K);
     p.epilogue.pairs = pairs_can_be_stored<T>(args.dx, nullptr, K);
-    const bool early = lora && plan.cuda.early_start;
-    if (dropout.on && plan.cuda.large_tiles)
-      tiled<T, LargeShape, Product::kMaskedGradient>(&s, "gemm<masked dx, 128x128>", p, early);
-    else if (dropout.on)
-      tiled<T, SmallShape, Product::kMaskedGradient>(&s, "gemm<masked dx, 64x64>", p, early);
-    else if (plan.cuda.large_tiles)
-      tiled<T, LargeShape, Product::kInputGradient>(&s, "gemm<dx, 128x128>", p, early);
-    else
-      tiled<T, SmallShape, Product::kInputGradient>(&s, "gemm<dx, 64x64>", p, early);
+    input_gradient<T>(&s, p, plan.cuda, lora && plan.cuda.early_start);
   }
   GemmParams p;
   p.depth = static_cast<int>(M);

@@ -36,6 +36,13 @@ Machine machine_of(const CudaDevice& d, DType type, bool allow_tf32) {
   return {d, flops_per_clock(d.arch) / slower};
 }
 
+// Tiles by wgmma; none without it, or in fp32. What the mask of a gradient costs is in no prediction, by wgmma as little
+// as by mma.sync.
+WgmmaTime wgmma_of(const CudaDevice& device, DType type, int64_t rows, int64_t columns, double bytes, double depth) {
+  if (!device.wgmma || type == DType::kFloat32) return {0, 0};
+  return wgmma_tiles(Machine(device, kWgmmaFlopsPerClock), rows, columns, bytes, depth);
+}
+
 int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
   // Two blocks for each multiprocessor, of at least 256 rows each: fewer would read and add parts for nothing.
   const int64_t wanted = blocks > 0 ? static_cast<int64_t>(2 * machine.multiprocessors) / blocks : 1;
@@ -154,10 +161,9 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
   c.large_tiles = two.large;
   c.predicted_us = two.us + down_us;
-  WgmmaTime wgmma{0, 0};
-  if (device.cuda.wgmma && p.dtype != DType::kFloat32)
-    wgmma = wgmma_tiles(Machine(device.cuda, kWgmmaFlopsPerClock), p.rows, p.out_features, base_bytes,
-                        K + static_cast<double>(round_up(p.lora.max_rank, 16)));
+  const double wgmma_depth = K + (lora ? static_cast<double>(round_up(p.lora.max_rank, 16)) : 0);
+  WgmmaTime wgmma = wgmma_of(device.cuda, p.dtype, p.rows, p.out_features, base_bytes, wgmma_depth);
+  wgmma.us += down_us;
 
   if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a &&
       !p.keeps_t) {
@@ -189,13 +195,13 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
       c.predicted_us = us;
     }
   }
-  if (wgmma.columns && wgmma.us + down_us < kClearlyBetter * c.predicted_us) {
+  if (wgmma.columns && wgmma.us < kClearlyBetter * c.predicted_us) {
     c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
     c.wgmma_columns = wgmma.columns;
     c.large_tiles = true;
     c.splits = 1;
     c.t_in_blocks = false;
-    c.predicted_us = wgmma.us + down_us;
+    c.predicted_us = wgmma.us;
   }
   c.tile_rows = c.large_tiles ? 128 : 64;
   c.tile_columns = c.wgmma_columns ? c.wgmma_columns : c.tile_rows;
@@ -227,15 +233,19 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   const double K = static_cast<double>(p.in_features), N = static_cast<double>(p.out_features);
   const bool lora = p.lora.present();
   const double rank = lora ? static_cast<double>(p.lora.max_rank) : 0;
-  const TiledTime dx =
-      tiled(machine, p.rows, p.in_features, (N * K + M * (K + N)) * size, [&](int) { return N + rank; });
-  c.large_tiles = dx.large;
+  const double dx_bytes = (N * K + M * (K + N)) * size;
+  const TiledTime dx = tiled(machine, p.rows, p.in_features, dx_bytes, [&](int) { return N + rank; });
+  const double wgmma_depth = N + (lora ? static_cast<double>(round_up(p.lora.max_rank, 16)) : 0);
+  const WgmmaTime wgmma = wgmma_of(device.cuda, p.dtype, p.rows, p.in_features, dx_bytes, wgmma_depth);
+  const bool by_wgmma = b.needs_dx && wgmma.columns && wgmma.us < kClearlyBetter * dx.us;
+  c.wgmma_columns = by_wgmma ? wgmma.columns : 0;
+  c.large_tiles = by_wgmma || dx.large;
   const int64_t small_a = (p.in_features + 63) / 64, small_b = (p.out_features + 63) / 64;
   const int64_t factors = std::max<int64_t>(1, p.lora.adapters) * ((std::max<int64_t>(1, p.lora.max_rank) + 63) / 64);
   c.a_splits = parts_of_rows(machine, small_a * factors, p.rows);
   c.b_splits = parts_of_rows(machine, small_b * factors, p.rows);
   c.w_splits = parts_of_rows(machine, ((p.out_features + 127) / 128) * ((p.in_features + 127) / 128), p.rows);
-  if (b.needs_dx) c.predicted_us += dx.us;
+  if (b.needs_dx) c.predicted_us += by_wgmma ? wgmma.us : dx.us;
   if (lora && b.needs_dlora) {
     const Readings r = readings_of_dy(machine, p, device.cuda.shared_bytes, device.cuda.l2_bytes);
     c.dy_once = r.once;
@@ -255,6 +265,12 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   Workspace w;
   BackwardWorkspace(w, *plan);
   plan->workspace = w.used;
+}
+
+void configure_backward_mma(const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
+  DeviceInfo without = device;
+  without.cuda.wgmma = false;
+  configure_backward(without, plan);
 }
 
 }  // namespace lora_kernels::cuda
@@ -279,8 +295,10 @@ std::string to_string(const CudaLoraLinearPlan& c) {
 
 std::string to_string(const CudaLoraLinearBackwardPlan& c) {
   std::ostringstream text;
-  text << "sm_" << c.arch << " dx_tile=" << (c.large_tiles ? 128 : 64) << " splits=" << c.a_splits << "," << c.b_splits
-       << "," << c.w_splits << (c.early_start ? " early_start" : "");
+  const int tile = c.large_tiles ? 128 : 64;
+  text << "sm_" << c.arch << (c.wgmma_columns ? " wgmma" : "") << " dx_tile=" << tile << "x"
+       << (c.wgmma_columns ? c.wgmma_columns : tile) << " splits=" << c.a_splits << "," << c.b_splits << ","
+       << c.w_splits << (c.early_start ? " early_start" : "");
   if (c.dy_once) text << " dy_once=" << c.row_splits << "x" << c.column_splits;
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);

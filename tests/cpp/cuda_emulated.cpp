@@ -137,6 +137,7 @@ int emulated_backward(const Call* c, char* message, int64_t size) {
   cuda::configure_backward(device, &plan);
   if (c->path >= 0) {
     plan.cuda.large_tiles = c->large_tiles != 0;
+    plan.cuda.wgmma_columns = c->large_tiles > 1 ? static_cast<int>(c->large_tiles) : 0;
     plan.cuda.a_splits = plan.cuda.b_splits = plan.cuda.w_splits = static_cast<int>(c->splits);
     if (c->dy_once >= 0) {
       plan.cuda.dy_once = c->dy_once != 0 && c->adapters == 1 && c->max_rank <= 32;

@@ -188,6 +188,52 @@ void test_wgmma() {
   check(forced.cuda.wgmma_columns == 0 && to_string(forced) == to_string(plan_of(p, kH100)), to_string(forced));
 }
 
+// dx by the rule of the forward pass: where it is predicted to be clearly faster, and not of fp32.
+void test_wgmma_of_gradients() {
+  CudaDevice with = kH100;
+  with.wgmma = true;
+  LoraLinearBackwardProblem b;
+  b.needs_dx = b.needs_dlora = true;
+  const auto plan_on = [&](const CudaDevice& device) {
+    LoraLinearBackwardPlan chosen;
+    const Status status = plan(b, on_cuda(device), &chosen);
+    check(status.ok(), status.text);
+    return chosen;
+  };
+  for (const int64_t rank : {0, 16, 64}) {
+    b.forward = problem_of(12000, 1280, 5120, rank);
+    for (const double dropout : {0.0, 0.1}) {
+      b.forward.dropout_p = dropout;
+      const LoraLinearBackwardPlan mma = plan_on(kH100), wgmma = plan_on(with);
+      check(mma.cuda.wgmma_columns == 0 && !contains(to_string(mma), "wgmma"),
+            "without machine code for sm_90a there is none: " + to_string(mma));
+      check(wgmma.cuda.wgmma_columns > 0 && wgmma.cuda.large_tiles, "a large dx takes it: " + to_string(wgmma));
+      check(contains(to_string(wgmma), "wgmma dx_tile=128x" + std::to_string(wgmma.cuda.wgmma_columns)),
+            to_string(wgmma));
+      check(wgmma.cuda.predicted_us < mma.cuda.predicted_us && wgmma.workspace == mma.workspace,
+            "which takes less time and no memory: " + to_string(wgmma) + ", " + to_string(mma));
+      check(wgmma.cuda.a_splits == mma.cuda.a_splits && wgmma.cuda.dy_once == mma.cuda.dy_once,
+            "and leaves the sums over rows as they are");
+    }
+  }
+  b.needs_dlora = false;
+  b.forward = problem_of(12000, 1280, 5120, 0);
+  check(plan_on(with).cuda.predicted_us < 0.85 * plan_on(kH100).cuda.predicted_us, "dx alone is clearly faster");
+  b.needs_dlora = true;
+  for (const int64_t rows : {1, 32, 100}) {
+    b.forward = problem_of(rows, 1280, 1280, 16);
+    check(plan_on(with).cuda.wgmma_columns == 0, "few rows are bound by memory");
+  }
+  b.forward = problem_of(12000, 1280, 5120, 16);
+  b.forward.dtype = b.forward.lora.dtype = DType::kFloat32;
+  check(plan_on(with).cuda.wgmma_columns == 0, "fp32 keeps its precision, which wgmma has no products for");
+  b.forward = problem_of(12000, 1280, 5120, 16);
+  check(force_implementation("cuda_mma").ok(), "it can be left out by name");
+  const LoraLinearBackwardPlan forced = plan_on(with);
+  force_implementation("");
+  check(forced.cuda.wgmma_columns == 0 && to_string(forced.cuda) == to_string(plan_on(kH100).cuda), to_string(forced));
+}
+
 void test_refusals() {
   LoraLinearPlan chosen;
   LoraLinearProblem p = problem_of(16, 64, 64, 4);
@@ -225,6 +271,7 @@ int main() {
   test_workspaces();
   test_one_reading_of_dy();
   test_wgmma();
+  test_wgmma_of_gradients();
   test_refusals();
   test_int8_plans();
   test_kv_plans();

@@ -76,8 +76,9 @@ __global__ void primitive(const Registers p) {
 }
 
 // Tiles of 64 and kColumns rows and 64 of depth, filled with the 1024 halves of `in` in two different orders; two of
-// each thread's sums, which ones the first word says.
-template <class T, int kColumns>
+// each thread's sums, which ones the first word says. kAcross: the second operand is read as tiles of 64 rows across
+// depth, one for each 64 columns; the bytes are the same, and are other elements.
+template <class T, int kColumns, bool kAcross>
 __global__ void __launch_bounds__(128) warpgroup(const Registers p) {
   using A = Tile<T, 64, 64>;
   using B = Tile<T, kColumns, 64>;
@@ -92,11 +93,13 @@ __global__ void __launch_bounds__(128) warpgroup(const Registers p) {
   fence_proxy();
   __syncthreads();
   float c[kColumns / 8][4] = {};
-  const uint64_t a = wgmma_operand(tiles), b = wgmma_operand(tiles + A::kBytes);
+  const uint64_t a = wgmma_operand(tiles);
+  const uint64_t b = kAcross ? wgmma_operand_across(tiles + A::kBytes) : wgmma_operand(tiles + A::kBytes);
+  constexpr uint64_t kStepOfB = kAcross ? kWgmmaStepAcross : kWgmmaStep;
   for (uint64_t half = 0; half < 2; ++half) {
     wgmma_fence();
     for (uint64_t step = 0; step < 2; ++step)
-      wgmma<T, kColumns>(c, a + (2 * half + step) * kWgmmaStep, b + (2 * half + step) * kWgmmaStep);
+      wgmma<T, kColumns, kAcross>(c, a + (2 * half + step) * kWgmmaStep, b + (2 * half + step) * kStepOfB);
     commit_products();
   }
   wait_products<0>();
@@ -109,10 +112,10 @@ __global__ void __launch_bounds__(128) warpgroup(const Registers p) {
     }
 }
 
-template <class T, int kColumns>
+template <class T, int kColumns, bool kAcross = false>
 Status run_warpgroup(const Registers& p) {
   constexpr size_t kBytes = (64 + kColumns) * 128;
-  return launch<&warpgroup<T, kColumns>>({"warpgroup", dim3(1, 1, 1), dim3(128, 1, 1), kBytes, nullptr}, p);
+  return launch<&warpgroup<T, kColumns, kAcross>>({"warpgroup", dim3(1, 1, 1), dim3(128, 1, 1), kBytes, nullptr}, p);
 }
 
 // The same of bytes, 128 rows of 128 of them and four steps of depth, the left operand in registers that are taken in
@@ -206,9 +209,13 @@ Status run_one(int which, const Registers& p) {
   if (which == kPrimitives + 2) return run_warpgroup<__nv_bfloat16, 128>(p);
   if (which == kPrimitives + 3) return run_warpgroup<__nv_bfloat16, 256>(p);
   if (which == kPrimitives + 4) return run_box(p);
-  if (which == kPrimitives + 5)
+  if (which == kPrimitives + 5) return run_warpgroup<__half, 128, true>(p);
+  if (which == kPrimitives + 6) return run_warpgroup<__half, 256, true>(p);
+  if (which == kPrimitives + 7) return run_warpgroup<__nv_bfloat16, 128, true>(p);
+  if (which == kPrimitives + 8) return run_warpgroup<__nv_bfloat16, 256, true>(p);
+  if (which == kPrimitives + 9)
     return launch<&integers>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kWgmmaInt8Columns * 128, nullptr}, p);
-  if (which == kPrimitives + 6) return run_planes(p);
+  if (which == kPrimitives + 10) return run_planes(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

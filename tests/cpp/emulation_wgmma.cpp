@@ -26,23 +26,32 @@ enum class Fault {
   kTileReplaced,
   kMisplacedTile,
   kOtherOperands,
+  kOperandAlongRows,
+  kOperandAcrossRows,
+  kNearerColumns,
+  kLeadingOffset,
+  kBaseOffset,
 };
 
 struct Params {
   const void* a;  // [64, 64] of T
-  const void* b;  // [columns, 64]
+  const void* b;  // [columns, 64], or [64, columns] with depth across rows
   float* c;       // [64, columns]
 };
 
-template <class T, int kColumns, Fault kFault>
+template <class T, int kColumns, bool kAcross, Fault kFault>
 __global__ void warpgroup(const Params p) {
   using A = Tile<T, 64, 64>;
-  using B = Tile<T, kColumns, 64>;
+  using B = std::conditional_t<kAcross, Tile<T, 64, 64>, Tile<T, kColumns, 64>>;
   Shared shared;
-  char* tiles = shared.take<char>(A::kBytes + B::kBytes + 128);
+  char* tiles = shared.take<char>(A::kBytes + kColumns * 128 + 128);
   if (kFault == Fault::kMisplacedTile) tiles += 128;
   load_tile<A, 128>(tiles, matrix<T>(p.a, 64, 64, 64), 0, 0);
-  load_tile<B, 128>(tiles + A::kBytes, matrix<T>(p.b, 64, kColumns, 64), 0, 0);
+  if (kAcross)
+    for (int i = 0; i < kColumns / 64; ++i)
+      load_tile<B, 128>(tiles + A::kBytes + i * B::kBytes, matrix<T>(p.b, kColumns, 64, kColumns), 0, i * 64);
+  else
+    load_tile<B, 128>(tiles + A::kBytes, matrix<T>(p.b, 64, kColumns, 64), 0, 0);
   commit_copies();
   if (kFault == Fault::kProxyFenceTooEarly) fence_proxy();
   wait_copies<0>();
@@ -50,12 +59,17 @@ __global__ void warpgroup(const Params p) {
   __syncthreads();
   float c[kColumns / 8][4] = {};
   uint64_t a = wgmma_operand(tiles);
-  const uint64_t b = wgmma_operand(tiles + A::kBytes);
+  uint64_t b = kAcross != (kFault == Fault::kOperandAlongRows || kFault == Fault::kOperandAcrossRows)
+                   ? wgmma_operand_across(tiles + A::kBytes)
+                   : wgmma_operand(tiles + A::kBytes);
+  if (kFault == Fault::kNearerColumns) b -= kWgmmaAcrossBytes / 2 >> 4 << 16;
+  if (kFault == Fault::kLeadingOffset) b += uint64_t{1} << 16;
+  if (kFault == Fault::kBaseOffset) b |= uint64_t{1} << 49;
   if (kFault == Fault::kOtherOperands && threadIdx.x == 70) a += kWgmmaStep;
   for (uint64_t half = 0; half < 2; ++half) {
     if (kFault != Fault::kNoProductsFence) wgmma_fence();
     for (uint64_t step = 2 * half; step < 2 * half + 2; ++step)
-      wgmma<T, kColumns>(c, a + step * kWgmmaStep, b + step * kWgmmaStep);
+      wgmma<T, kColumns, kAcross>(c, a + step * kWgmmaStep, b + step * (kAcross ? kWgmmaStepAcross : kWgmmaStep));
     commit_products();
   }
   if (kFault == Fault::kTileReplaced) store16(tiles + threadIdx.x * 16, {{0, 0, 0, 0}});
@@ -69,7 +83,7 @@ __global__ void warpgroup(const Params p) {
 }
 
 // Runs it on small integers; how many of the sums are wrong, or the refusal.
-template <class T, int kColumns, Fault kFault>
+template <class T, int kColumns, bool kAcross, Fault kFault>
 Status multiply(int* wrong) {
   std::vector<float> a(64 * 64), b(kColumns * 64), c(64 * kColumns, NAN);
   for (float& v : a) v = static_cast<float>(static_cast<int>(generator()() % 17) - 8);
@@ -81,38 +95,38 @@ Status multiply(int* wrong) {
   };
   Buffer<T> a_stored = stored(a), b_stored = stored(b);
   const Params p{a_stored.get(), b_stored.get(), c.data()};
-  const Status status = launch<&warpgroup<T, kColumns, kFault>>(
+  const Status status = launch<&warpgroup<T, kColumns, kAcross, kFault>>(
       {"warpgroup", dim3(1, 1, 1), dim3(128, 1, 1), (64 + kColumns) * 128 + 128, nullptr}, p);
   *wrong = 0;
   for (int m = 0; m < 64; ++m)
     for (int n = 0; n < kColumns; ++n) {
       float sum = 0;
-      for (int k = 0; k < 64; ++k) sum += a[m * 64 + k] * b[n * 64 + k];
+      for (int k = 0; k < 64; ++k) sum += a[m * 64 + k] * b[kAcross ? k * kColumns + n : n * 64 + k];
       *wrong += !(sum == c[m * kColumns + n]);
     }
   return status;
 }
 
-template <class T, int kColumns>
+template <class T, int kColumns, bool kAcross>
 void expect_right(const char* name) {
   for (Order order : {Order::kForward, Order::kReverse, Order::kShuffled}) {
     emulation::options = {order, 5};
     int wrong = 0;
-    const Status status = multiply<T, kColumns, Fault::kNone>(&wrong);
+    const Status status = multiply<T, kColumns, kAcross, Fault::kNone>(&wrong);
     check(status.ok(), std::string(name) + ": " + status.text);
     check(wrong == 0, std::string(name) + ": " + std::to_string(wrong) + " sums are wrong");
   }
 }
 
 // With words: a refusal that has them, in every order, else (or if `late`) in some order wrong sums.
-template <Fault kFault>
+template <Fault kFault, bool kAcross = false>
 void expect_caught(const char* name, const char* words, bool late = false) {
   int caught = 0, orders = 0;
   std::string text;
   for (Order order : {Order::kForward, Order::kReverse, Order::kShuffled}) {
     emulation::options = {order, 3};
     int wrong = 0;
-    const Status status = multiply<__half, 128, kFault>(&wrong);
+    const Status status = multiply<__half, 128, kAcross, kFault>(&wrong);
     if (!status.ok()) text = status.text;
     caught += !status.ok() || wrong > 0;
     ++orders;
@@ -205,10 +219,14 @@ void test_boxes() {
 
 void test_wgmma() {
   test_boxes();
-  expect_right<__half, 128>("wgmma fp16, 128 columns");
-  expect_right<__half, 256>("wgmma fp16, 256 columns");
-  expect_right<__nv_bfloat16, 128>("wgmma bf16, 128 columns");
-  expect_right<__nv_bfloat16, 256>("wgmma bf16, 256 columns");
+  expect_right<__half, 128, false>("wgmma fp16, 128 columns");
+  expect_right<__half, 256, false>("wgmma fp16, 256 columns");
+  expect_right<__nv_bfloat16, 128, false>("wgmma bf16, 128 columns");
+  expect_right<__nv_bfloat16, 256, false>("wgmma bf16, 256 columns");
+  expect_right<__half, 128, true>("wgmma fp16, 128 columns across depth");
+  expect_right<__half, 256, true>("wgmma fp16, 256 columns across depth");
+  expect_right<__nv_bfloat16, 128, true>("wgmma bf16, 128 columns across depth");
+  expect_right<__nv_bfloat16, 256, true>("wgmma bf16, 256 columns across depth");
   expect_caught<Fault::kNoProxyFence>("no proxy fence", "has not fenced for its proxy");
   // Copies that have landed at once were seen by the fence.
   expect_caught<Fault::kProxyFenceTooEarly>("a proxy fence before the wait", "has not fenced for its proxy", true);
@@ -218,4 +236,10 @@ void test_wgmma() {
   expect_caught<Fault::kTileReplaced>("a tile replaced too early", "", true);
   expect_caught<Fault::kMisplacedTile>("a tile between multiples of 1024", "multiple of 1024 bytes");
   expect_caught<Fault::kOtherOperands>("lanes with other operands", "different operands");
+  expect_caught<Fault::kOperandAcrossRows>("columns that lie across depth, read along it", "depth lies along rows");
+  expect_caught<Fault::kOperandAlongRows, true>("columns that lie along depth, read across it", "multiples of 1024");
+  expect_caught<Fault::kNearerColumns, true>("the next columns where half of the first are", "");
+  expect_caught<Fault::kLeadingOffset, true>("a leading offset between rows", "multiples of 1024");
+  expect_caught<Fault::kBaseOffset, true>("a base offset", "128-byte swizzle alone");
+  expect_caught<Fault::kNoProxyFence, true>("no proxy fence of columns across depth", "has not fenced for its proxy");
 }

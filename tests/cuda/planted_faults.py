@@ -105,8 +105,8 @@ FAULTS = [
     Fault(
         "products taken before they are done",
         "gemm_wgmma.cuh",
-        "    wait_products<0>();\n",
-        "",
+        "// step k - 1\n    }\n    wait_products<0>();\n",
+        "// step k - 1\n    }\n",
         ("wgmma",),
     ),
     Fault(
@@ -119,7 +119,7 @@ FAULTS = [
     Fault(
         "boxes that are not waited for",
         "gemm_wgmma.cuh",
-        "wait_for_bytes(landed_ + k % kStages, k / kStages & 1);",
+        "wait_for_bytes(landed_ + k % kStages, (k - base_begin_) / kStages & 1);",
         "wait_copies<0>();",
         ("wgmma",),
     ),
@@ -150,6 +150,48 @@ FAULTS = [
         "uint64_t{1} << 62",
         "uint64_t{2} << 62",
         ("128-byte swizzle alone",),
+    ),
+    Fault(
+        "columns nearer than they are in a descriptor",
+        "primitives/wgmma.h",
+        "return wgmma_operand(tiles, kWgmmaAcrossBytes);",
+        "return wgmma_operand(tiles, kWgmmaAcrossBytes / 2);",
+        ("gradients by wgmma",),
+    ),
+    Fault(
+        "steps across rows that are too short",
+        "primitives/wgmma.h",
+        "kWgmmaStepAcross = 16 * 128 >> 4;",
+        "kWgmmaStepAcross = 8 * 128 >> 4;",
+        ("gradients by wgmma",),
+    ),
+    Fault(
+        "mask before the branch is done",
+        "gemm_wgmma.cuh",
+        "void mask() {\n    wait_products<0>();\n",
+        "void mask() {\n",
+        ("gradients by wgmma dropout",),
+    ),
+    Fault(
+        "bits of the mask in the neighbour's row",
+        "gemm_wgmma.cuh",
+        "of_row[1] = odd ? of_row[0] : others;",
+        "of_row[1] = odd ? others : of_row[0];",
+        ("gradients by wgmma dropout",),
+    ),
+    Fault(
+        "phases counted from the branch on",
+        "gemm_wgmma.cuh",
+        "(k - base_begin_) / kStages & 1);",
+        "k / kStages & 1);",
+        ("waits for bytes", "gradients by wgmma dropout"),
+    ),
+    Fault(
+        "boxes of the same columns",
+        "gemm_wgmma.cuh",
+        "load_box(b, all_.b, depth, n_ + i * 64, landed);",
+        "load_box(b, all_.b, depth, n_, landed);",
+        ("gradients by wgmma",),
     ),
     Fault(
         "more shared memory than asked for",

@@ -85,6 +85,16 @@ def main(dtypes: list[torch.dtype]) -> int:
             except (AssertionError, EmulationError) as error:
                 print(f"WRONG: gradients {order}: {error}")
                 wrong += 1
+            # By TMA, in more steps than there are places for them, or by copies.
+            for mode, k, n in [("dropout", 136, 456), ("bank", 71, 67), ("dropout", 71, 67)]:
+                if OF_SM_75 or dtype == torch.float32:
+                    continue
+                try:
+                    emulated = Emulated(*order, path="two_steps", large=128)
+                    check_backward(emulated, (70, k, n), dtype, mode)
+                except (AssertionError, EmulationError) as error:
+                    print(f"WRONG: gradients by wgmma {mode} {order}: {error}")
+                    wrong += 1
             for path, large, splits, most in int8.PLANS:
                 if large > 1 and OF_SM_75:
                     continue

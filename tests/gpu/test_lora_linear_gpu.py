@@ -100,6 +100,27 @@ def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -
         assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
 
 
+def input_gradient(x, weight, dy, operands) -> torch.Tensor:
+    return torch.autograd.grad(ops.lora_linear(x, weight, **operands), x, dy)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("mode", ["none", "peft", "bank", "dropout"])
+def test_input_gradients_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
+    """At sizes whose plan takes wgmma, in uneven tiles, by TMA or (odd sizes) by copies."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is of sm_90a alone")
+    for rows, k, n in [(4096, 1280, 1280), (4001, 1283, 1001), (12000, 2560, 520)]:
+        x, weight, _, dy = base(rows, k, n, dtype)
+        operands = there(bank(mode, rows, k, n, dtype, 16))
+        arguments = x.cuda().requires_grad_(), weight.cuda(), dy.cuda(), operands
+        got = input_gradient(*arguments)
+        assert torch.equal(got, input_gradient(*arguments))
+        with lk.force_implementation("cuda_mma"):
+            plain = input_gradient(*arguments)
+        assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
+
+
 def test_same_bits_every_time() -> None:
     x, weight, bias, _ = base(1500, 512, 512, torch.float16)
     operands = there(bank("bank", 1500, 512, 512, torch.float16))

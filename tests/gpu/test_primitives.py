@@ -36,6 +36,10 @@ PRIMITIVES = [
     "wgmma.bf16.n128",
     "wgmma.bf16.n256",
     "tma",
+    "wgmma.f16.n128 across",
+    "wgmma.f16.n256 across",
+    "wgmma.bf16.n128 across",
+    "wgmma.bf16.n256 across",
     "wgmma.s8",
     "tma of planes",
 ]

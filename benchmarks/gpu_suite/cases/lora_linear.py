@@ -48,8 +48,11 @@ def cases(dtype: torch.dtype) -> list[Case]:
             (1500, 512, 512),
         )
     ]
+    of_steps = TRAINING_AIMS
+    if has_wgmma("cuda"):
+        of_steps += (Aim("time", 0.85, "ours_mma"),)  # of y and dx; dA and dB are the same
     steps = [
-        Case(f"train-{m}x{k}x{n}", shape(m, k, n), dtype, work, training, TRAINING_AIMS, grad=True)
+        Case(f"train-{m}x{k}x{n}", shape(m, k, n), dtype, work, training, of_steps, grad=True)
         for m, k, n in ((4096, 1280, 1280), (12000, 1280, 5120))
     ]
     mixed = Case(
@@ -190,12 +193,23 @@ def training(case: Case, device: str) -> dict[str, Contestant]:
     def ours() -> torch.Tensor:
         return ops.lora_linear(x, linear.weight, linear.bias, a, b.t(), scales=scale)
 
+    def ours_mma() -> Function:
+        taken = step(ours, [x, a, b])
+
+        def forced() -> object:
+            with lk.force_implementation("cuda_mma"):
+                return taken()
+
+        return forced
+
     def peft_compiled() -> Function:
         module = compiled(layer)
         return step(lambda: module(x), [x, a, b])
 
+    more = {"ours_mma": Contestant(ours_mma)} if has_wgmma(device) else {}
     return {
         "ours": Contestant(lambda: step(ours, [x, a, b])),
+        **more,
         "base_alone": Contestant(
             lambda: step(lambda: F.linear(x, linear.weight, linear.bias), [x])
         ),

@@ -24,7 +24,7 @@ namespace detail {
 inline void read_bytes(int8_t (&out)[32], uint64_t operand, int row) {
   bool written = false;
   for (uint32_t half = 0; half < 2; ++half) {
-    const void* chunk = operand_chunk(operand, row, half);
+    const void* chunk = row_chunk(operand, row, half);
     memcpy(out + half * 16, chunk, 16);
     for (uint32_t i = half * 16; i < half * 16 + 16; ++i) written |= out[i] != -1;
   }

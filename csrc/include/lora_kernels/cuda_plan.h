@@ -31,6 +31,7 @@ std::string to_string(const CudaLoraLinearPlan& plan);
 struct CudaLoraLinearBackwardPlan {
   int arch = 0;
   bool large_tiles = false;  // of dx
+  int wgmma_columns = 0;     // of dx: 128 or 256, by wgmma; 0: by mma.sync
   bool early_start = false;  //
   int a_splits = 1;          // of the rows, in the sums over rows: partial sums go to the workspace and are
   int b_splits = 1;          // added in order by a last kernel
