@@ -36,8 +36,8 @@ Machine machine_of(const CudaDevice& d, DType type, bool allow_tf32) {
   return {d, flops_per_clock(d.arch) / slower};
 }
 
-// Tiles by wgmma; none without it, or in fp32. What the mask of a gradient costs is in no prediction, by wgmma as little
-// as by mma.sync.
+// Tiles by wgmma; none without it, or in fp32. What the mask of a gradient costs is in no prediction, by wgmma as
+// little as by mma.sync.
 WgmmaTime wgmma_of(const CudaDevice& device, DType type, int64_t rows, int64_t columns, double bytes, double depth) {
   if (!device.wgmma || type == DType::kFloat32) return {0, 0};
   return wgmma_tiles(Machine(device, kWgmmaFlopsPerClock), rows, columns, bytes, depth);
