@@ -8,6 +8,7 @@
 #include "cuda/int8_lora_linear.h"
 #include "cuda/int8_shapes.h"
 #include "cuda/machine.h"
+#include "cuda/refusals.h"
 
 namespace lora_kernels::cuda {
 namespace {
@@ -50,20 +51,13 @@ Int8Workspace::Int8Workspace(Workspace& w, const Int8LoraLinearPlan& plan) {
 }
 
 Status supported(const Int8LoraLinearProblem& p, const CudaDevice& device) {
-  std::vector<std::string> reasons;
-  const std::string arch = "sm_" + std::to_string(device.arch);
-  if (device.arch < 75)
-    reasons.push_back("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
-  else if (device.arch < 80 && p.dtype != DType::kFloat16)
-    reasons.push_back(std::string("dtype of x: on ") + arch +
-                      " expected float16, all that its tensor cores multiply beside INT8, got " + name_of(p.dtype));
-  add_size_reasons(p.rows, p.in_features, p.out_features, p.lora, &reasons);
-  if (p.top_k && p.rows > 65535)
-    reasons.push_back("rows of x: with top_k expected at most 65535, got " + std::to_string(p.rows));
-  if (reasons.empty()) return {};
-  return Status::unsupported("int8_lora_linear: CUDA kernels cannot run this: " + joined(reasons) +
-                             ". Convert the operands to a type that is supported, pass fewer rows at a time, or move "
-                             "the operands to the CPU, whose kernels take any of it.");
+  Refusals refusals;
+  refusals.expect_tensor_cores(device, "dtype of x", p.dtype, " beside INT8");
+  refusals.expect_sizes(p.rows, p.in_features, p.out_features, p.lora);
+  if (p.top_k) refusals.expect_at_most("rows of x with top_k", 65535, p.rows);
+  return refusals.status("int8_lora_linear",
+                         "Convert the operands to a type that is supported, pass fewer rows at a time, or move the "
+                         "operands to the CPU, whose kernels take any of it.");
 }
 
 void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {

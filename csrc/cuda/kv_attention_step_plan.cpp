@@ -7,6 +7,7 @@
 #include "cuda/kv_attention_step.h"
 #include "cuda/kv_shapes.h"
 #include "cuda/machine.h"
+#include "cuda/refusals.h"
 #include "lora_kernels/kv_packing.h"
 
 namespace lora_kernels::cuda {
@@ -63,40 +64,25 @@ KvWorkspace::KvWorkspace(Workspace& w, const KvAttentionStepPlan& plan) {
 }
 
 Status supported(const KvAttentionStepProblem& p, const CudaDevice& device) {
-  std::vector<std::string> reasons;
-  const std::string arch = "sm_" + std::to_string(device.arch);
-  const auto expect_most = [&](const char* what, int64_t most, int64_t value) {
-    if (value > most)
-      reasons.push_back(std::string(what) + ": expected at most " + std::to_string(most) + ", got " +
-                        std::to_string(value));
-  };
-  if (device.arch < 75)
-    reasons.push_back("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
-  else if (device.arch < 80 && p.dtype != DType::kFloat16)
-    reasons.push_back(std::string("q: on ") + arch +
-                      " expected float16, all that its tensor cores multiply beside INT8, got " + name_of(p.dtype));
+  Refusals refusals;
+  refusals.expect_tensor_cores(device, "q", p.dtype, " beside INT8");
   const bool same = p.cache_dtype == p.dtype || p.cache_dtype == DType::kInt8;
   if (!same && p.dtype != DType::kFloat32)
-    reasons.push_back(std::string("k_cache, v_cache: expected ") + name_of(p.dtype) + ", as q is, or int8, got " +
-                      name_of(p.cache_dtype));
-  expect_most("head size", kKvMostHeadSize, p.head_size);
-  expect_most("heads to return weights of", kKvMostWeightHeads, p.weight_heads);
-  if (p.weight_heads > 0) expect_most("rows of q times tokens, with weights", INT_MAX / 2, p.rows * p.tokens);
-  expect_most("capacity", INT_MAX / 2, p.capacity);
-  // Bounded apart first, so that their products cannot overflow.
-  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of q", p.rows},
-                                    {"tokens", p.tokens},
-                                    {"heads", p.heads},
-                                    {"rows of k_cache", p.cache_rows}})
-    expect_most(name, 1 << 20, value);
-  if (reasons.empty()) {
-    expect_most("rows of q times tokens times heads", INT_MAX / 4, p.rows * p.tokens * p.heads);
-    expect_most("rows of k_cache times heads", INT_MAX / 4096, p.cache_rows * p.heads);
+    refusals.add(std::string("k_cache, v_cache: expected ") + name_of(p.dtype) + ", as q is, or int8, got " +
+                 name_of(p.cache_dtype));
+  refusals.expect_at_most("head size", kKvMostHeadSize, p.head_size);
+  refusals.expect_at_most("heads to return weights of", kKvMostWeightHeads, p.weight_heads);
+  refusals.expect_at_most("capacity", INT_MAX / 2, p.capacity);
+  refusals.expect_sizes(p.rows, p.tokens, p.heads, p.cache_rows);
+  if (refusals.none()) {
+    if (p.weight_heads > 0)
+      refusals.expect_at_most("rows of q times tokens, with weights", INT_MAX / 2, p.rows * p.tokens);
+    refusals.expect_at_most("rows of q times tokens times heads", INT_MAX / 4, p.rows * p.tokens * p.heads);
+    refusals.expect_at_most("rows of k_cache times heads", INT_MAX / 4096, p.cache_rows * p.heads);
   }
-  if (reasons.empty()) return {};
-  return Status::unsupported("kv_attention_step: CUDA kernels cannot run this: " + joined(reasons) +
-                             ". Convert the operands to what is supported, or move them to the CPU, whose kernels take "
-                             "any of it.");
+  return refusals.status(
+      "kv_attention_step",
+      "Convert the operands to what is supported, or move them to the CPU, whose kernels take any of it.");
 }
 
 void configure(const DeviceInfo& device, KvAttentionStepPlan* plan) {

@@ -5,24 +5,18 @@
 #include "cuda/kv_pack.h"
 #include "cuda/kv_shapes.h"
 #include "cuda/machine.h"
+#include "cuda/refusals.h"
 #include "lora_kernels/kv_packing.h"
 
 namespace lora_kernels::cuda {
 
 Status supported(const KvPackProblem& p, const CudaDevice& device) {
-  std::vector<std::string> reasons;
-  if (device.arch < 75)
-    reasons.push_back("architecture: expected sm_75 or later, as kv_attention_step needs, got sm_" +
-                      std::to_string(device.arch));
-  else if (device.arch < 80 && p.dtype != DType::kFloat16)
-    reasons.push_back("k, v: on sm_" + std::to_string(device.arch) +
-                      " expected float16, as kv_attention_step takes there, got " + name_of(p.dtype));
+  Refusals refusals;
+  refusals.expect_tensor_cores(device, "k, v", p.dtype, " beside INT8");  // kv_attention_step's, which reads the blocks
   if (p.cache_rows > (1 << 20) || p.heads > (1 << 20) || p.cache_rows * p.heads > INT_MAX / 2)
-    reasons.push_back("k, v: expected at most " + std::to_string(INT_MAX / 2) + " utterances times heads, got " +
-                      std::to_string(p.cache_rows) + " and " + std::to_string(p.heads));
-  if (reasons.empty()) return {};
-  return Status::unsupported("kv_pack: CUDA kernels cannot run this: " + joined(reasons) +
-                             ". Convert k and v, or move them to the CPU, whose kernels take any of it.");
+    refusals.add("k, v: expected at most " + std::to_string(INT_MAX / 2) + " utterances times heads, got " +
+                 std::to_string(p.cache_rows) + " and " + std::to_string(p.heads));
+  return refusals.status("kv_pack", "Convert k and v, or move them to the CPU, whose kernels take any of it.");
 }
 
 void configure(const DeviceInfo& device, KvPackPlan* plan) {

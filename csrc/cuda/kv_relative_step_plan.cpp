@@ -5,6 +5,7 @@
 #include "cuda/kv_relative_step.h"
 #include "cuda/kv_shapes.h"
 #include "cuda/machine.h"
+#include "cuda/refusals.h"
 
 namespace lora_kernels::cuda {
 namespace {
@@ -21,35 +22,20 @@ double bytes_of(DType type) { return static_cast<double>(size_of(type)); }
 }  // namespace
 
 Status supported(const KvRelativeStepProblem& p, const CudaDevice& device) {
-  std::vector<std::string> reasons;
-  const std::string arch = "sm_" + std::to_string(device.arch);
-  const auto expect_most = [&](const char* what, int64_t most, int64_t value) {
-    if (value > most)
-      reasons.push_back(std::string(what) + ": expected at most " + std::to_string(most) + ", got " +
-                        std::to_string(value));
-  };
-  if (device.arch < 75)
-    reasons.push_back("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
-  else if (device.arch < 80 && p.dtype != DType::kFloat16)
-    reasons.push_back(std::string("q: on ") + arch +
-                      " expected float16, all that its tensor cores multiply beside INT8, got " + name_of(p.dtype));
+  Refusals refusals;
+  refusals.expect_tensor_cores(device, "q", p.dtype, " beside INT8");
   if (p.cache_dtype != p.dtype && p.dtype != DType::kFloat32)
-    reasons.push_back(std::string("k_cache, v_cache: expected ") + name_of(p.dtype) + ", as q is, got " +
-                      name_of(p.cache_dtype));
-  expect_most("head size", kKvMostHeadSize, p.head_size);
-  expect_most("capacity", INT_MAX / 4, p.capacity);
-  expect_most("left", INT_MAX / 4, p.left);
-  // Bounded apart first, so that their product cannot overflow.
-  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of q", p.rows},
-                                    {"tokens", p.tokens},
-                                    {"heads", p.heads},
-                                    {"rows of k_cache", p.cache_rows}})
-    expect_most(name, 1 << 20, value);
-  if (reasons.empty()) expect_most("rows of q times tokens times heads", INT_MAX / 4, p.rows * p.tokens * p.heads);
-  if (reasons.empty()) return {};
-  return Status::unsupported("kv_relative_step: CUDA kernels cannot run this: " + joined(reasons) +
-                             ". Convert the operands to what is supported, or move them to the CPU, whose kernels take "
-                             "any of it.");
+    refusals.add(std::string("k_cache, v_cache: expected ") + name_of(p.dtype) + ", as q is, got " +
+                 name_of(p.cache_dtype));
+  refusals.expect_at_most("head size", kKvMostHeadSize, p.head_size);
+  refusals.expect_at_most("capacity", INT_MAX / 4, p.capacity);
+  refusals.expect_at_most("left", INT_MAX / 4, p.left);
+  refusals.expect_sizes(p.rows, p.tokens, p.heads, p.cache_rows);
+  if (refusals.none())
+    refusals.expect_at_most("rows of q times tokens times heads", INT_MAX / 4, p.rows * p.tokens * p.heads);
+  return refusals.status(
+      "kv_relative_step",
+      "Convert the operands to what is supported, or move them to the CPU, whose kernels take any of it.");
 }
 
 void configure(const DeviceInfo& device, KvRelativeStepPlan* plan) {

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <sstream>
-#include <vector>
 
 #include "cuda/lora_linear.h"
 #include "cuda/machine.h"
+#include "cuda/refusals.h"
 
 namespace lora_kernels::cuda {
 namespace {
@@ -123,18 +123,12 @@ BackwardWorkspace::BackwardWorkspace(Workspace& w, const LoraLinearBackwardPlan&
 }
 
 Status supported(const LoraLinearProblem& p, const CudaDevice& device) {
-  std::vector<std::string> reasons;
-  const std::string arch = "sm_" + std::to_string(device.arch);
-  if (device.arch < 75)
-    reasons.push_back("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
-  else if (device.arch < 80 && p.dtype != DType::kFloat16)
-    reasons.push_back(std::string("dtype: on ") + arch + " expected float16, all that its tensor cores multiply, got " +
-                      name_of(p.dtype));
-  add_size_reasons(p.rows, p.in_features, p.out_features, p.lora, &reasons);
-  if (reasons.empty()) return {};
-  return Status::unsupported("lora_linear: CUDA kernels cannot run this: " + joined(reasons) +
-                             ". Convert the operands to a type that is supported, move them to the CPU, whose kernels "
-                             "take any of it, or use the eager formula of lora_kernels.reference.");
+  Refusals refusals;
+  refusals.expect_tensor_cores(device, "dtype", p.dtype, "");
+  refusals.expect_sizes(p.rows, p.in_features, p.out_features, p.lora);
+  return refusals.status("lora_linear",
+                         "Convert the operands to a type that is supported, move them to the CPU, whose kernels take "
+                         "any of it, or use the eager formula of lora_kernels.reference.");
 }
 
 void configure(const DeviceInfo& device, LoraLinearPlan* plan) {

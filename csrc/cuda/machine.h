@@ -1,13 +1,9 @@
-// What the plans of all operators take a machine to be, and the limits of all kernels.
+// What the plans of all operators take a machine to be.
 #pragma once
 
 #include <algorithm>
-#include <climits>
-#include <string>
-#include <vector>
 
 #include "lora_kernels/device.h"
-#include "lora_kernels/lora_bank.h"
 
 namespace lora_kernels::cuda {
 
@@ -113,31 +109,6 @@ inline int few_rows_splits(const Machine& machine, int64_t blocks, int64_t depth
     }
   }
   return best;
-}
-
-constexpr int64_t kMostAdapters = 4096;  // times splits, a dimension of the grid
-
-inline std::string joined(const std::vector<std::string>& reasons) {
-  std::string text;
-  for (const std::string& reason : reasons) text += (text.empty() ? "" : "; ") + reason;
-  return text;
-}
-
-// Why no linear operator's kernels take these sizes: indices are ints, a bank has a bound.
-inline void add_size_reasons(int64_t rows, int64_t in_features, int64_t out_features, const LoraShape& lora,
-                             std::vector<std::string>* reasons) {
-  for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of x", rows},
-                                    {"in_features", in_features},
-                                    {"out_features", out_features}})
-    if (value > INT_MAX / 2)
-      reasons->push_back(std::string(name) + ": expected at most " + std::to_string(INT_MAX / 2) + ", got " +
-                         std::to_string(value));
-  if (lora.total_rank > INT_MAX / 2 || lora.max_rank > lora.total_rank)
-    reasons->push_back("rank: expected ranks that sum to at most " + std::to_string(INT_MAX / 2) + ", the largest " +
-                       std::to_string(lora.max_rank) + ", got a sum of " + std::to_string(lora.total_rank));
-  if (lora.adapters > kMostAdapters)
-    reasons->push_back("adapters: expected at most " + std::to_string(kMostAdapters) + " in a bank, got " +
-                       std::to_string(lora.adapters));
 }
 
 }  // namespace lora_kernels::cuda
