@@ -102,10 +102,12 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
 #define WGMMA_OF(T, N, P)                                                 \\
   SIZE("gemm_wgmma<" #T ", WgmmaShape<" #N ">, " #P ">",                  \\
        (WgmmaLayout<T, WgmmaShape<N>, Product::P>::kSharedBytes))
+#define BESIDE(T) SIZE("down_beside<" #T ">", kDownSharedBytes<2>)
 #define WGMMA(T, N)                                                       \\
   WGMMA_OF(T, N, kForward) WGMMA_OF(T, N, kInputGradient)                 \\
   WGMMA_OF(T, N, kMaskedGradient)
 int main() {
+  BESIDE(__half) BESIDE(__nv_bfloat16)
   WGMMA(__half, 128) WGMMA(__half, 256) WGMMA(__nv_bfloat16, 128) WGMMA(__nv_bfloat16, 256)
   ALL(__half, LargeShape) ALL(__half, SmallShape) SKINNY(__half)
   ALL(__nv_bfloat16, LargeShape) ALL(__nv_bfloat16, SmallShape) SKINNY(__nv_bfloat16)
@@ -220,7 +222,7 @@ def compile_one(
 
 
 GEMM_LIKE = (
-    *("gemm<", "down<", "few_rows<", "dy_once<"),
+    *("gemm<", "down<", "down_beside<", "few_rows<", "dy_once<"),
     *("int8_gemm<", "int8_few", "int8_rows<", "kv_attend<", "kv_relative<"),
 )
 
@@ -231,7 +233,7 @@ def expected(name: str, kind: str, arch: int) -> list[str]:
         return ["IMMA.8816" if arch < 80 else "IMMA.16832"]
     if name.startswith("gemm_wgmma<"):  # empty elsewhere
         return ["HGMMA.64x", "LDGSTS", "UTMALDG"] if arch == 90 else []
-    if not name.startswith(GEMM_LIKE):
+    if not name.startswith(GEMM_LIKE) or (name.startswith("down_beside<") and arch != 90):
         return []
     if kind == "f32":
         wanted = ["HMMA.1688.F32.TF32"]
@@ -323,7 +325,7 @@ def main() -> int:
             budgets = recorded.setdefault(f"sm_{arch}", {})
             for kernel_name, kernel in kernels.items():
                 kernel.shared = sizes.get(kernel_name, 0)
-                if arch != 90 and kernel_name.startswith("gemm_wgmma<"):
+                if arch != 90 and kernel_name.startswith(("gemm_wgmma<", "down_beside<")):
                     kernel.shared = 0
                 if arguments.record:
                     budgets[kernel_name] = asdict(kernel)
