@@ -87,6 +87,18 @@ def test_integer_products_of_a_warpgroup_are_expected_with_their_branch() -> Non
         assert "IGMMA" not in RECORDED["sm_100"][full]["instructions"]
 
 
+@pytest.mark.parametrize("kind", ["__half", "__nv_bfloat16"])
+def test_a_tile_of_wgmma_has_room_beside_two_blocks_that_make_its_t(kind: str) -> None:
+    """What the plan counts on (t_blocks): registers go to threads in eights, 65,536 of them; of
+    228 KB of shared memory each block takes 1 KB for itself.
+    """
+    tile = RECORDED["sm_90"][f"gemm_wgmma<{kind}, WgmmaShape<128>, kForward>"]
+    of_t = RECORDED["sm_90"][f"down_beside<{kind}>"]
+    threads, blocks = 256, [tile, of_t, of_t]
+    assert sum(-(-block["registers"] // 8) * 8 * threads for block in blocks) <= 65536
+    assert sum(block["shared"] + 1024 for block in blocks) <= 228 << 10
+
+
 def test_a_kernel_without_a_record_is_a_fault() -> None:
     assert "not in resources.json" in faults(kernel(), budget=None)
 

@@ -102,6 +102,7 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
 #define WGMMA_OF(T, N, P)                                                 \\
   SIZE("gemm_wgmma<" #T ", WgmmaShape<" #N ">, " #P ">",                  \\
        (WgmmaLayout<T, WgmmaShape<N>, Product::P>::kSharedBytes))
+#define BESIDE(T) SIZE("down_beside<" #T ">", kDownSharedBytes<2>)
 #define WGMMA(T, N)                                                       \\
   WGMMA_OF(T, N, kForward) WGMMA_OF(T, N, kInputGradient)                 \\
   WGMMA_OF(T, N, kMaskedGradient)
@@ -109,6 +110,7 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   SIZE("int8_wgmma<" #T ", Int8WgmmaShape<" #N "> >",                     \\
        (Int8WgmmaLayout<T, Int8WgmmaShape<N>>::kSharedBytes))
 int main() {
+  BESIDE(__half) BESIDE(__nv_bfloat16)
   WGMMA(__half, 128) WGMMA(__half, 256) WGMMA(__nv_bfloat16, 128) WGMMA(__nv_bfloat16, 256)
   ALL(__half, LargeShape) ALL(__half, SmallShape) SKINNY(__half)
   ALL(__nv_bfloat16, LargeShape) ALL(__nv_bfloat16, SmallShape) SKINNY(__nv_bfloat16)
@@ -227,23 +229,27 @@ def compile_one(
 
 
 GEMM_LIKE = (
-    *("gemm<", "down<", "few_rows<", "dy_once<"),
+    *("gemm<", "down<", "down_beside<", "few_rows<", "dy_once<"),
     *("int8_gemm<", "int8_few", "int8_rows<", "kv_attend<", "kv_relative<"),
 )
+
+OF_HOPPER = ("gemm_wgmma<", "int8_wgmma<", "down_beside<")  # empty elsewhere
 
 
 def expected(name: str, kind: str, arch: int) -> list[str]:
     """The instructions that a kernel must have."""
     if name.startswith("kv_blocked<"):
         return ["IMMA.8816" if arch < 80 else "IMMA.16832"]
-    if name.startswith("gemm_wgmma<"):  # empty elsewhere
-        return ["HGMMA.64x", "LDGSTS", "UTMALDG"] if arch == 90 else []
+    if name.startswith(OF_HOPPER) and arch != 90:
+        return []
+    if name.startswith("gemm_wgmma<"):
+        return ["HGMMA.64x", "LDGSTS", "UTMALDG"]
     if kind == "f32":
         wanted = ["HMMA.1688.F32.TF32"]
     else:
         wanted = ["HMMA.1688.F32" if arch < 80 else "HMMA.16816.F32"]
-    if name.startswith("int8_wgmma<"):  # empty elsewhere
-        return ["IGMMA.64x128x32", "UTMALDG", "LDSM", "LDGSTS", *wanted] if arch == 90 else []
+    if name.startswith("int8_wgmma<"):
+        return ["IGMMA.64x128x32", "UTMALDG", "LDSM", "LDGSTS", *wanted]
     if not name.startswith(GEMM_LIKE):
         return []
     if name.startswith(("int8_gemm<", "int8_few")):
@@ -332,7 +338,7 @@ def main() -> int:
             budgets = recorded.setdefault(f"sm_{arch}", {})
             for kernel_name, kernel in kernels.items():
                 kernel.shared = sizes.get(kernel_name, 0)
-                if arch != 90 and kernel_name.startswith(("gemm_wgmma<", "int8_wgmma<")):
+                if arch != 90 and kernel_name.startswith(OF_HOPPER):
                     kernel.shared = 0
                 if arguments.record:
                     budgets[kernel_name] = asdict(kernel)

@@ -286,8 +286,13 @@ class WgmmaTile {
   float c_[Shape::kColumns / 8][4] = {};
 };
 
+// In 128 registers y of 128 columns leaves room for two blocks of the kernel that makes its t (down_beside).
+template <class Shape, Product kProduct>
+constexpr int kWgmmaBlocks = Shape::kColumns == 128 && kProduct == Product::kForward ? 2 : 1;
+
 template <class T, class Shape, Product kProduct>
-__global__ void __launch_bounds__(Shape::kThreads, 1) gemm_wgmma(const __grid_constant__ WgmmaParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, kWgmmaBlocks<Shape, kProduct>)
+    gemm_wgmma(const __grid_constant__ WgmmaParams p) {
   if constexpr (kWgmma) {
     int m = 0, n = 0;
     tile_of_block<Shape>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.columns, &m, &n);

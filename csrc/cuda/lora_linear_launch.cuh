@@ -36,10 +36,17 @@ void convert(Sequence* s, const Factor& from, int64_t rows, int64_t columns, voi
   s->run<&convert_factor<T>>("convert_factor", dim3(tiles(columns, 32), tiles(rows, 32), 1), 256, 32 * 33 * 4, p);
 }
 
-// t (or u) of all rows.
+// t (or u) of all rows; by `beside` blocks, if there are more, which leave the product room.
 template <class T>
-void down_all(Sequence* s, const DownParams& p) {
+void down_all(Sequence* s, const DownParams& p, int beside = 0) {
   const unsigned blocks = tiles(p.x.rows, kSkinnyRows);
+  if constexpr (sizeof(T) == 2) {
+    if (beside > 0) {
+      const unsigned most = static_cast<unsigned>(beside);
+      return s->run<&down_beside<T>>("down_beside", dim3(blocks < most ? blocks : most, 1, 1), kSkinnyThreads,
+                                     kDownSharedBytes<2>, p, false, true);
+    }
+  }
   // Few rows with many adapters: the adapters of sixteen rows go to blocks of their own.
   unsigned slots = 1;
   if (p.routing.ids && blocks <= 8) slots = static_cast<unsigned>(p.routing.adapters < 16 ? p.routing.adapters : 16);
@@ -69,7 +76,8 @@ void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early)
   w.gemm = p;
   w.boxes = map(&w.a, p.a, Shape::kRows) && map(&w.b, p.b, Layout::B::kRows);
   const unsigned blocks = tiles(p.rows, Shape::kRows) * tiles(p.columns, Shape::kColumns);
-  s->run<&gemm_wgmma<T, Shape, kProduct>>(name, dim3(blocks, 1, 1), Shape::kThreads, Layout::kSharedBytes, w, early);
+  s->run<&gemm_wgmma<T, Shape, kProduct>>(name, dim3(blocks, 1, 1), Shape::kThreads, Layout::kSharedBytes, w, early,
+                                          true);
 }
 
 // dx by the tiles of the plan; with dropout the branch is masked.
@@ -179,7 +187,7 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     p.t = t;
     p.t_stride = stride;
     p.precise = precise;
-    down_all<T>(&s, p);
+    down_all<T>(&s, p, plan.cuda.t_blocks);
   }
   const bool early = separate && plan.cuda.early_start;
 

@@ -18,6 +18,7 @@ constexpr double kT = 0.3;
 constexpr int64_t kMostFewRows = 32;       // four products of eight columns for each fragment of W
 constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
 constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
+constexpr int64_t kMostRankBeside = 16;    // of t in half the registers (down_beside of skinny.cuh)
 
 // FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
 // reaches. Unknown ones are taken for the slowest: a path that needs less arithmetic then wins, and all work.
@@ -38,9 +39,10 @@ Machine machine_of(const CudaDevice& d, DType type, bool allow_tf32) {
 
 // Tiles by wgmma; none without it, or in fp32. What the mask of a gradient costs is in no prediction, by wgmma as
 // little as by mma.sync.
-WgmmaTime wgmma_of(const CudaDevice& device, DType type, int64_t rows, int64_t columns, double bytes, double depth) {
+WgmmaTime wgmma_of(const CudaDevice& device, DType type, int64_t rows, int64_t columns, double bytes, double depth,
+                   int widest = 256) {
   if (!device.wgmma || type == DType::kFloat32) return {0, 0};
-  return wgmma_tiles(Machine(device, kWgmmaFlopsPerClock), rows, columns, bytes, depth);
+  return wgmma_tiles(Machine(device, kWgmmaFlopsPerClock), rows, columns, bytes, depth, widest);
 }
 
 int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
@@ -148,8 +150,8 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   c.convert_a = lora && p.lora.dtype != p.dtype;
   const double convert_us = c.convert_a ? kLaunchUs + machine.memory_us(2 * total * K * size) : 0;
   // t reads x once, and once more from L2 for every 32 ranks beyond the first.
-  const double down_us =
-      lora ? machine.memory_us((M * K + total * K) * size) + machine.next_launch_us() + convert_us : 0;
+  const double down_bytes = (M * K + total * K) * size;
+  const double down_us = lora ? machine.memory_us(down_bytes) + machine.next_launch_us() + convert_us : 0;
 
   const TiledTime two = tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + rank; });
   c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
@@ -158,6 +160,18 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   const double wgmma_depth = K + (lora ? static_cast<double>(round_up(p.lora.max_rank, 16)) : 0);
   WgmmaTime wgmma = wgmma_of(device.cuda, p.dtype, p.rows, p.out_features, base_bytes, wgmma_depth);
   wgmma.us += down_us;
+  // Two blocks of the kernel that makes t leave a multiprocessor room for a tile of 128 columns, which starts beside
+  // them: both share the memory's time, and the tile's arithmetic goes on under it.
+  int t_blocks = 0;
+  if (lora && p.lora.max_rank <= kMostRankBeside && p.dropout_p == 0) {
+    WgmmaTime beside =
+        wgmma_of(device.cuda, p.dtype, p.rows, p.out_features, base_bytes + down_bytes, wgmma_depth, 128);
+    beside.us += machine.next_launch_us() + convert_us;
+    if (beside.columns && beside.us < wgmma.us) {
+      wgmma = beside;
+      t_blocks = 2 * static_cast<int>(machine.multiprocessors);
+    }
+  }
 
   if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a &&
       !p.keeps_t) {
@@ -192,6 +206,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   if (wgmma.columns && wgmma.us < kClearlyBetter * c.predicted_us) {
     c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
     c.wgmma_columns = wgmma.columns;
+    c.t_blocks = t_blocks;
     c.large_tiles = true;
     c.splits = 1;
     c.t_in_blocks = false;
@@ -279,7 +294,8 @@ std::string to_string(const CudaLoraLinearPlan& c) {
            : c.path == CudaLoraLinearPath::kInTile   ? "in_tile"
                                                      : "few_rows")
        << (c.wgmma_columns ? " wgmma" : "") << " tile=" << c.tile_rows << "x" << c.tile_columns
-       << " splits=" << c.splits << (c.t_in_blocks ? " t_in_blocks" : "") << (c.early_start ? " early_start" : "")
+       << " splits=" << c.splits << (c.t_in_blocks ? " t_in_blocks" : "")
+       << (c.t_blocks ? " t_blocks=" + std::to_string(c.t_blocks) : "") << (c.early_start ? " early_start" : "")
        << (c.convert_a ? " convert_a" : "");
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);

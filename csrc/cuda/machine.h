@@ -78,9 +78,10 @@ struct WgmmaTime {
 // Tiles of 128 x 128 or 128 x 256 by wgmma, one at a time on a multiprocessor: the better width, and 256, which brings
 // less from L2, if they are alike. `machine` has wgmma's operations per clock. Two (256) or four (128) steps of 128
 // bytes of depth are on their way to a tile at a time.
-inline WgmmaTime wgmma_tiles(const Machine& machine, int64_t rows, int64_t columns, double bytes, double depth) {
+inline WgmmaTime wgmma_tiles(const Machine& machine, int64_t rows, int64_t columns, double bytes, double depth,
+                             int widest = 256) {
   WgmmaTime best{0, 0};
-  for (int width : {256, 128}) {
+  for (int width = widest; width >= 128; width /= 2) {
     const double tiles = static_cast<double>((rows + 127) / 128) * static_cast<double>((columns + width - 1) / width);
     const double products = machine.turns(tiles) * 2.0 * 128 * width * depth / (machine.operations * kWgmmaTiles) * 1e6;
     const double in_flight = width == 256 ? 2 * 49152 : 4 * 32768;

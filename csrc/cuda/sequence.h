@@ -14,9 +14,10 @@ class Sequence {
  public:
   explicit Sequence(void* stream) : stream_(stream) {}
   template <auto kKernel, class Params>
-  void run(const char* name, dim3 grid, unsigned threads, size_t shared, const Params& params, bool early = false) {
+  void run(const char* name, dim3 grid, unsigned threads, size_t shared, const Params& params, bool early = false,
+           bool most_shared = false) {
     if (!status_.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    status_ = launch<kKernel>({name, grid, dim3(threads, 1, 1), shared, stream_, early}, params);
+    status_ = launch<kKernel>({name, grid, dim3(threads, 1, 1), shared, stream_, early, most_shared}, params);
   }
   const Status& status() const { return status_; }
 

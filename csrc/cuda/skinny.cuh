@@ -17,6 +17,7 @@
 
 #include "cuda/epilogue.h"
 #include "cuda/primitives/launch.h"
+#include "cuda/primitives/wgmma.h"
 #include "cuda/routing.h"
 #include "cuda/tile.h"
 
@@ -35,10 +36,10 @@ __device__ inline Vector row_chunk(const Matrix& m, int row, bool valid, int k) 
 
 // c [16 rows of P, 8 * kTiles rows of Q] += P Qt over the steps [first, last) of depth. p_row, q_row: where the
 // operands' rows begin; rows from p_end, q_end on are zeros. With dropout the mask is of P's elements.
-template <class T, int kTiles>
+// kAhead: steps whose loads are in flight together.
+template <class T, int kTiles, int kAhead = (kTiles > 2 ? 2 : 4)>  // 128 or 256 bytes of a row
 __device__ inline void skinny_product(float (&c)[kTiles][4], const Matrix& p, int p_row, int p_end, const Matrix& q,
                                       int q_row, int q_end, int first, int last, bool precise, const Dropout& dropout) {
-  constexpr int kAhead = kTiles > 2 ? 2 : 4;  // steps whose loads are in flight together: 128 or 256 bytes of a row
   const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
   const auto one = [&](const Vector& low, const Vector& high, const Vector(&b)[kTiles]) {
 #pragma unroll
@@ -141,36 +142,62 @@ template <int kTiles>
 constexpr size_t kDownSharedBytes = (kSkinnyWarps * kSkinnyRows * 8 * kTiles) * sizeof(float) +
                                     (TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords * 4 + 15) / 16 * 16;
 
-// Grid (rows / 16, slots): the adapters of sixteen rows are shared out among the blocks of y.
+// t of sixteen rows, whose adapters are shared out among the blocks of y.
+template <class T, int kTiles, int kAhead>
+__device__ inline void down_of_rows(const DownParams& p, int row, float* parts, int* words, const Dropout& dropout) {
+  const TileAdapters<kSkinnyRows, kSkinnyThreads> adapters(p.routing, words, row, p.x.rows);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int steps = (p.x.columns + kStep<T> - 1) / kStep<T>;
+  const int first = steps * warp / kSkinnyWarps, last = steps * (warp + 1) / kSkinnyWarps;
+  for (int slot = static_cast<int>(blockIdx.y); slot < adapters.count(); slot += static_cast<int>(gridDim.y)) {
+    const int adapter = adapters.adapter(slot), begin = p.routing.begin(adapter), rank = p.routing.rank(adapter);
+    const float scale = p.routing.scale(adapter) * p.factor;
+    for (int r = 0; r < rank; r += 8 * kTiles) {
+      float c[kTiles][4] = {};
+      skinny_product<T, kTiles, kAhead>(c, p.x, row, p.x.rows, p.a, begin + r, begin + rank, first, last, p.precise,
+                                        dropout);
+      share_parts<kTiles>(parts, c);
+      for (int i = static_cast<int>(threadIdx.x); i < kSkinnyRows * 8 * kTiles; i += kSkinnyThreads) {
+        const int m = i / (8 * kTiles), j = i % (8 * kTiles);
+        if (row + m < p.x.rows && r + j < rank && adapters.uses(m, adapter))
+          static_cast<T*>(p.t)[(row + m) * p.t_stride + r + j] =
+              from_float<T>(sum_of_parts<kTiles>(parts, m, j) * scale);
+      }
+      __syncthreads();  // the parts are free again
+    }
+  }
+}
+
+// Grid (rows / 16, slots).
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kSkinnyThreads, 2) down(const DownParams p) {
   if constexpr (kCompiled<T>) {
     let_next_kernel_start();
-    using Adapters = TileAdapters<kSkinnyRows, kSkinnyThreads>;
     Shared shared;
     float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
-    const int row = static_cast<int>(blockIdx.x) * kSkinnyRows;
-    const Adapters adapters(p.routing, shared.take<int>(Adapters::kWords), row, p.x.rows);
-    const Dropout dropout = p.dropout.with_seed();
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int steps = (p.x.columns + kStep<T> - 1) / kStep<T>;
-    const int first = steps * warp / kSkinnyWarps, last = steps * (warp + 1) / kSkinnyWarps;
-    for (int slot = static_cast<int>(blockIdx.y); slot < adapters.count(); slot += static_cast<int>(gridDim.y)) {
-      const int adapter = adapters.adapter(slot), begin = p.routing.begin(adapter), rank = p.routing.rank(adapter);
-      const float scale = p.routing.scale(adapter) * p.factor;
-      for (int r = 0; r < rank; r += 8 * kTiles) {
-        float c[kTiles][4] = {};
-        skinny_product<T, kTiles>(c, p.x, row, p.x.rows, p.a, begin + r, begin + rank, first, last, p.precise, dropout);
-        share_parts<kTiles>(parts, c);
-        for (int i = static_cast<int>(threadIdx.x); i < kSkinnyRows * 8 * kTiles; i += kSkinnyThreads) {
-          const int m = i / (8 * kTiles), j = i % (8 * kTiles);
-          if (row + m < p.x.rows && r + j < rank && adapters.uses(m, adapter))
-            static_cast<T*>(p.t)[(row + m) * p.t_stride + r + j] =
-                from_float<T>(sum_of_parts<kTiles>(parts, m, j) * scale);
-        }
-        __syncthreads();  // the parts are free again
-      }
-    }
+    int* words = shared.take<int>(TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords);
+    down_of_rows<T, kTiles, kTiles == 2 ? 4 : 2>(p, static_cast<int>(blockIdx.x) * kSkinnyRows, parts, words,
+                                                 p.dropout.with_seed());
+  }
+}
+
+// The same in half the registers, with half the loads in flight and without dropout: two blocks of it leave room on a
+// multiprocessor for one of the product that starts early (gemm_wgmma, 128 columns of y). No more than that are
+// launched, so that all of them can say at once that it may; each goes on to other rows.
+template <class T>
+__global__ void __launch_bounds__(kSkinnyThreads, 4) down_beside(const DownParams p) {
+  if constexpr (kWgmma) {
+    let_next_kernel_start();
+    Shared shared;
+    float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 16);
+    int* words = shared.take<int>(TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords);
+    for (int row = static_cast<int>(blockIdx.x) * kSkinnyRows; row < p.x.rows;
+         row += static_cast<int>(gridDim.x) * kSkinnyRows)
+      down_of_rows<T, 2, 2>(p, row, parts, words, Dropout());
+  } else {
+#if !defined(LORA_KERNELS_EMULATION)
+    __trap();  // a plan takes it only beside gemm_wgmma
+#endif
   }
 }
 

@@ -24,6 +24,7 @@ struct Call {
   int64_t arch, path, large_tiles, splits;
   int64_t x_stride, weight_stride, a_stride, b_stride_rank, b_stride_out, dropout_seed;
   int64_t needs_dx, needs_dweight, needs_dbias, needs_dlora, with_t, dy_once;  // dy_once -1: the heuristic's own choice
+  int64_t t_blocks;
   double dropout_p;
   const void *x, *weight, *bias, *lora_a, *lora_b, *scales, *offsets, *adapter_ids, *residual, *dy;
   void *t, *y, *dx, *dweight, *dbias, *dlora_a, *dlora_b;
@@ -102,6 +103,7 @@ int emulated_forward(const Call* c, char* message, int64_t size) {
     // Few rows have no tiles: the same wish says whether blocks make t.
     plan.cuda.t_in_blocks = plan.cuda.path == CudaLoraLinearPath::kFewRows && c->large_tiles != 0;
     plan.cuda.splits = static_cast<int>(c->splits);
+    plan.cuda.t_blocks = static_cast<int>(c->t_blocks);
     cuda::Workspace w;
     cuda::ForwardWorkspace(w, plan);
     plan.workspace = w.used;

@@ -188,6 +188,25 @@ void test_wgmma() {
   check(forced.cuda.wgmma_columns == 0 && to_string(forced) == to_string(plan_of(p, kH100)), to_string(forced));
 }
 
+// t beside the product: in blocks of which each multiprocessor has two, and the product's time is about the base's.
+void test_t_beside_the_product() {
+  CudaDevice device = kH200;
+  device.wgmma = true;
+  LoraLinearProblem p = problem_of(4096, 1280, 1280, 16);
+  const LoraLinearPlan beside = plan_of(p, device), base = plan_of(problem_of(4096, 1280, 1280, 0), device);
+  check(beside.cuda.t_blocks == 2 * 132 && beside.cuda.wgmma_columns == 128 && beside.cuda.early_start,
+        to_string(beside));
+  check(contains(to_string(beside), "t_blocks=264"), to_string(beside));
+  check(beside.cuda.predicted_us < 1.06 * base.cuda.predicted_us, to_string(beside) + " over " + to_string(base));
+  check(base.cuda.t_blocks == 0, "without LoRA there is no t");
+  check(plan_of(p, kH200).cuda.t_blocks == 0, "tiles by mma.sync leave no room");
+  check(plan_of(problem_of(4096, 1280, 1280, 16, 4), device).cuda.t_blocks > 0, "several adapters make no difference");
+  check(plan_of(problem_of(4096, 1280, 1280, 32), device).cuda.t_blocks == 0, "more ranks need more registers");
+  p.dropout_p = 0.1;
+  check(plan_of(p, device).cuda.t_blocks == 0, "and so does dropout");
+  check(plan_of(problem_of(8, 1280, 1280, 16, 4), device).cuda.t_blocks == 0, "few rows have no tiles");
+}
+
 // dx by the rule of the forward pass: where it is predicted to be clearly faster, and not of fp32.
 void test_wgmma_of_gradients() {
   CudaDevice with = kH100;
@@ -272,6 +291,7 @@ int main() {
   test_one_reading_of_dy();
   test_wgmma();
   test_wgmma_of_gradients();
+  test_t_beside_the_product();
   test_refusals();
   test_int8_plans();
   test_kv_plans();

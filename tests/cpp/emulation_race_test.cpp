@@ -85,11 +85,13 @@ void run_kernels() {
   const struct {
     CudaLoraLinearPath path;
     bool t_in_blocks;
+    int wgmma_columns = 0;
   } ways[] = {{CudaLoraLinearPath::kTwoSteps, false},
+              {CudaLoraLinearPath::kTwoSteps, false, 128},
               {CudaLoraLinearPath::kInTile, false},
               {CudaLoraLinearPath::kFewRows, false},
               {CudaLoraLinearPath::kFewRows, true}};
-  for (const auto& [path, t_in_blocks] : ways) {
+  for (const auto& [path, t_in_blocks, wgmma_columns] : ways) {
     p.rows = path == CudaLoraLinearPath::kFewRows ? 9 : M;
     const bool routed = path != CudaLoraLinearPath::kInTile && !t_in_blocks;
     p.lora.adapters = routed ? 2 : 1;
@@ -99,6 +101,8 @@ void run_kernels() {
     cuda::configure(device, &plan);
     plan.cuda.path = path;
     plan.cuda.t_in_blocks = t_in_blocks;
+    plan.cuda.wgmma_columns = wgmma_columns;
+    plan.cuda.t_blocks = wgmma_columns ? 2 : 0;
     plan.cuda.splits = path == CudaLoraLinearPath::kFewRows && !t_in_blocks ? 2 : 1;
     cuda::Workspace size;
     cuda::ForwardWorkspace(size, plan);
@@ -131,8 +135,12 @@ void run_kernels() {
   g.dlora_a = da.get();
   g.dlora_b = db.get();
   g.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(workspace.get()), 256));
-  Status status = cuda::launch_backward(back, g, Executor());
-  check(status.ok(), status.text);
+  Status status;
+  for (const int columns : {0, 128}) {  // dx by mma.sync, and by wgmma
+    back.cuda.wgmma_columns = columns;
+    status = cuda::launch_backward(back, g, Executor());
+    check(status.ok(), status.text);
+  }
   // One adapter, u and dB from one reading of dy.
   back.problem.forward.lora.adapters = 1;
   cuda::configure_backward(device, &back);

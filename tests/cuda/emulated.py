@@ -25,7 +25,7 @@ _INTEGERS = """rows in_features out_features dtype bias_dtype activation has_bia
 adapters total_rank max_rank groups lora_dtype allow_tf32 arch path large_tiles splits x_stride
 weight_stride
 a_stride b_stride_rank b_stride_out dropout_seed needs_dx needs_dweight needs_dbias
-needs_dlora with_t dy_once"""
+needs_dlora with_t dy_once t_blocks"""
 _POINTERS = """x weight bias lora_a lora_b scales offsets adapter_ids residual dy t y dx dweight
 dbias dlora_a dlora_b"""
 
@@ -154,6 +154,9 @@ class Emulated:
         tiles by wgmma, so wide.
     keeps_t
         The forward pass hands out its t, and the backward pass behind it takes it from there.
+    t_blocks
+        So many blocks make t in half the registers, for at most sixteen ranks; 0: a block for each
+        sixteen rows.
     dy_once
         With a path: whether u and dB come from one reading of dy, where they can.
     """
@@ -171,12 +174,14 @@ class Emulated:
         max_rank: int = 0,
         keeps_t: bool = False,
         dy_once: bool | None = None,
+        t_blocks: int = 0,
         lib: ctypes.CDLL | None = None,
     ) -> None:
         self.lib = lib or library()
         self.order, self.seed = ORDERS[order], seed
         self.plan = ""
         self.keeps_t, self.dy_once = keeps_t, -1 if dy_once is None else int(dy_once)
+        self.t_blocks = t_blocks
         self.t: torch.Tensor | None = None
         self.wishes = (path, large, splits, arch, allow_tf32, max_rank)
 
@@ -195,7 +200,7 @@ class Emulated:
         y = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype)
         call.activation = ACTIVATIONS[activation]
         call.has_residual, call.residual = int(residual is not None), _pointer(residual)
-        call.y = y.data_ptr()
+        call.y, call.t_blocks = y.data_ptr(), self.t_blocks
         if self.keeps_t and lora_a is not None:
             width = (lora_a.shape[0] + 15) // 16 * 16
             self.t = torch.full((x.shape[0], width), float("nan"), dtype=x.dtype)

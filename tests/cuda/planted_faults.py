@@ -187,6 +187,13 @@ FAULTS = [
         ("waits for bytes", "gradients by wgmma dropout"),
     ),
     Fault(
+        "rows whose t nobody makes",
+        "skinny.cuh",
+        "row += static_cast<int>(gridDim.x) * kSkinnyRows)",
+        "row += static_cast<int>(gridDim.x + 1) * kSkinnyRows)",
+        ("two_steps wgmma",),
+    ),
+    Fault(
         "boxes of the same columns",
         "gemm_wgmma.cuh",
         "load_box(b, all_.b, depth, n_ + i * 64, landed);",

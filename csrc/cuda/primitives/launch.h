@@ -15,6 +15,9 @@ struct Launch {
   size_t shared_bytes;
   void* stream;
   bool early = false;  // may start before the kernel before it has finished (sm_90 on): wait_for_kernel_before() waits
+  // Of a multiprocessor's L1 as much as there can be is shared memory while this runs. It is divided anew only when
+  // nothing runs there: for kernels that are to run side by side, of which one takes much.
+  bool most_shared = false;
 };
 
 // Returns once everything that kernels before this one have written can be read. Everything that only they write must
@@ -46,16 +49,20 @@ Status launch(const Launch& l, const Params& params) {
   }
   return {};
 #else
-  // More than 48 KB have to be asked for, once on each device; by two threads at the same time does no harm.
+  // More than 48 KB, and the division, have to be asked for, once on each device; by two threads at the same time does
+  // no harm.
   static std::atomic<uint64_t> asked{0};
   cudaError_t error = cudaSuccess;
-  if (l.shared_bytes > 48 << 10) {
+  if (l.shared_bytes > 48 << 10 || l.most_shared) {
     int device = 0;
     error = cudaGetDevice(&device);
     const uint64_t bit = uint64_t{1} << (device & 63);
     if (error == cudaSuccess && (device >= 64 || !(asked.load(std::memory_order_relaxed) & bit))) {
       error =
           cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes));
+      if (error == cudaSuccess && l.most_shared)
+        error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared);
       if (error == cudaSuccess) asked.fetch_or(bit, std::memory_order_relaxed);
     }
   }

@@ -1,4 +1,4 @@
-"""dx by wgmma, whose second operand has its depth across its rows, against the reference."""
+"""Tiles by wgmma: dx, whose second operand has its depth across its rows, and t beside y."""
 
 from __future__ import annotations
 
@@ -137,3 +137,15 @@ def test_infinities_and_nans_stay_in_their_row() -> None:
     operands = bank("peft", 40, 64, 72, torch.float16)
     dx = dx_alone(Emulated(path="two_steps", large=128), x, weight, dy, operands)
     assert (~dx.isfinite().all(1)).nonzero().flatten().tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("mode", ["peft", "bank", "some"])
+def test_t_beside_the_product_has_the_same_bits(mode: str) -> None:
+    """Few blocks make t of all rows in turn, with fewer loads in flight: the same sums."""
+    x, weight, bias, _ = base(150, 200, 70, torch.float16)
+    operands = bank(mode, 150, 200, 70, torch.float16, 16)
+    plain = Emulated(path="two_steps", large=128).forward(x, weight, bias, **operands)
+    for order in ORDERS:
+        beside = Emulated(*order, path="two_steps", large=128, t_blocks=3)
+        assert torch.equal(beside.forward(x, weight, bias, **operands), plain)
+        assert "t_blocks=3" in beside.plan
