@@ -2,8 +2,9 @@
 
 python examples/transcribe_engine.py exported talk.wav --adapter medical
 
-Needs TensorRT, cuda-python (the package cuda-bindings) or PyCUDA, and of this package's speech
-extra soundfile, soxr and transformers, whose feature extractor and tokenizer do without torch.
+Needs TensorRT (for RTX, where `arch` was given), cuda-python (the package cuda-bindings) or PyCUDA,
+and of this package's speech extra soundfile, soxr and transformers, whose feature extractor and
+tokenizer do without torch.
 """
 
 from __future__ import annotations

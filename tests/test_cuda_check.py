@@ -99,6 +99,23 @@ def test_a_tile_of_wgmma_has_room_beside_two_blocks_that_make_its_t(kind: str) -
     assert sum(block["shared"] + 1024 for block in blocks) <= 228 << 10
 
 
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (
+            "info (C7510): Potential Performance Loss: wgmma.mma_async instructions are serialized",
+            True,
+        ),
+        ("(C7519) Potential Performance Loss: warpgroup.arrive is injected around line 9", True),
+        ("ptxas info : Used 128 registers, used 1 barriers", False),
+    ],
+)
+def test_products_that_wait_for_themselves_are_found_in_what_ptxas_says(
+    said: str, found: bool
+) -> None:
+    assert check["serialized"](said) == found
+
+
 def test_a_kernel_without_a_record_is_a_fault() -> None:
     assert "not in resources.json" in faults(kernel(), budget=None)
 

@@ -94,12 +94,10 @@ def test_parts_of_the_package_point_one_way(path):
 @pytest.mark.parametrize("path", SPEECH_FILES, ids=_module_name)
 def test_parts_of_the_speech_layer_point_one_way(path):
     part = _module_name(path).split(".")[1]
-    used = {
-        name.split(".")[1]
-        for name in _imports(path, top_level=False)
-        if name.startswith("lora_speech.")
-    }
+    names = _imports(path, top_level=False)
+    used = {name.split(".")[1] for name in names if name.startswith("lora_speech.")}
     assert used - {part} <= set(SPEECH_ORDER[: SPEECH_ORDER.index(part)])
+    assert "lora_speech" not in names, "the package's face uses everything"
 
 
 @pytest.mark.parametrize("path", FILES, ids=_module_name)

@@ -77,6 +77,130 @@ def kv_predicted(
     return us, moved / (us * 1e-6) / device.cuda.memory_bytes_per_second
 
 
+# FLOPs of a multiprocessor per clock, 16 bits; what a library's products are taken to reach of
+# them, a copy of the memory's peak, and what a launch costs (as csrc/cuda/machine.h has it).
+PEAK = {75: 1024, 80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
+LIBRARY, MEMORY, LAUNCH_US = 0.8, 0.85, 2.5
+
+
+class Peer:
+    """Kernels one after another, as torch launches them: each its bytes or its FLOPs."""
+
+    def __init__(self, device: raw.DeviceInfo) -> None:
+        cuda = device.cuda
+        peak = PEAK[cuda.arch] * cuda.multiprocessors * cuda.clock_hz
+        self._flops, self._bytes = LIBRARY * peak, MEMORY * cuda.memory_bytes_per_second
+        self.us = 0.0
+
+    def product(self, m: int, n: int, k: int) -> None:
+        """[m, k] by [k, n] in 16 bits."""
+        moved = 2 * (m * k + k * n + m * n)
+        self.us += max(2 * m * n * k / self._flops, moved / self._bytes) * 1e6 + LAUNCH_US
+
+    def pointwise(self, elements: int) -> None:
+        """So many elements read and written."""
+        self.us += 2 * elements / self._bytes * 1e6 + LAUNCH_US
+
+
+def peft_predicted(
+    device: raw.DeviceInfo, m: int, k: int, n: int, rank: int, compiled: bool
+) -> float:
+    """µs of forward and backward of PEFT's layer without dropout, its weight frozen.
+
+    Eager: base, A, B, times the scale, plus the base; then dy times the scale, dB, dt, dA, dt A,
+    dy W, and their sum. Compiled, scale and sum of the forward pass are one kernel.
+    """
+    peer = Peer(device)
+    for shape in ((m, n, k), (m, rank, k), (m, n, rank)):
+        peer.product(*shape)
+    for elements in [3 * m * n] if compiled else [2 * m * n, 3 * m * n]:
+        peer.pointwise(elements)
+    peer.pointwise(2 * m * n)
+    for shape in ((n, rank, m), (m, rank, n), (rank, k, m), (m, k, rank), (m, k, n)):
+        peer.product(*shape)
+    peer.pointwise(3 * m * k)
+    return peer.us
+
+
+def training_predicted(device: raw.DeviceInfo, m: int, k: int, n: int, rank: int) -> float:
+    """µs of our forward and backward: dx, dA, dB, from a t that the forward pass hands over."""
+    problem = raw.LoraLinearProblem(rows=m, in_features=k, out_features=n, dtype=raw.DType.float16)
+    problem.lora = raw.LoraShape(
+        adapters=1, total_rank=rank, max_rank=rank, dtype=raw.DType.float16
+    )
+    problem.keeps_t = True
+    backward = raw.LoraLinearBackwardProblem(
+        forward=problem, needs_dx=True, needs_dlora=True, has_t=True
+    )
+    return sum(microseconds(str(raw.plan(p, device))) for p in (problem, backward))
+
+
+def mixed_predicted(device: raw.DeviceInfo, k: int, n: int) -> float:
+    """Time of 32 rows with 32 adapters of ranks 4 to 64 over that with one of their mean rank."""
+    ranks = [4 + 60 * i // 31 for i in range(32)]
+    us = []
+    for adapters, total, most in (
+        (32, sum(ranks), max(ranks)),
+        (1, sum(ranks) // 32, sum(ranks) // 32),
+    ):
+        problem = raw.LoraLinearProblem(
+            rows=32, in_features=k, out_features=n, dtype=raw.DType.float16
+        )
+        problem.lora = raw.LoraShape(
+            adapters=adapters,
+            total_rank=total,
+            max_rank=most,
+            groups=adapters,
+            dtype=raw.DType.float16,
+        )
+        us.append(microseconds(str(raw.plan(problem, device))))
+    return us[0] / us[1]
+
+
+def step_predicted(device: raw.DeviceInfo, batch: int) -> tuple[float, float]:
+    """µs of a greedy step of Whisper large-v3 in INT8, adapters of rank 16 live on all projections,
+    and over what its bytes take; at the end of its positions, kernel after kernel.
+    """
+    d, ffn, layers, vocabulary = 1280, 5120, 32, 51866
+    us = moved = 0.0
+
+    def linear(n: int, k: int, rank: int, **more: object) -> None:
+        nonlocal us, moved
+        problem = raw.Int8LoraLinearProblem(
+            rows=batch,
+            in_features=k,
+            out_features=n,
+            dtype=raw.DType.float16,
+            has_bias=True,
+            **more,
+        )
+        if rank:
+            problem.lora = raw.LoraShape(
+                adapters=1, total_rank=rank, max_rank=rank, dtype=raw.DType.float16
+            )
+        us += microseconds(str(raw.plan(problem, device)))
+        moved += n * k + 2 * rank * (n + k)
+
+    def attention(positions: int, int8: bool) -> None:
+        nonlocal us, moved
+        of_one, _ = kv_predicted(device, batch, 1, positions, int8)
+        us += of_one
+        moved += 2 * batch * d * positions * (1 if int8 else 2)
+
+    for _ in range(layers):
+        linear(3 * d, d, 48, has_norm=True)
+        attention(448, int8=False)
+        linear(d, d, 16, has_residual=True)
+        linear(d, d, 16, has_norm=True)
+        attention(1500, int8=True)
+        linear(d, d, 16, has_residual=True)
+        linear(ffn, d, 16, has_norm=True, activation=raw.Activation.gelu)
+        linear(d, ffn, 16, has_residual=True)
+    linear(vocabulary, d, 0, has_norm=True, top_k=1)
+    return us, us / (moved / (MEMORY * device.cuda.memory_bytes_per_second) * 1e6)
+
+
+TRAINING = [(4096, 1280, 1280), (12000, 1280, 5120)]
 INT8_SHAPES = [(1, 1280, 1280), (1, 1280, 5120), (16, 1280, 5120), (4096, 1280, 5120)]
 # Utterances, beams, positions, INT8.
 KV_STEPS = [(1, 1, 448, False), (16, 1, 448, False), (1, 1, 1500, True), (16, 1, 1500, False)]
@@ -105,6 +229,24 @@ def main() -> None:
             base, _ = predicted(device, *shape, 0)
             cells.append(f"{ours:.1f} us x{ours / base:.2f} {path:>9}  ")
         print(f"{name:12}" + "".join(f"{cell:>28}" for cell in cells))
+    print("\npredicted: forward and backward, fp16, rank 16; PEFT eager and compiled over it")
+    print(f"{'':12}" + "".join(f"{'x'.join(map(str, shape)):>28}" for shape in TRAINING))
+    for name, device in devices.items():
+        cells = []
+        for shape in TRAINING:
+            us = training_predicted(device, *shape, 16)
+            eager, compiled = (peft_predicted(device, *shape, 16, c) for c in (False, True))
+            cells.append(f"{us:.0f} us  x{eager / us:.2f} x{compiled / us:.2f}  ")
+        print(f"{name:12}" + "".join(f"{cell:>28}" for cell in cells))
+    print("\npredicted: 32 rows with 32 adapters of ranks 4 to 64 over one of their mean rank")
+    for name, device in devices.items():
+        found = [mixed_predicted(device, k, n) for k, n in ((1280, 1280), (1280, 5120))]
+        print(f"{name:12}" + "".join(f"x{ratio:.2f}  " for ratio in found))
+    print("\npredicted: a step of Whisper large-v3 by batch, and over what its bytes take")
+    print(f"{'':12}" + "".join(f"{batch:>20}" for batch in (1, 4, 16)))
+    for name, device in devices.items():
+        found = [step_predicted(device, batch) for batch in (1, 4, 16)]
+        print(f"{name:12}" + "".join(f"{us:>11.0f} us x{over:.2f}" for us, over in found))
     print("\npredicted: int8_lora_linear, and the part of the memory's peak that this is")
     print(f"{'':12}" + "".join(f"{'x'.join(map(str, shape)):>18}" for shape in INT8_SHAPES))
     for name, device in devices.items():

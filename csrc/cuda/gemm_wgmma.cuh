@@ -14,9 +14,10 @@
 // beside W) are more steps on the same sums, of which only as many ranks as there are, in sixteens, are multiplied;
 // they come by cp.async, since which rows of t count their adapters say. Sums leave through shared memory.
 //
-// The branch comes last, so that a kernel that starts early does the base while t or u is still being made. Under
-// dropout the mask is of the branch alone: it comes first, its sums are masked in registers, and the base is added to
-// them; the bits of the mask are drawn before u is waited for.
+// The branch comes last, so that a kernel that starts early does the base while t is still being made, if it finds room
+// (128 columns of y beside down_beside of skinny.cuh do). Under dropout the mask is of the branch alone: it comes first,
+// its sums are masked in registers, and the base is added to them; the bits of the mask are drawn before u is waited
+// for.
 //
 // FLOPs 2 M N (K + r); a step reads 48 KB for 2 * 128 * 256 * 64 FLOPs: 85 to a byte of L2. Bound by arithmetic. Not
 // measured: no GPU has run this. Not tried: a warpgroup that asks for boxes alone, stores beside the next tile's
@@ -97,6 +98,7 @@ class WgmmaTile {
     if (kMasked && branch_steps > 0) draw_mask();
     for (int k = 0; k < kAhead; ++k) fetch(k, steps, adapters, !kMasked && all_.boxes);
     Place multiplied;
+    tie(c_);
     for (int k = 0; k < steps; ++k) {
       wait_copies<kAhead - 1>();
       if (all_.boxes && is_base(k)) wait_for_bytes(landed_ + k % kStages, (k - base_begin_) / kStages & 1);
@@ -112,6 +114,7 @@ class WgmmaTile {
       wait_products<1>();  // step k - 1
     }
     wait_products<0>();
+    tie(c_);
   }
 
   __device__ void store() {
@@ -268,10 +271,12 @@ class WgmmaTile {
   // 1 / (1 - p) is in the scale of u.
   __device__ void mask() {
     wait_products<0>();
+    tie(c_);
 #pragma unroll
     for (int j = 0; j < Shape::kColumns / 8; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) c_[j][i] = kept_[j / 16][i / 2] >> (4 * (j % 16) + i % 2) & 1 ? c_[j][i] : 0.0f;
+    tie(c_);
   }
 
   const WgmmaParams& all_;

@@ -52,8 +52,8 @@ Int8Workspace::Int8Workspace(Workspace& w, const Int8LoraLinearPlan& plan) {
 
 Status supported(const Int8LoraLinearProblem& p, const CudaDevice& device) {
   Refusals refusals;
-  refusals.expect_tensor_cores(device, "dtype of x", p.dtype, " beside INT8");
-  refusals.expect_sizes(p.rows, p.in_features, p.out_features, p.lora);
+  refusals.expect_tensor_cores(device, "dtype of x", p.dtype);
+  refusals.expect_linear_sizes(p.rows, p.in_features, p.out_features, p.lora);
   if (p.top_k) refusals.expect_at_most("rows of x with top_k", 65535, p.rows);
   return refusals.status("int8_lora_linear",
                          "Convert the operands to a type that is supported, pass fewer rows at a time, or move the "

@@ -116,6 +116,7 @@ class Int8WgmmaTile {
 
     int32_t sums[kProducts][kEights][4] = {};
     uint32_t w[2][kProducts][4];
+    tie(sums);
     int k = 0;
     do {  // There is a step, or there were no map. (If there might be none, ptxas would make products one by one.)
       wait_for_bytes(landed_ + k % kStages, k / kStages & 1);
@@ -124,6 +125,7 @@ class Int8WgmmaTile {
       multiply(place(k), w, sums);
     } while (++k < base_steps_);
     wait_products<0>();
+    tie(sums);
     float c[kProducts][kEights][4];
     scale(sums, c);
     for (; k < steps; ++k) {
@@ -210,6 +212,7 @@ class Int8WgmmaTile {
     for (int step = 0; step < Shape::kDepth / 32; ++step) {
       wait_products<1>();  // those before the last, which read the registers that are loaded now
       load_weight(stage + Layout::kRowsBytes, step, w[step % 2]);
+      tie(w[step % 2]);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kProducts; ++i)

@@ -1,6 +1,7 @@
 // Which kernels a kv_attention_step takes on a CUDA device: pure functions of the problem and of what the device says
 // of itself. Times are predicted from bytes, in microseconds; they choose the splits, and nothing has measured them.
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <sstream>
 
@@ -65,7 +66,7 @@ KvWorkspace::KvWorkspace(Workspace& w, const KvAttentionStepPlan& plan) {
 
 Status supported(const KvAttentionStepProblem& p, const CudaDevice& device) {
   Refusals refusals;
-  refusals.expect_tensor_cores(device, "q", p.dtype, " beside INT8");
+  refusals.expect_tensor_cores(device, "q", p.dtype);
   const bool same = p.cache_dtype == p.dtype || p.cache_dtype == DType::kInt8;
   if (!same && p.dtype != DType::kFloat32)
     refusals.add(std::string("k_cache, v_cache: expected ") + name_of(p.dtype) + ", as q is, or int8, got " +
@@ -73,7 +74,7 @@ Status supported(const KvAttentionStepProblem& p, const CudaDevice& device) {
   refusals.expect_at_most("head size", kKvMostHeadSize, p.head_size);
   refusals.expect_at_most("heads to return weights of", kKvMostWeightHeads, p.weight_heads);
   refusals.expect_at_most("capacity", INT_MAX / 2, p.capacity);
-  refusals.expect_sizes(p.rows, p.tokens, p.heads, p.cache_rows);
+  refusals.expect_attention_sizes(p.rows, p.tokens, p.heads, p.cache_rows);
   if (refusals.none()) {
     if (p.weight_heads > 0)
       refusals.expect_at_most("rows of q times tokens, with weights", INT_MAX / 2, p.rows * p.tokens);

@@ -1,5 +1,6 @@
 // What a kv_pack needs of a CUDA device, and what it is predicted to take: nothing has measured it.
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 
 #include "cuda/kv_pack.h"
@@ -12,7 +13,7 @@ namespace lora_kernels::cuda {
 
 Status supported(const KvPackProblem& p, const CudaDevice& device) {
   Refusals refusals;
-  refusals.expect_tensor_cores(device, "k, v", p.dtype, " beside INT8");  // kv_attention_step's, which reads the blocks
+  refusals.expect_tensor_cores(device, "k, v", p.dtype);  // kv_attention_step's, which reads the blocks
   if (p.cache_rows > (1 << 20) || p.heads > (1 << 20) || p.cache_rows * p.heads > INT_MAX / 2)
     refusals.add("k, v: expected at most " + std::to_string(INT_MAX / 2) + " utterances times heads, got " +
                  std::to_string(p.cache_rows) + " and " + std::to_string(p.heads));

@@ -1,5 +1,6 @@
 // What a kv_relative_step needs of a CUDA device, and what it is predicted to take: nothing has measured it.
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 
 #include "cuda/kv_relative_step.h"
@@ -23,14 +24,14 @@ double bytes_of(DType type) { return static_cast<double>(size_of(type)); }
 
 Status supported(const KvRelativeStepProblem& p, const CudaDevice& device) {
   Refusals refusals;
-  refusals.expect_tensor_cores(device, "q", p.dtype, " beside INT8");
+  refusals.expect_tensor_cores(device, "q", p.dtype);
   if (p.cache_dtype != p.dtype && p.dtype != DType::kFloat32)
     refusals.add(std::string("k_cache, v_cache: expected ") + name_of(p.dtype) + ", as q is, got " +
                  name_of(p.cache_dtype));
   refusals.expect_at_most("head size", kKvMostHeadSize, p.head_size);
   refusals.expect_at_most("capacity", INT_MAX / 4, p.capacity);
   refusals.expect_at_most("left", INT_MAX / 4, p.left);
-  refusals.expect_sizes(p.rows, p.tokens, p.heads, p.cache_rows);
+  refusals.expect_attention_sizes(p.rows, p.tokens, p.heads, p.cache_rows);
   if (refusals.none())
     refusals.expect_at_most("rows of q times tokens times heads", INT_MAX / 4, p.rows * p.tokens * p.heads);
   return refusals.status(

@@ -126,8 +126,8 @@ BackwardWorkspace::BackwardWorkspace(Workspace& w, const LoraLinearBackwardPlan&
 
 Status supported(const LoraLinearProblem& p, const CudaDevice& device) {
   Refusals refusals;
-  refusals.expect_tensor_cores(device, "dtype", p.dtype, "");
-  refusals.expect_sizes(p.rows, p.in_features, p.out_features, p.lora);
+  refusals.expect_tensor_cores(device, "dtype", p.dtype);
+  refusals.expect_linear_sizes(p.rows, p.in_features, p.out_features, p.lora);
   return refusals.status("lora_linear",
                          "Convert the operands to a type that is supported, move them to the CPU, whose kernels take "
                          "any of it, or use the eager formula of lora_kernels.reference.");
@@ -163,7 +163,9 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   // Two blocks of the kernel that makes t leave a multiprocessor room for a tile of 128 columns, which starts beside
   // them: both share the memory's time, and the tile's arithmetic goes on under it.
   int t_blocks = 0;
-  if (lora && p.lora.max_rank <= kMostRankBeside && p.dropout_p == 0) {
+  // Few rows with many adapters: the kernel apart gives each of them blocks of its own.
+  const bool shared_out = p.lora.groups > 0 && p.rows <= 8 * 16;
+  if (lora && !shared_out && p.lora.max_rank <= kMostRankBeside && p.dropout_p == 0) {
     WgmmaTime beside =
         wgmma_of(device.cuda, p.dtype, p.rows, p.out_features, base_bytes + down_bytes, wgmma_depth, 128);
     beside.us += machine.next_launch_us() + convert_us;

@@ -23,19 +23,19 @@ class Refusals {
     if (value > most) add(what + ": expected at most " + std::to_string(most) + ", got " + std::to_string(value));
   }
 
-  // Tensor cores are there from sm_75 on, and before sm_80 multiply fp16 (and INT8: `beside`) alone. `operand` is what
-  // has this type.
-  void expect_tensor_cores(const CudaDevice& device, const std::string& operand, DType type, const char* beside) {
+  // Tensor cores are there from sm_75 on, and before sm_80 multiply fp16 and INT8 alone. `operand` is what has this
+  // type.
+  void expect_tensor_cores(const CudaDevice& device, const std::string& operand, DType type) {
     const std::string arch = "sm_" + std::to_string(device.arch);
     if (device.arch < 75)
       add("architecture: expected sm_75 or later, whose tensor cores these kernels use, got " + arch);
     else if (device.arch < 80 && type != DType::kFloat16)
-      add(operand + ": on " + arch + " expected float16, all that its tensor cores multiply" + beside + ", got " +
+      add(operand + ": on " + arch + " expected float16, all that its tensor cores multiply beside INT8, got " +
           name_of(type));
   }
 
-  // Of a linear operator: indices are ints, a bank has a bound.
-  void expect_sizes(int64_t rows, int64_t in_features, int64_t out_features, const LoraShape& lora) {
+  // Indices are ints, a bank has a bound.
+  void expect_linear_sizes(int64_t rows, int64_t in_features, int64_t out_features, const LoraShape& lora) {
     expect_at_most("rows of x", INT_MAX / 2, rows);
     expect_at_most("in_features", INT_MAX / 2, in_features);
     expect_at_most("out_features", INT_MAX / 2, out_features);
@@ -45,8 +45,8 @@ class Refusals {
     expect_at_most("adapters", kMostAdapters, lora.adapters);
   }
 
-  // Of attention: bounded apart, so that products of these cannot overflow.
-  void expect_sizes(int64_t rows, int64_t tokens, int64_t heads, int64_t cache_rows) {
+  // Bounded apart, so that products of these cannot overflow.
+  void expect_attention_sizes(int64_t rows, int64_t tokens, int64_t heads, int64_t cache_rows) {
     for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rows of q", rows},
                                       {"tokens", tokens},
                                       {"heads", heads},

@@ -237,8 +237,9 @@ class EngineRunner:
             runtime.get_plugin_registry().load_library(str(library))
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
+            name = "TensorRT for RTX" if rtx else "TensorRT"
             raise LoraKernelsError(
-                f"engine_path: TensorRT {'for RTX ' * rtx}{trt.__version__} cannot read {path}; "
+                f"engine_path: {name} {trt.__version__} cannot read {path}; "
                 "engines belong to the version that built them, to the GPU they were built for, "
                 "and to their plugins (plugin_library), and those built ahead of time to TensorRT "
                 "for RTX (rtx): build it again here"

@@ -190,8 +190,7 @@ void test_wgmma() {
 
 // t beside the product: in blocks of which each multiprocessor has two, and the product's time is about the base's.
 void test_t_beside_the_product() {
-  CudaDevice device = kH200;
-  device.wgmma = true;
+  const CudaDevice device = with_wgmma(kH200);
   LoraLinearProblem p = problem_of(4096, 1280, 1280, 16);
   const LoraLinearPlan beside = plan_of(p, device), base = plan_of(problem_of(4096, 1280, 1280, 0), device);
   check(beside.cuda.t_blocks == 2 * 132 && beside.cuda.wgmma_columns == 128 && beside.cuda.early_start,
@@ -209,8 +208,7 @@ void test_t_beside_the_product() {
 
 // dx by the rule of the forward pass: where it is predicted to be clearly faster, and not of fp32.
 void test_wgmma_of_gradients() {
-  CudaDevice with = kH100;
-  with.wgmma = true;
+  const CudaDevice with = with_wgmma(kH100);
   LoraLinearBackwardProblem b;
   b.needs_dx = b.needs_dlora = true;
   const auto plan_on = [&](const CudaDevice& device) {

@@ -1,6 +1,6 @@
 // The emulation of CUDA's execution model: primitives against what they are defined to do, in every order of threads,
 // and small kernels with one fault each, which must be refused with a text that says where. (Faults planted in the real
-// kernels: tests/cuda/test_planted_faults.py.)
+// kernels: tests/cuda/test_emulation.py.)
 #include <cmath>
 #include <vector>
 

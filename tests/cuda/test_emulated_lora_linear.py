@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from emulated import Emulated, EmulationError, missing
+from lora_operands import base
 from tolerances import assert_close
 
 from lora_kernels import reference
@@ -75,11 +76,6 @@ def bank(mode: str, rows: int, k: int, n: int, dtype: torch.dtype, rank: int = 5
     if mode == "dropout":
         operands |= {"dropout_p": 0.3, "dropout_seed": torch.tensor([-1234567])}
     return operands
-
-
-def base(rows: int, k: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    x, weight = torch.randn(rows, k), torch.randn(n, k) / k**0.5
-    return x.to(dtype), weight.to(dtype), torch.randn(n).to(dtype), torch.randn(rows, n).to(dtype)
 
 
 def possible(path: str, mode: str, rows: int, large: bool = False) -> bool:

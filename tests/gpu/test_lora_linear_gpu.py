@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 
+from kernels import kernels_of
 from test_emulated_lora_linear import bank, base, gradients
 from tolerances import assert_close
 
@@ -95,8 +97,11 @@ def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -
         arguments = [x.cuda(), weight.cuda(), bias.cuda()]
         got = ops.lora_linear(*arguments, **operands)
         assert torch.equal(got, ops.lora_linear(*arguments, **operands))
+        run = functools.partial(ops.lora_linear, *arguments, **operands)
+        assert "gemm_wgmma" in kernels_of(run)
         with lk.force_implementation("cuda_mma"):
-            plain = ops.lora_linear(*arguments, **operands)
+            plain = run()
+            assert "gemm_wgmma" not in kernels_of(run)
         assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
 
 
@@ -116,8 +121,14 @@ def test_input_gradients_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mo
         arguments = x.cuda().requires_grad_(), weight.cuda(), dy.cuda(), operands
         got = input_gradient(*arguments)
         assert torch.equal(got, input_gradient(*arguments))
+        y = ops.lora_linear(*arguments[:2], **operands)
+        backward = functools.partial(
+            torch.autograd.grad, y, arguments[0], arguments[2], retain_graph=True
+        )
+        assert "gemm_wgmma" in kernels_of(backward)
         with lk.force_implementation("cuda_mma"):
             plain = input_gradient(*arguments)
+            assert "gemm_wgmma" not in kernels_of(backward)
         assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
 
 

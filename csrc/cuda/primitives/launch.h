@@ -49,22 +49,34 @@ Status launch(const Launch& l, const Params& params) {
   }
   return {};
 #else
-  // More than 48 KB, and the division, have to be asked for, once on each device; by two threads at the same time does
-  // no harm.
-  static std::atomic<uint64_t> asked{0};
+  // More than 48 KB, and the division, have to be asked for, once on each device. All that there is is asked for: a
+  // kernel's launches differ in what they need. So two threads may ask at the same time.
+  static std::atomic<uint64_t> allowed{0}, divided{0};
   cudaError_t error = cudaSuccess;
   if (l.shared_bytes > 48 << 10 || l.most_shared) {
     int device = 0;
     error = cudaGetDevice(&device);
     const uint64_t bit = uint64_t{1} << (device & 63);
-    if (error == cudaSuccess && (device >= 64 || !(asked.load(std::memory_order_relaxed) & bit))) {
-      error =
-          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes));
-      if (error == cudaSuccess && l.most_shared)
-        error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                     cudaSharedmemCarveoutMaxShared);
-      if (error == cudaSuccess) asked.fetch_or(bit, std::memory_order_relaxed);
-    }
+    const auto once = [&](std::atomic<uint64_t>* done, const auto& ask) {
+      if (error != cudaSuccess || (device < 64 && done->load(std::memory_order_relaxed) & bit)) return;
+      error = ask();
+      if (error == cudaSuccess) done->fetch_or(bit, std::memory_order_relaxed);
+    };
+    if (l.shared_bytes > 48 << 10)
+      once(&allowed, [&] {
+        int most = 0;
+        cudaFuncAttributes kernel{};
+        cudaError_t asked = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (asked == cudaSuccess) asked = cudaFuncGetAttributes(&kernel, kKernel);
+        if (asked != cudaSuccess) return asked;
+        return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    most - static_cast<int>(kernel.sharedSizeBytes));
+      });
+    if (l.most_shared)
+      once(&divided, [&] {
+        return cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared);
+      });
   }
   if (error == cudaSuccess) {
     cudaLaunchAttribute early{};

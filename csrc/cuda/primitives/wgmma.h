@@ -7,11 +7,15 @@
 //   wgmma            c [64, N] += a [64, 16] b [N, 16]t; or b [16, N], whose depth then lies across its rows
 //   commit_products  ends a group of them
 //   wait_products    all but the newest groups are done: only now are their sums there, and their operands free
+//   tie              of sums in registers, behind their zeros and behind the last wait: what uses or sets them stays on
+//                    this side of it. To the compiler a product is over where it is asked for.
 //
 // An operand is a tile of rows of 128 bytes of depth (64 elements), from a multiple of 1024 bytes on, whose chunks of
 // 16 bytes are exchanged by bits 7 to 9 of their address (the 128-byte swizzle): Tile<T, rows, 64> of tile.h. With
 // depth across its rows b is such tiles of 64 of depth by 64 columns, one behind the other.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/primitives/shared.h"
 
@@ -78,6 +82,22 @@ __device__ inline void wait_products() {
   emulation::wait_products(kNewest);
 #elif defined(LORA_KERNELS_WGMMA)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewest) : "memory");
+#endif
+}
+
+template <class T>
+__device__ inline void tie(T& sums) {
+#if defined(LORA_KERNELS_EMULATION)
+  static_cast<void>(sums);
+#else
+  if constexpr (std::is_array_v<T>) {
+#pragma unroll
+    for (auto& part : sums) tie(part);
+  } else if constexpr (std::is_same_v<T, float>) {
+    asm volatile("" : "+f"(sums)::"memory");
+  } else {
+    asm volatile("" : "+r"(sums)::"memory");
+  }
 #endif
 }
 

@@ -23,9 +23,10 @@ struct CudaLoraLinearPlan {
   int wgmma_columns = 0;     // kBase, kTwoSteps: 128 or 256, of tiles by wgmma; 0: by mma.sync
   bool early_start = false;  // a kernel may start before the one whose result it needs at its end has finished
   bool t_in_blocks = false;  // kFewRows: every block makes t for itself, which saves the kernel before
-  int t_blocks = 0;          // kTwoSteps: so many at most make t, beside which the product has room; 0: one by 16 rows
-  bool convert_a = false;    // A is of another type than x: a kernel converts it first
-  double predicted_us = 0;   // by the plan's bytes and FLOPs; orders the paths, and is no measurement
+  int t_blocks =
+      0;  // kTwoSteps: so many at most make t, beside which the product has room; 0: a block for every 16 rows
+  bool convert_a = false;   // A is of another type than x: a kernel converts it first
+  double predicted_us = 0;  // by the plan's bytes and FLOPs; orders the paths, and is no measurement
 };
 std::string to_string(const CudaLoraLinearPlan& plan);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from lora_speech.export.folder import Decoding, read_banks, read_decoding
 from lora_speech.export.graph_decoding import GraphRecognizer
 
 NAMES = ("encode", "prefill", "step")
-TRTEXEC = "trtexec.sh"
+ENGINES = "engines.json"
 
 
 def ahead_of_time(folder: Path) -> bool:
-    """Whether TensorRT for RTX built the engines of a folder, for which there is no `trtexec`."""
-    return not (folder / TRTEXEC).is_file()
+    """Whether TensorRT for RTX built the engines of a folder, for an `arch` that it names."""
+    path = folder / ENGINES
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["arch"] is not None
 
 
 def open_engines(

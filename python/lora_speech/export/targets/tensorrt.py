@@ -17,14 +17,16 @@ import torch
 
 from lora_speech.errors import SpeechError
 from lora_speech.export.companions import decoding_of, write_adapters, write_companions
-from lora_speech.export.engine_decoding import TRTEXEC, ahead_of_time, open_engines
+from lora_speech.export.engine_decoding import ENGINES, ahead_of_time, open_engines
 from lora_speech.export.graph_inputs import make_graphs
 from lora_speech.export.graphs import Graph
 from lora_speech.export.onnx_graphs import write_onnx
 from lora_speech.export.target import Plan, Recognizer, Say, Target, whole_number
 from lora_speech.export.targets.onnx import open_graphs
+from lora_speech.files import write_json
 
 ONNX = "onnx"
+TRTEXEC = "trtexec.sh"
 _PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -139,6 +141,7 @@ def _write(plan: Plan, folder: Path, say: Say) -> None:
             progress=progress,
         )
         lines.append(report.trtexec.replace(f"{folder}{os.sep}", ""))
+    write_json(folder / ENGINES, {"built_by": report.builder, "arch": plan.options.get("arch")})
     if any(lines):
         head = '#!/bin/sh\n# Builds these engines again.\nset -e; cd "$(dirname "$0")"\n'
         (folder / TRTEXEC).write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
