@@ -5,19 +5,17 @@ Speech is synthesised afresh, so these tests hear what no training run ever stor
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jiwer
 import numpy as np
 import pytest
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-import lora_speech.synthetic.synthesis as synthesis
+from lora_speech.models.loading import shipped_model_path
 from lora_speech.pretraining.evaluation import speak_all, transcribe
-from lora_speech.synthetic import corpus
+from lora_speech.synthetic import corpus, synthesis
 
-FOLDER = Path(synthesis.__file__).parent / "assets" / "base_model"
+FOLDER = shipped_model_path()
 # Speakers and sentences drawn for these tests only.
 SEED = 77
 
