@@ -15,9 +15,9 @@
 // they come by cp.async, since which rows of t count their adapters say. Sums leave through shared memory.
 //
 // The branch comes last, so that a kernel that starts early does the base while t is still being made, if it finds room
-// (128 columns of y beside down_beside of skinny.cuh do). Under dropout the mask is of the branch alone: it comes first,
-// its sums are masked in registers, and the base is added to them; the bits of the mask are drawn before u is waited
-// for.
+// (128 columns of y beside down_beside of skinny.cuh do). Under dropout the mask is of the branch alone: it comes
+// first, its sums are masked in registers, and the base is added to them; the bits of the mask are drawn before u is
+// waited for.
 //
 // FLOPs 2 M N (K + r); a step reads 48 KB for 2 * 128 * 256 * 64 FLOPs: 85 to a byte of L2. Bound by arithmetic. Not
 // measured: no GPU has run this. Not tried: a warpgroup that asks for boxes alone, stores beside the next tile's
