@@ -27,19 +27,44 @@ SHAPES = [(m, k, n) for m in (1, 32) for k, n in ((1280, 1280), (1280, 5120), (5
 SHAPES += [(4096, 1280, 1280), (12000, 1280, 5120)]
 
 
+def lora_of(rank: int, adapters: int = 1, total_rank: int | None = None) -> raw.LoraShape:
+    """One adapter of this rank; or several, with a group of rows each, of this rank at most."""
+    return raw.LoraShape(
+        adapters=adapters if rank else 0,
+        total_rank=rank if total_rank is None else total_rank,
+        max_rank=rank,
+        groups=adapters if adapters > 1 else 0,
+        dtype=raw.DType.float16,
+    )
+
+
+def linear(rows: int, k: int, n: int, lora: raw.LoraShape, **more: object) -> raw.LoraLinearProblem:
+    return raw.LoraLinearProblem(
+        rows=rows, in_features=k, out_features=n, dtype=raw.DType.float16, lora=lora, **more
+    )
+
+
+def int8_linear(rows: int, k: int, n: int, rank: int, **more: object) -> raw.Int8LoraLinearProblem:
+    return raw.Int8LoraLinearProblem(
+        rows=rows,
+        in_features=k,
+        out_features=n,
+        dtype=raw.DType.float16,
+        lora=lora_of(rank),
+        **more,
+    )
+
+
 def predicted(device: raw.DeviceInfo, rows: int, k: int, n: int, rank: int) -> tuple[float, str]:
     """µs, and the path."""
-    dtype = raw.DType.float16
-    problem = raw.LoraLinearProblem(rows=rows, in_features=k, out_features=n, dtype=dtype)
-    if rank:
-        problem.lora = raw.LoraShape(adapters=1, total_rank=rank, max_rank=rank, dtype=dtype)
-    text = str(raw.plan(problem, device))
+    text = str(raw.plan(linear(rows, k, n, lora_of(rank)), device))
     found = re.search(r"cuda sm_\d+ (\w+) (wgmma)?.*predicted=([\d.]+)us", text)
     assert found, text
     return float(found[3]), found[2] or found[1]
 
 
-def microseconds(text: str) -> float:
+def microseconds(device: raw.DeviceInfo, problem: object) -> float:
+    text = str(raw.plan(problem, device))
     found = re.search(r"predicted=([\d.]+)us", text)
     assert found, text
     return float(found[1])
@@ -47,10 +72,7 @@ def microseconds(text: str) -> float:
 
 def int8_predicted(device: raw.DeviceInfo, rows: int, k: int, n: int) -> tuple[float, float]:
     """µs with a live adapter of rank 16, and the fewest bytes in it over the memory's peak."""
-    dtype = raw.DType.float16
-    problem = raw.Int8LoraLinearProblem(rows=rows, in_features=k, out_features=n, dtype=dtype)
-    problem.lora = raw.LoraShape(adapters=1, total_rank=16, max_rank=16, dtype=dtype)
-    us = microseconds(str(raw.plan(problem, device)))
+    us = microseconds(device, int8_linear(rows, k, n, 16))
     moved = n * k + (16 * (n + k) + rows * (n + k)) * 2
     return us, moved / (us * 1e-6) / device.cuda.memory_bytes_per_second
 
@@ -72,7 +94,7 @@ def kv_predicted(
         problem.scales, problem.layout = raw.KvScales.per_channel, raw.KvLayout.blocked
     if not append:
         problem.slots = raw.KvSlots.per_row
-    us = microseconds(str(raw.plan(problem, device)))
+    us = microseconds(device, problem)
     moved = 2 * utterances * 20 * positions * 64 * (1 if int8 else 2)
     return us, moved / (us * 1e-6) / device.cuda.memory_bytes_per_second
 
@@ -124,37 +146,19 @@ def peft_predicted(
 
 def training_predicted(device: raw.DeviceInfo, m: int, k: int, n: int, rank: int) -> float:
     """µs of our forward and backward: dx, dA, dB, from a t that the forward pass hands over."""
-    problem = raw.LoraLinearProblem(rows=m, in_features=k, out_features=n, dtype=raw.DType.float16)
-    problem.lora = raw.LoraShape(
-        adapters=1, total_rank=rank, max_rank=rank, dtype=raw.DType.float16
-    )
-    problem.keeps_t = True
+    problem = linear(m, k, n, lora_of(rank), keeps_t=True)
     backward = raw.LoraLinearBackwardProblem(
         forward=problem, needs_dx=True, needs_dlora=True, has_t=True
     )
-    return sum(microseconds(str(raw.plan(p, device))) for p in (problem, backward))
+    return microseconds(device, problem) + microseconds(device, backward)
 
 
 def mixed_predicted(device: raw.DeviceInfo, k: int, n: int) -> float:
     """Time of 32 rows with 32 adapters of ranks 4 to 64 over that with one of their mean rank."""
     ranks = [4 + 60 * i // 31 for i in range(32)]
-    us = []
-    for adapters, total, most in (
-        (32, sum(ranks), max(ranks)),
-        (1, sum(ranks) // 32, sum(ranks) // 32),
-    ):
-        problem = raw.LoraLinearProblem(
-            rows=32, in_features=k, out_features=n, dtype=raw.DType.float16
-        )
-        problem.lora = raw.LoraShape(
-            adapters=adapters,
-            total_rank=total,
-            max_rank=most,
-            groups=adapters,
-            dtype=raw.DType.float16,
-        )
-        us.append(microseconds(str(raw.plan(problem, device))))
-    return us[0] / us[1]
+    mixed = linear(32, k, n, lora_of(max(ranks), len(ranks), sum(ranks)))
+    one = linear(32, k, n, lora_of(sum(ranks) // len(ranks)))
+    return microseconds(device, mixed) / microseconds(device, one)
 
 
 def step_predicted(device: raw.DeviceInfo, batch: int) -> tuple[float, float]:
@@ -162,41 +166,30 @@ def step_predicted(device: raw.DeviceInfo, batch: int) -> tuple[float, float]:
     and over what its bytes take; at the end of its positions, kernel after kernel.
     """
     d, ffn, layers, vocabulary = 1280, 5120, 32, 51866
-    us = moved = 0.0
 
-    def linear(n: int, k: int, rank: int, **more: object) -> None:
-        nonlocal us, moved
-        problem = raw.Int8LoraLinearProblem(
-            rows=batch,
-            in_features=k,
-            out_features=n,
-            dtype=raw.DType.float16,
-            has_bias=True,
-            **more,
-        )
-        if rank:
-            problem.lora = raw.LoraShape(
-                adapters=1, total_rank=rank, max_rank=rank, dtype=raw.DType.float16
-            )
-        us += microseconds(str(raw.plan(problem, device)))
-        moved += n * k + 2 * rank * (n + k)
+    def product(n: int, k: int, rank: int, **more: object) -> tuple[float, float]:
+        problem = int8_linear(batch, k, n, rank, has_bias=True, **more)
+        return microseconds(device, problem), n * k + 2 * rank * (n + k)
 
-    def attention(positions: int, int8: bool) -> None:
-        nonlocal us, moved
-        of_one, _ = kv_predicted(device, batch, 1, positions, int8)
-        us += of_one
-        moved += 2 * batch * d * positions * (1 if int8 else 2)
+    def attention(positions: int, int8: bool) -> tuple[float, float]:
+        us, _ = kv_predicted(device, batch, 1, positions, int8)
+        return us, 2 * batch * d * positions * (1 if int8 else 2)
 
-    for _ in range(layers):
-        linear(3 * d, d, 48, has_norm=True)
-        attention(448, int8=False)
-        linear(d, d, 16, has_residual=True)
-        linear(d, d, 16, has_norm=True)
-        attention(1500, int8=True)
-        linear(d, d, 16, has_residual=True)
-        linear(ffn, d, 16, has_norm=True, activation=raw.Activation.gelu)
-        linear(d, ffn, 16, has_residual=True)
-    linear(vocabulary, d, 0, has_norm=True, top_k=1)
+    layer = [
+        product(3 * d, d, 48, has_norm=True),
+        attention(448, int8=False),
+        product(d, d, 16, has_residual=True),
+        product(d, d, 16, has_norm=True),
+        attention(1500, int8=True),
+        product(d, d, 16, has_residual=True),
+        product(ffn, d, 16, has_norm=True, activation=raw.Activation.gelu),
+        product(d, ffn, 16, has_residual=True),
+    ]
+    choice = product(vocabulary, d, 0, has_norm=True, top_k=1)
+    us, moved = (
+        layers * sum(of_layer) + of_choice
+        for of_layer, of_choice in zip(zip(*layer, strict=True), choice, strict=True)
+    )
     return us, us / (moved / (MEMORY * device.cuda.memory_bytes_per_second) * 1e6)
 
 
