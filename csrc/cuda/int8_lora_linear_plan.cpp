@@ -139,11 +139,7 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   plan->workspace = w.used;
 }
 
-void configure_mma(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
-  DeviceInfo without = device;
-  without.cuda.wgmma = false;
-  configure(without, plan);
-}
+void configure_mma(const DeviceInfo& device, Int8LoraLinearPlan* plan) { configure(without_wgmma(device), plan); }
 
 }  // namespace lora_kernels::cuda
 

@@ -226,11 +226,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   plan->workspace = w.used;
 }
 
-void configure_mma(const DeviceInfo& device, LoraLinearPlan* plan) {
-  DeviceInfo without = device;
-  without.cuda.wgmma = false;
-  configure(without, plan);
-}
+void configure_mma(const DeviceInfo& device, LoraLinearPlan* plan) { configure(without_wgmma(device), plan); }
 
 void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
   const LoraLinearBackwardProblem& b = plan->problem;
@@ -279,9 +275,7 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
 }
 
 void configure_backward_mma(const DeviceInfo& device, LoraLinearBackwardPlan* plan) {
-  DeviceInfo without = device;
-  without.cuda.wgmma = false;
-  configure_backward(without, plan);
+  configure_backward(without_wgmma(device), plan);
 }
 
 }  // namespace lora_kernels::cuda

@@ -70,6 +70,12 @@ TiledTime tiled(const Machine& machine, int64_t rows, int64_t columns, double by
   return {large <= small, std::min(large, small) + kLaunchUs};
 }
 
+// The device as plans see it that leave wgmma out.
+inline DeviceInfo without_wgmma(DeviceInfo device) {
+  device.cuda.wgmma = false;
+  return device;
+}
+
 struct WgmmaTime {
   int columns;
   double us;

@@ -34,10 +34,13 @@ __device__ inline Vector row_chunk(const Matrix& m, int row, bool valid, int k) 
   return gather16<T>(left < kPerChunk<T> ? left : kPerChunk<T>, [&](int j) { return from[j]; });
 }
 
+template <int kTiles>
+constexpr int kStepsAhead = kTiles > 2 ? 2 : 4;  // 128 or 256 bytes of a row
+
 // c [16 rows of P, 8 * kTiles rows of Q] += P Qt over the steps [first, last) of depth. p_row, q_row: where the
 // operands' rows begin; rows from p_end, q_end on are zeros. With dropout the mask is of P's elements.
 // kAhead: steps whose loads are in flight together.
-template <class T, int kTiles, int kAhead = (kTiles > 2 ? 2 : 4)>  // 128 or 256 bytes of a row
+template <class T, int kTiles, int kAhead = kStepsAhead<kTiles>>
 __device__ inline void skinny_product(float (&c)[kTiles][4], const Matrix& p, int p_row, int p_end, const Matrix& q,
                                       int q_row, int q_end, int first, int last, bool precise, const Dropout& dropout) {
   const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
@@ -176,7 +179,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2) down(const DownParams p) {
     Shared shared;
     float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
     int* words = shared.take<int>(TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords);
-    down_of_rows<T, kTiles, kTiles == 2 ? 4 : 2>(p, static_cast<int>(blockIdx.x) * kSkinnyRows, parts, words,
+    down_of_rows<T, kTiles, kStepsAhead<kTiles>>(p, static_cast<int>(blockIdx.x) * kSkinnyRows, parts, words,
                                                  p.dropout.with_seed());
   }
 }
