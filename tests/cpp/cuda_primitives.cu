@@ -156,7 +156,9 @@ struct BoxParams {
   uint32_t* out;
 };
 
-// Rows 5 to 12 and columns 8 to 71 of the 11 rows of 64 halves that `in` begins with, as they lie in shared memory.
+// A box as it lies in shared memory. Of the 11 rows of 64 halves that `in` begins with: rows 5 to 12, columns 8 to 71.
+// Of `in` as 2 planes of 4 rows of 100 bytes, 160 apart: planes 1 and 2, rows 1 to 4, bytes 16 to 143.
+template <bool kPlanes>
 __global__ void box(const __grid_constant__ BoxParams p) {
   Shared shared;
   uint32_t* to = shared.take<uint32_t>(256);
@@ -165,39 +167,23 @@ __global__ void box(const __grid_constant__ BoxParams p) {
     init_arrivals(landed);
     fence_arrivals();
     expect_bytes(landed, 1024);
-    load_box(to, p.map, 5, 8, landed);
+    if constexpr (kPlanes)
+      load_planes(to, p.map, 1, 1, 16, landed);
+    else
+      load_box(to, p.map, 5, 8, landed);
   }
   __syncthreads();
   wait_for_bytes(landed, 0);
   for (int i = static_cast<int>(threadIdx.x); i < 256; i += 32) p.out[i] = to[i];
 }
 
+template <bool kPlanes>
 Status run_box(const Registers& p) {
   BoxParams b{{}, p.out};
-  if (!make_tensor_map(&b.map, p.in, false, 11, 64, 128, 8)) return Status::failed("no tensor map");
-  return launch<&box>({"box", dim3(1, 1, 1), dim3(32, 1, 1), 2048, nullptr}, b);
-}
-
-// Planes 1 and 2, rows 1 to 4 and bytes 16 to 143 of the 2 planes of 4 rows of 100 bytes, 160 apart, of `in`.
-__global__ void planes(const __grid_constant__ BoxParams p) {
-  Shared shared;
-  uint32_t* to = shared.take<uint32_t>(256);
-  uint64_t* landed = shared.take<uint64_t>(1);
-  if (threadIdx.x == 0) {
-    init_arrivals(landed);
-    fence_arrivals();
-    expect_bytes(landed, 1024);
-    load_planes(to, p.map, 1, 1, 16, landed);
-  }
-  __syncthreads();
-  wait_for_bytes(landed, 0);
-  for (int i = static_cast<int>(threadIdx.x); i < 256; i += 32) p.out[i] = to[i];
-}
-
-Status run_planes(const Registers& p) {
-  BoxParams b{{}, p.out};
-  if (!make_tensor_map(&b.map, BytePlanes{p.in, 2, 4, 100, 5 * 160, 160}, 2, 4)) return Status::failed("no tensor map");
-  return launch<&planes>({"planes", dim3(1, 1, 1), dim3(32, 1, 1), 2048, nullptr}, b);
+  const bool made = kPlanes ? make_tensor_map(&b.map, BytePlanes{p.in, 2, 4, 100, 5 * 160, 160}, 2, 4)
+                            : make_tensor_map(&b.map, p.in, false, 11, 64, 128, 8);
+  if (!made) return Status::failed("no tensor map");
+  return launch<&box<kPlanes>>({"box", dim3(1, 1, 1), dim3(32, 1, 1), 2048, nullptr}, b);
 }
 
 constexpr int kPrimitives = 12;
@@ -208,14 +194,14 @@ Status run_one(int which, const Registers& p) {
   if (which == kPrimitives + 1) return run_warpgroup<__half, 256>(p);
   if (which == kPrimitives + 2) return run_warpgroup<__nv_bfloat16, 128>(p);
   if (which == kPrimitives + 3) return run_warpgroup<__nv_bfloat16, 256>(p);
-  if (which == kPrimitives + 4) return run_box(p);
+  if (which == kPrimitives + 4) return run_box<false>(p);
   if (which == kPrimitives + 5) return run_warpgroup<__half, 128, true>(p);
   if (which == kPrimitives + 6) return run_warpgroup<__half, 256, true>(p);
   if (which == kPrimitives + 7) return run_warpgroup<__nv_bfloat16, 128, true>(p);
   if (which == kPrimitives + 8) return run_warpgroup<__nv_bfloat16, 256, true>(p);
   if (which == kPrimitives + 9)
     return launch<&integers>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kWgmmaInt8Columns * 128, nullptr}, p);
-  if (which == kPrimitives + 10) return run_planes(p);
+  if (which == kPrimitives + 10) return run_box<true>(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

@@ -57,30 +57,47 @@ Buffer<uint16_t> halves(int64_t count) {
   return b;
 }
 
+constexpr int64_t kRank = 5;
+
+// Two adapters of ranks 2 and 3, and rows that mix them with the base, three of a kind after another.
+struct Adapters {
+  Buffer<uint16_t> a, b;
+  Buffer<int32_t> ids, offsets;
+
+  Adapters(int64_t rows, int64_t k, int64_t n) : a(halves(kRank * k)), b(halves(kRank * n)), ids(rows), offsets(3) {
+    for (int64_t m = 0; m < rows; ++m) ids[m] = static_cast<int32_t>(m / 3 % 3) - 1;
+    offsets[0] = 0, offsets[1] = 2, offsets[2] = kRank;
+  }
+
+  LoraBank bank(int64_t k, int64_t n) {
+    LoraBank bank;
+    bank.a = a.get();
+    bank.a_stride = k;
+    bank.b = b.get();
+    bank.b_stride_rank = n;
+    bank.b_stride_out = 1;
+    bank.offsets = offsets.get();
+    bank.adapter_ids = ids.get();
+    return bank;
+  }
+};
+
 void run_kernels() {
   DeviceInfo device;
   cuda_device(0, &device);
-  const int64_t M = 70, K = 104, N = 72, R = 5;
-  Buffer<uint16_t> x = halves(M * K), w = halves(N * K), a = halves(R * K), b = halves(R * N), y = halves(M * N);
-  Buffer<uint16_t> dx = halves(M * K);
-  Buffer<int32_t> ids(M), offsets(3);
-  for (int64_t m = 0; m < M; ++m) ids[m] = static_cast<int32_t>(m / 3 % 3) - 1;
-  offsets[0] = 0, offsets[1] = 2, offsets[2] = 5;
+  const int64_t M = 70, K = 104, N = 72;
+  Buffer<uint16_t> x = halves(M * K), w = halves(N * K), y = halves(M * N), dx = halves(M * K);
+  Adapters adapters(M, K, N);
   LoraLinearPlan plan;
   LoraLinearProblem& p = plan.problem;
   p.in_features = K;
   p.out_features = N;
   p.dtype = p.lora.dtype = DType::kFloat16;
-  p.lora.total_rank = p.lora.max_rank = R;
+  p.lora.total_rank = p.lora.max_rank = kRank;
   LoraLinearArgs args;
   args.x = x.get();
   args.x_stride = args.weight_stride = K;
   args.weight = w.get();
-  args.lora.a = a.get();
-  args.lora.a_stride = K;
-  args.lora.b = b.get();
-  args.lora.b_stride_rank = N;
-  args.lora.b_stride_out = 1;
   args.y = y.get();
   const struct {
     CudaLoraLinearPath path;
@@ -96,8 +113,8 @@ void run_kernels() {
     const bool routed = path != CudaLoraLinearPath::kInTile && !t_in_blocks;
     p.lora.adapters = routed ? 2 : 1;
     p.lora.groups = routed ? p.rows : 0;
-    args.lora.offsets = routed ? offsets.get() : nullptr;
-    args.lora.adapter_ids = routed ? ids.get() : nullptr;
+    args.lora = adapters.bank(K, N);
+    if (!routed) args.lora.offsets = args.lora.adapter_ids = nullptr;
     cuda::configure(device, &plan);
     plan.cuda.path = path;
     plan.cuda.t_in_blocks = t_in_blocks;
@@ -119,16 +136,14 @@ void run_kernels() {
   back.problem.forward.dropout_p = 0.5;
   back.problem.needs_dx = back.problem.needs_dlora = back.problem.needs_dweight = back.problem.needs_dbias = true;
   cuda::configure_backward(device, &back);
-  Buffer<float> dw(N * K), dbias(N), da(R * K), db(R * N);
+  Buffer<float> dw(N * K), dbias(N), da(kRank * K), db(kRank * N);
   Buffer<char> workspace = Buffer<char>::aligned(back.workspace + 256);
   LoraLinearBackwardArgs g;
   g.dy = y.get();
   g.x = x.get();
   g.x_stride = g.weight_stride = K;
   g.weight = w.get();
-  g.lora = args.lora;
-  g.lora.offsets = offsets.get();
-  g.lora.adapter_ids = ids.get();
+  g.lora = adapters.bank(K, N);
   g.dx = dx.get();
   g.dweight = dw.get();
   g.dbias = dbias.get();
@@ -160,8 +175,9 @@ void run_kernels() {
 void run_int8() {
   DeviceInfo device;
   cuda_device(0, &device);
-  const int64_t M = 70, K = 600, N = 72, R = 5;
-  Buffer<uint16_t> x = halves(M * K), a = halves(R * K), b = halves(R * N), y = halves(M * N);
+  const int64_t M = 70, K = 600, N = 72;
+  Buffer<uint16_t> x = halves(M * K), y = halves(M * N);
+  Adapters adapters(M, K, N);
   Buffer<uint8_t> packed = Buffer<uint8_t>::aligned(int8_packed_bytes(N, K));
   for (int64_t i = 0; i < packed.size(); ++i) packed[i] = static_cast<uint8_t>(generator()() % 255 - 127);
   const float scale = 1.0f / 128;
@@ -169,9 +185,6 @@ void run_int8() {
     std::memcpy(packed.get() + n / kInt8BlockChannels * int8_block_bytes(K) +
                     kInt8BlockChannels * int8_padded_depth(K) + n % kInt8BlockChannels * 4,
                 &scale, 4);
-  Buffer<int32_t> ids(M), offsets(3);
-  for (int64_t m = 0; m < M; ++m) ids[m] = static_cast<int32_t>(m / 3 % 3) - 1;
-  offsets[0] = 0, offsets[1] = 2, offsets[2] = 5;
   Int8LoraLinearPlan plan;
   Int8LoraLinearProblem& p = plan.problem;
   p.in_features = K;
@@ -179,18 +192,12 @@ void run_int8() {
   p.dtype = p.lora.dtype = DType::kFloat16;
   p.activation = Activation::kSilu;
   p.lora.adapters = 2;
-  p.lora.total_rank = p.lora.max_rank = R;
+  p.lora.total_rank = p.lora.max_rank = kRank;
   Int8LoraLinearArgs args;
   args.x = x.get();
   args.x_stride = K;
   args.packed_weight = packed.get();
-  args.lora.a = a.get();
-  args.lora.a_stride = K;
-  args.lora.b = b.get();
-  args.lora.b_stride_rank = N;
-  args.lora.b_stride_out = 1;
-  args.lora.offsets = offsets.get();
-  args.lora.adapter_ids = ids.get();
+  args.lora = adapters.bank(K, N);
   args.y = y.get();
   using Path = CudaInt8LoraLinearPath;
   const struct {
