@@ -11,13 +11,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 
-from kernels import kernels_of
+from kernels import by_wgmma_and_by_mma
 from test_emulated_int8_lora_linear import rounded, weight_of
 from test_emulated_lora_linear import bank
 from test_lora_linear_gpu import dtypes, there
 from tolerances import assert_close
 
-import lora_kernels as lk
 from lora_kernels import nn, ops, reference
 
 
@@ -66,20 +65,13 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("mode", ["none", "peft", "bank"])
 def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
     """At sizes whose plan takes wgmma, in uneven tiles; without LoRA to the bit."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma is of sm_90a alone")
     for rows, k, n in [(4096, 5120, 1280), (4001, 2561, 2563), (12000, 2560, 2560)]:
         _, _, packed = weight_of(k, n)
         x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
         operands = there(bank(mode, rows, k, n, dtype, 16))
         arguments = [x.cuda(), packed.cuda(), n, bias.cuda()]
         run = functools.partial(ops.int8_lora_linear, *arguments, **operands)
-        got = run()
-        assert torch.equal(got, run())
-        assert "int8_wgmma" in kernels_of(run)
-        with lk.force_implementation("cuda_mma"):
-            plain = run()
-            assert "int8_wgmma" not in kernels_of(run)
+        got, plain = by_wgmma_and_by_mma(run, "int8_wgmma")
         if mode == "none":
             assert torch.equal(got, plain)
         assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")

@@ -11,11 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 
-from kernels import kernels_of
+from kernels import by_wgmma_and_by_mma
 from test_emulated_lora_linear import bank, base, gradients
 from tolerances import assert_close
 
-import lora_kernels as lk
 from lora_kernels import ops, reference
 
 
@@ -89,19 +88,12 @@ def test_gradients(dtype: torch.dtype, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["none", "peft", "bank", "dropout"])
 def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
     """At sizes whose plan takes wgmma, in uneven tiles, against the same call without it."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma is of sm_90a alone")
     for rows, k, n in [(4096, 1280, 1280), (4001, 1001, 1283), (12000, 512, 2560)]:
         x, weight, bias, _ = base(rows, k, n, dtype)
         operands = there(bank(mode, rows, k, n, dtype, 16))
         arguments = [x.cuda(), weight.cuda(), bias.cuda()]
-        got = ops.lora_linear(*arguments, **operands)
-        assert torch.equal(got, ops.lora_linear(*arguments, **operands))
         run = functools.partial(ops.lora_linear, *arguments, **operands)
-        assert "gemm_wgmma" in kernels_of(run)
-        with lk.force_implementation("cuda_mma"):
-            plain = run()
-            assert "gemm_wgmma" not in kernels_of(run)
+        got, plain = by_wgmma_and_by_mma(run, "gemm_wgmma")
         assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
 
 
@@ -113,22 +105,16 @@ def input_gradient(x, weight, dy, operands) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["none", "peft", "bank", "dropout"])
 def test_input_gradients_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
     """At sizes whose plan takes wgmma, in uneven tiles, by TMA or (odd sizes) by copies."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma is of sm_90a alone")
     for rows, k, n in [(4096, 1280, 1280), (4001, 1283, 1001), (12000, 2560, 520)]:
         x, weight, _, dy = base(rows, k, n, dtype)
         operands = there(bank(mode, rows, k, n, dtype, 16))
         arguments = x.cuda().requires_grad_(), weight.cuda(), dy.cuda(), operands
-        got = input_gradient(*arguments)
-        assert torch.equal(got, input_gradient(*arguments))
         y = ops.lora_linear(*arguments[:2], **operands)
         backward = functools.partial(
             torch.autograd.grad, y, arguments[0], arguments[2], retain_graph=True
         )
-        assert "gemm_wgmma" in kernels_of(backward)
-        with lk.force_implementation("cuda_mma"):
-            plain = input_gradient(*arguments)
-            assert "gemm_wgmma" not in kernels_of(backward)
+        run = functools.partial(input_gradient, *arguments)
+        got, plain = by_wgmma_and_by_mma(run, "gemm_wgmma", part=backward)
         assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
 
 
