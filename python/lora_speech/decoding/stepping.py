@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
 
 class Steps(Protocol):
-    """Steps of one decoder over one batch.
-
-    Attributes
-    ----------
-    state : DecoderState
-        Cache and routing. Whoever changes it calls `renew` before the next step.
-    """
-
-    state: DecoderState
+    """Steps of one decoder over one batch: one row per utterance, until it fans out."""
 
     def logits(self, tokens: torch.Tensor, begin: int, suppress: bool = True) -> torch.Tensor:
         """Logits [rows, vocabulary] after new tokens [rows, count] at position `begin`.
@@ -43,11 +35,22 @@ class Steps(Protocol):
         that Whisper never emits.
         """
 
+    def fan_out(self, beams: int) -> None:
+        """Go on with `beams` rows per utterance, side by side; the prompt is in the cache."""
+
+    def follow(self, parents: list[int], length: int) -> None:
+        """After `fan_out`: each row goes on from another, or itself, at `length` positions.
+
+        Parameters
+        ----------
+        parents : list of int
+            One per row that is left, a place among those.
+        length : int
+            Positions of each in the cache.
+        """
+
     def keep(self, index: torch.Tensor) -> None:
         """Go on with some of the rows only: int64, places among those that are left."""
-
-    def renew(self) -> None:
-        """Go on with the rows that the state names now."""
 
     def close(self) -> None:
         """The search is over."""
@@ -102,12 +105,17 @@ class FlatSteps:
             lambda logits: logits.index_fill_(-1, self.suppressed, -math.inf),
         )
 
+    def fan_out(self, beams: int) -> None:
+        """See `Steps`."""
+        self.state.fan_out(beams)
+
+    def follow(self, parents: list[int], length: int) -> None:
+        """See `Steps`."""
+        self.state.follow(parents, length)
+
     def keep(self, index: torch.Tensor) -> None:
         """See `Steps`."""
         self.state.keep(index)
-
-    def renew(self) -> None:
-        """See `Steps`: nothing outlives a step."""
 
     def close(self) -> None:
         """See `Steps`."""
@@ -171,13 +179,18 @@ class RecordedSteps:
         columns = step.run(tokens, begin)
         return step.values - torch.logaddexp(*step.log_sums), columns
 
+    def fan_out(self, beams: int) -> None:
+        """See `Steps`."""
+        self.state.fan_out(beams)
+        self.recorded.clear()
+
+    def follow(self, parents: list[int], length: int) -> None:
+        """See `Steps`."""
+        self.state.follow(parents, length)
+
     def keep(self, index: torch.Tensor) -> None:
         """See `Steps`."""
         self.state.keep(index)
-        self.renew()
-
-    def renew(self) -> None:
-        """See `Steps`."""
         self.recorded.clear()
 
     def close(self) -> None:
