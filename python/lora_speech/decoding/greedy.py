@@ -139,12 +139,11 @@ def begin_decoding(
     task: str,
     timestamps: bool,
     max_new_tokens: int | None,
-    beams: int | None = None,
+    beams: int = 1,
 ) -> Start:
     """Encode a batch and settle all that a search starts from.
 
-    Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for;
-    None for a greedy search, whose steps may be of a fixed batch.
+    Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for.
     """
     given = _one_of(features, encoded)
     batch, device = given.shape[0], given.device
@@ -159,10 +158,10 @@ def begin_decoding(
     )
     limit = token_limit(tokens, prompt_length, max_new_tokens)
     steps: Steps
-    if decoder.parts and beams is None and graphed_steps.pay_on(device):
-        steps = graphed_steps.take(decoder, encoded)
+    if decoder.parts and graphed_steps.pay_on(device):
+        steps = graphed_steps.take(decoder, encoded, beams)
     else:
-        state = decoder.start(encoded, prompt_length + limit, beams or 1)
+        state = decoder.start(encoded, prompt_length + limit, beams)
         steps = RecordedSteps(decoder, state) if decoder.parts else FlatSteps(decoder, state)
     if detect:
         languages = _detect_languages(decoder, steps, languages, batch, device)

@@ -150,10 +150,12 @@ class RecordedSteps:
             self.recorded[key] = step
         return step
 
-    def _run(
-        self, count: int, head: Head, suppress: bool, tokens: torch.Tensor, begin: int
-    ) -> torch.Tensor:
-        return self._step(count, head, suppress).run(tokens, begin)
+    def _run(self, step: RecordedStep, tokens: torch.Tensor, begin: int) -> None:
+        step.run(tokens, begin)
+
+    def _rows_left(self, result: torch.Tensor) -> torch.Tensor:
+        """Of a step's result the rows that are left: all, where others leave the step."""
+        return result
 
     def _let_end(self, may_end: bool) -> None:
         if may_end != self.may_end:
@@ -163,12 +165,16 @@ class RecordedSteps:
     def logits(self, tokens: torch.Tensor, begin: int, suppress: bool = True) -> torch.Tensor:
         """See `Steps`."""
         self._let_end(True)
-        return self._run(tokens.shape[1], "logits", suppress, tokens, begin)
+        step = self._step(tokens.shape[1], "logits", suppress)
+        self._run(step, tokens, begin)
+        return self._rows_left(step.result)
 
     def choose(self, tokens: torch.Tensor, begin: int, may_end: bool) -> torch.Tensor:
         """See `Steps`."""
         self._let_end(may_end)
-        return self._run(1, "choice", True, tokens, begin)[:, 0]
+        step = self._step(1, "choice", True)
+        self._run(step, tokens, begin)
+        return self._rows_left(step.result)[:, 0]
 
     def candidates(
         self, tokens: torch.Tensor, begin: int, count: int
@@ -176,8 +182,9 @@ class RecordedSteps:
         """See `Steps`."""
         self._let_end(True)
         step = self._step(1, "candidates", True, count)
-        columns = step.run(tokens, begin)
-        return step.values - torch.logaddexp(*step.log_sums), columns
+        self._run(step, tokens, begin)
+        values = step.values - torch.logaddexp(*step.log_sums)
+        return self._rows_left(values), self._rows_left(step.result)
 
     def fan_out(self, beams: int) -> None:
         """See `Steps`."""
