@@ -11,6 +11,7 @@ from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
 from lora_speech.data.features import extract_features
+from lora_speech.decoding import recorded_parts
 from lora_speech.decoding.adapter_rows import AdapterRows
 from lora_speech.decoding.greedy import greedy_decode
 from lora_speech.decoding.projections import joint_projection, projection
@@ -194,6 +195,22 @@ def test_a_screened_vocabulary_gives_the_same_tokens(
             tokens.append(greedy_decode(speech.model, rows, language="en").tokens)
     assert tokens[:3] == tokens[3:]
     assert max(max(row) for row in tokens[0]) > 1000
+
+
+def test_what_is_packed_follows_its_weight_to_another_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorded_parts, "SCREENED_BYTES", 0)
+    module = torch.nn.Linear(64, 256, bias=False)
+    packed = recorded_parts.packed_once(module)
+    assert recorded_parts.packed_once(module) is packed
+    assert recorded_parts.screen_once(module, packed) is not None
+    # As after a move: the parameter is the same, with other memory.
+    elsewhere = packed.to("meta")
+    recorded_parts._packed[module] = (*recorded_parts._packed[module][:2], elsewhere)
+    assert torch.equal(recorded_parts.packed_once(module), packed)
+    # Whose kernels read all of a vocabulary are not given a screen, half as large again.
+    assert recorded_parts.screen_once(module, elsewhere) is None
 
 
 def test_same_tokens_as_peft(

@@ -75,7 +75,13 @@ def packed_once(
     # The tensor itself, and how often it was written in place: an address could be another's.
     version = -1 if weight.is_inference() else weight._version
     known = _packed.get(module)
-    if known is not None and known[0] is weight and known[1] == version:
+    # On another device it stays the same tensor, of the same version.
+    if (
+        known is not None
+        and known[0] is weight
+        and known[1] == version
+        and known[2].device == weight.device
+    ):
         return known[2]
     packed = int8_pack(*quantize_weight(rows(weight)))
     _packed[module] = (weight, version, packed)
@@ -95,12 +101,13 @@ def screen_once(module: Any, packed: torch.Tensor) -> torch.Tensor | None:
     Returns
     -------
     Tensor or None
-        uint8; None where the vocabulary is too small for a screen to pay.
+        uint8; None where the vocabulary is too small for a screen to pay, or not on the CPU: CUDA
+        kernels read all of it.
     """
     from lora_kernels.ops import int8_pack_screen
 
     words, width = module.weight.shape
-    if words * width < SCREENED_BYTES:
+    if words * width < SCREENED_BYTES or not packed.is_cpu:
         return None
     known = _screens.get(module)
     if known is not None and known[0] is packed:
