@@ -93,7 +93,7 @@ def greedy_decode(
     model : WhisperForConditionalGeneration
         Plain, swapped, quantized, or a PEFT model of one.
     features : Tensor, optional
-        [batch, mel bands, frames], see `features.extract_features`.
+        [batch, mel bands, frames], see `features.extract_features`; on any device.
     encoded : Tensor, optional
         Instead of features: [batch, positions, width], the encoder's output for these adapters.
     adapters : str or sequence of (str or None), optional
@@ -146,10 +146,11 @@ def begin_decoding(
     Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for.
     """
     given = _one_of(features, encoded)
-    batch, device = given.shape[0], given.device
+    batch = given.shape[0]
     rows = AdapterRows.of(model, adapters, batch)
     decoder = WhisperDecoder(model, rows)
-    tokens = decoder.tokens
+    tokens, device = decoder.tokens, decoder.embedding.device
+    given = given.to(device)  # features are made on the host: here they meet the model
     encoded = decoder.encode(given) if encoded is None else given
     languages = language_codes(language, batch, tokens)
     detect = bool(tokens.languages) and any(code is None for code in languages)
