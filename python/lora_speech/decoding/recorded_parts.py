@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ SCREENED_BYTES = 4_000_000
 ones stay in the caches, where reading a screen takes as long as reading all."""
 
 _screens: WeakKeyDictionary[Any, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+_packing = Lock()
 _packed: WeakKeyDictionary[Any, tuple[torch.Tensor, int, torch.Tensor]] = WeakKeyDictionary()
 
 
@@ -71,21 +73,22 @@ def packed_once(
     from lora_kernels.nn.int8_rows import quantize_weight
     from lora_kernels.ops import int8_pack
 
-    weight = module.weight
-    # The tensor itself, and how often it was written in place: an address could be another's.
-    version = -1 if weight.is_inference() else weight._version
-    known = _packed.get(module)
-    # On another device it stays the same tensor, of the same version.
-    if (
-        known is not None
-        and known[0] is weight
-        and known[1] == version
-        and known[2].device == weight.device
-    ):
-        return known[2]
-    packed = int8_pack(*quantize_weight(rows(weight)))
-    _packed[module] = (weight, version, packed)
-    return packed
+    with _packing:  # whoever else needs it for the first time waits, and gets the same
+        weight = module.weight
+        # The tensor itself, and how often it was written in place: an address could be another's.
+        # On another device it stays the same tensor, of the same version.
+        version = -1 if weight.is_inference() else weight._version
+        known = _packed.get(module)
+        if (
+            known is not None
+            and known[0] is weight
+            and known[1] == version
+            and known[2].device == weight.device
+        ):
+            return known[2]
+        packed = int8_pack(*quantize_weight(rows(weight)))
+        _packed[module] = (weight, version, packed)
+        return packed
 
 
 def screen_once(module: Any, packed: torch.Tensor) -> torch.Tensor | None:
