@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from choices import check_choices, check_scores, encode
 from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
@@ -57,9 +58,9 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> list[RecordedStep]:
 Decode = Callable[..., Any]
 
 
-def beams(model: Any, features: torch.Tensor, **call: Any) -> Any:
+def beams(model: Any, *given: torch.Tensor, **call: Any) -> Any:
     """Two of each of four utterances: eight rows at most, which are rounded as fewer are."""
-    return beam_decode(model, features, beams=2, **call)
+    return beam_decode(model, *given, beams=2, **call)
 
 
 SEARCHES = pytest.mark.parametrize("decode", [greedy_decode, beams], ids=["greedy", "beams"])
@@ -100,6 +101,26 @@ def test_the_results_are_those_of_a_batch_that_rows_leave(
         assert_same(decode(speech.model, features, **call), expected)
         ended |= {len(row) for row in expected.tokens}
     assert len(ended) > 1  # rows end at different steps, or nothing was shown
+
+
+def test_what_judges_the_choices_of_a_gpu(
+    speech: SpeechModel, features: torch.Tensor, graphed: list[RecordedStep]
+) -> None:
+    """It agrees with the CPU's own, and refuses those of other adapters."""
+    names = ["a", None, "b", "b"]
+    encoded = encode(speech, features, names)
+    call: dict[str, Any] = {"encoded": encoded, "language": "en", "max_new_tokens": 16}
+    for stamped in (False, True):
+        judged: dict[str, Any] = {"timestamps": stamped, "limit": 16}
+        found = greedy_decode(speech.model, adapters=names, timestamps=stamped, **call)
+        check_choices(speech.model, encoded, found, names, **judged)
+        best = beams(speech.model, adapters=names, timestamps=stamped, **call)
+        check_scores(speech.model, encoded, best, best, names, **judged)
+        for others in (["b", None, "b", "b"], ["a", None, "b", None]):
+            with pytest.raises(AssertionError):
+                check_choices(speech.model, encoded, found, others, **judged)
+            with pytest.raises(AssertionError):
+                check_scores(speech.model, encoded, best, best, others, **judged)
 
 
 @SEARCHES
