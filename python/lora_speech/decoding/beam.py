@@ -4,7 +4,8 @@ A row of the decoder is one hypothesis of one utterance. Where each position of 
 in the self-attention's cache says a table of small integers; to go on from another hypothesis is
 to copy a row of that table. Keys and values of the cross-attention are one per utterance, read by
 all of its hypotheses. Under INT8 the candidates and their log-probabilities are the epilogue of
-the vocabulary's product, and the recorded step serves until an utterance leaves the batch.
+the vocabulary's product, and the recorded step serves until an utterance leaves the batch; on a
+GPU none leaves, and the step is the replay of a graph.
 """
 
 from __future__ import annotations
