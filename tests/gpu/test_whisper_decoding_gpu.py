@@ -202,7 +202,7 @@ def test_threads_beside_each_other(
             failures.append(error)
 
     def allocate() -> None:
-        held = []  # so that torch has to ask the device for more, every time
+        held: list[torch.Tensor] = []  # so that torch has to ask the device for more, every time
         while not done.wait(0.005) and len(held) < 128:
             held.append(torch.empty(32 << 20, dtype=torch.uint8, device=there.device))
 
