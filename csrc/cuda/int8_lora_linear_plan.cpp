@@ -29,6 +29,9 @@ double operations_per_clock(int arch) {
   }
 }
 
+// Where memory is the bound of both, tiles have to gain more than predictions err by.
+constexpr double kWorthwhile = 0.97;
+
 // Few rows. Blocks of 32 channels ask for their part of w at once, as many as there is room for, and read it from L2
 // when the rows are there.
 struct Stream {
@@ -39,7 +42,10 @@ struct Stream {
     const double asked = std::min(blocks, at_once * machine.multiprocessors) * of_block;
     return machine.memory_us(bytes) / std::min(1.0, asked / (machine.bytes * kLatencySeconds));
   }
-  double read_us(const Machine& machine) const { return machine.l2_us(blocks, of_block, at_once); }
+  // What is left to do when all has arrived and the rows are there: blocks of the last turn read their part.
+  double read_us(const Machine& machine) const {
+    return machine.l2_us(blocks, of_block, at_once) / machine.turns(blocks, at_once);
+  }
 };
 
 }  // namespace
@@ -110,16 +116,20 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
 
   const double few_blocks = (N + kInt8FewColumns - 1) / kInt8FewColumns, few_bytes = K * kInt8FewColumns;
   if (p.rows <= kMostFewRows && p.in_features > 0) {
+    double best = 0;
+    int best_splits = 0;
     for (const int splits : {1, 2, 4, 8, 16}) {
       if (splits > 1 && p.in_features / kInt8Step < kInt8Warps * splits) break;  // every warp has a step
       const Stream w{few_blocks * splits, few_bytes / splits, base_bytes, 2};
       const double arrived = w.arrived_us(machine), read = w.read_us(machine);
       const double us = (machine.early ? std::max(arrived, rows_us) + read : rows_us + std::max(arrived, read)) +
                         (splits > 1 ? 3 : 2) * launch_us;
-      if (us > c.predicted_us) continue;
+      if (best_splits == 0 || us < best) best = us, best_splits = splits;
+    }
+    if (kWorthwhile * best <= c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kFewRows;
-      c.splits = splits;
-      c.predicted_us = us;
+      c.splits = best_splits;
+      c.predicted_us = best;
     }
   }
   const int64_t fused_bytes = int8_fused_bytes(p.in_features, t_stride(p.lora), size);
@@ -127,7 +137,10 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
     const Stream w{few_blocks, few_bytes, base_bytes, fused_bytes <= shared_bytes / 2 ? 2.0 : 1.0};
     const double rows_of_all =
         machine.turns(w.blocks, w.at_once) * kPassesUs + machine.l2_us(w.blocks, own_bytes, w.at_once);
-    const double us = std::max(w.arrived_us(machine), rows_of_all) + w.read_us(machine) + launch_us + convert_us;
+    // Blocks of later turns have asked for nothing while those before them make their rows.
+    const bool one_turn = machine.turns(w.blocks, w.at_once) == 1;
+    const double both = one_turn ? std::max(w.arrived_us(machine), rows_of_all) : w.arrived_us(machine) + rows_of_all;
+    const double us = both + w.read_us(machine) + launch_us + convert_us;
     if (us <= c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kFused;
       c.splits = 1;

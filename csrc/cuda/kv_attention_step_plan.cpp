@@ -18,6 +18,8 @@ namespace {
 constexpr double kEdgesUs = 2.0;
 // Of what a warp's registers hold of K and V, the part that is on its way at any time.
 constexpr double kOnItsWay = 0.5;
+// A warp's tiles follow one another: K and V from L2 at best, then two products and a softmax between them.
+constexpr double kTripUs = 0.5;
 // More splits have to gain a little more than predictions err by.
 constexpr double kWorthwhile = 0.97;
 // A growing cache of at most so many positions is not split: decoders want one launch for append and attention.
@@ -60,13 +62,12 @@ double time_of(const Machine& machine, const KvAttentionStepProblem& p, const Cu
   const double vectors = static_cast<double>(p.rows * p.tokens * p.heads);
   const double bytes = 2 * static_cast<double>(p.capacity) * D * size / splits;  // of a block
   const double in_flight = std::min(bytes, (kOnItsWay + ask) * bytes_of_tiles(p));
-  // What was asked for comes from L2, tile after tile.
-  const double from_l2_us = ask ? bytes / bytes_of_tiles(p) * kL2LatencySeconds * 1e6 : 0;
+  const double trips_us = bytes / bytes_of_tiles(p) * kTripUs;
   // As many blocks as there is room for share the memory, then the rest: few of them cannot keep it busy.
   const double needed = machine.bytes * kLatencySeconds;
   const auto wave_us = [&](double count) {
     if (count <= 0) return 0.0;
-    return std::max(machine.memory_us(count * bytes) / std::min(1.0, count * in_flight / needed), from_l2_us);
+    return std::max(machine.memory_us(count * bytes) / std::min(1.0, count * in_flight / needed), trips_us);
   };
   const auto full = static_cast<double>(static_cast<int64_t>(blocks / room));
   double us = full * wave_us(room) + wave_us(blocks - full * room) + kEdgesUs + machine.next_launch_us();

@@ -13,7 +13,7 @@ constexpr double kLaunchUs = 2.5, kEarlyLaunchUs = 1.0;
 // The part of the memory's peak that streams are expected to reach.
 constexpr double kMemory = 0.85;
 // From a load to its data on a busy device: bandwidth times this must be in flight, or memory idles.
-constexpr double kLatencySeconds = 0.8e-6, kL2LatencySeconds = 0.35e-6;  // and from L2
+constexpr double kLatencySeconds = 0.8e-6;
 // How much faster than memory L2 is taken to be, and what one multiprocessor gets of it: bytes per clock, at best 64.
 constexpr double kL2 = 2.5, kL2BytesPerClock = 48;
 
