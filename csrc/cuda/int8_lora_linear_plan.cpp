@@ -124,7 +124,7 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
       const double arrived = w.arrived_us(machine), read = w.read_us(machine);
       const double us = (machine.early ? std::max(arrived, rows_us) + read : rows_us + std::max(arrived, read)) +
                         (splits > 1 ? 3 : 2) * launch_us;
-      if (best_splits == 0 || us < best) best = us, best_splits = splits;
+      if (best_splits == 0 || us < kWorthwhile * best) best = us, best_splits = splits;
     }
     if (kWorthwhile * best <= c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kFewRows;
