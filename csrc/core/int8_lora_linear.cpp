@@ -1,11 +1,13 @@
 #include "lora_kernels/int8_lora_linear.h"
 
+#include <algorithm>
 #include <sstream>
 
 #include "core/select.h"
 #include "core/validate.h"
 #include "cpu/int8_lora_linear.h"
 #include "cuda/int8_lora_linear.h"
+#include "cuda/int8_shapes.h"
 
 namespace lora_kernels {
 namespace {
@@ -71,6 +73,16 @@ void check_x_scale(Check* check, float scale) {
                 "; calibrate again, or pass None to quantize every row by its own maximum");
 }
 
+// Operands are not in the CPU's memory: what is there kernels clamp.
+Status check_on_cuda(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args) {
+  Check check("int8_lora_linear");
+  if (plan.problem.static_scale && !args.x_scale) check_x_scale(&check, args.host_x_scale);
+  if (reinterpret_cast<uintptr_t>(args.packed_weight) % 16)
+    check.fail("packed_weight: expected an address that is a multiple of 16, got one of " +
+               std::to_string(reinterpret_cast<uintptr_t>(args.packed_weight) % 16) + " beyond; call .clone()");
+  return check.status();
+}
+
 }  // namespace
 
 void report_int8_lora_linear(const DeviceInfo& device, std::vector<ImplementationReport>* out) {
@@ -87,16 +99,13 @@ int64_t workspace_bytes(const Int8LoraLinearPlan& plan) { return plan.workspace;
 Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor) {
   const Int8LoraLinearProblem& p = plan.problem;
   if (p.rows == 0 || p.out_features == 0) return {};
-  Check check("int8_lora_linear");
-  if (on_cuda(plan.implementation)) {  // whose operands are not in the CPU's memory: kernels clamp
-    if (p.static_scale && !args.x_scale) check_x_scale(&check, args.host_x_scale);
-    if (reinterpret_cast<uintptr_t>(args.packed_weight) % 16)
-      check.fail("packed_weight: expected an address that is a multiple of 16, got one of " +
-                 std::to_string(reinterpret_cast<uintptr_t>(args.packed_weight) % 16) + " beyond; call .clone()");
-    if (!check.status().ok()) return check.status();
+  if (on_cuda(plan.implementation)) {
+    const Status status = check_on_cuda(plan, args);
+    if (!status.ok()) return status;
     kTable.count_run(plan.implementation);
     return cuda::launch(plan, args, executor);
   }
+  Check check("int8_lora_linear");
   check_lora_bank(&check, p.lora, args.lora);
   if (p.has_screen && !args.screen)
     check.fail("screen: expected what int8_pack_screen makes of the weight, got null; leave has_screen false without");
@@ -105,6 +114,30 @@ Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const
   if (executor.leads) kTable.count_run(plan.implementation);
   plan.implementation->run(plan, args, executor);
   return {};
+}
+
+int together(const Int8LoraLinearPlan* const* plans, const Int8LoraLinearArgs* const* args, int count) {
+  const auto fits = [&](int next) {
+    for (int i = 0; i < next; ++i)
+      if (!cuda::together(*plans[i], *args[i], *plans[next], *args[next])) return false;
+    return true;
+  };
+  int found = 1;
+  const bool some = plans[0]->problem.rows > 0 && plans[0]->problem.out_features > 0;
+  if (some && on_cuda(plans[0]->implementation))
+    while (found < std::min(count, cuda::kInt8MostTogether) && fits(found)) ++found;
+  return found;
+}
+
+Status run(const Int8LoraLinearPlan* const* plans, const Int8LoraLinearArgs* const* args, int count,
+           const Executor& executor) {
+  if (count == 1) return run(*plans[0], *args[0], executor);
+  for (int i = 0; i < count; ++i) {
+    const Status status = check_on_cuda(*plans[i], *args[i]);
+    if (!status.ok()) return status;
+    kTable.count_run(plans[i]->implementation);
+  }
+  return cuda::launch_together(plans, args, count, executor);
 }
 
 std::string to_string(const Int8LoraLinearProblem& p) {

@@ -29,6 +29,9 @@ Status launch_backward(const LoraLinearBackwardPlan&, const LoraLinearBackwardAr
 Status launch(const Int8LoraLinearPlan&, const Int8LoraLinearArgs&, const Executor&) {
   return absent("int8_lora_linear");
 }
+Status launch_together(const Int8LoraLinearPlan* const*, const Int8LoraLinearArgs* const*, int, const Executor&) {
+  return absent("int8_lora_linear");
+}
 Status launch(const KvAttentionStepPlan&, const KvAttentionStepArgs&, const Executor&) {
   return absent("kv_attention_step");
 }

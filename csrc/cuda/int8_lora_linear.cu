@@ -20,6 +20,23 @@ Status launch(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, co
   return status;
 }
 
+Status launch_together(const Int8LoraLinearPlan* const* plans, const Int8LoraLinearArgs* const* args, int count,
+                       const Executor& executor) {
+  Status status;
+  void* stream = executor.stream;
+  switch (plans[0]->problem.dtype) {
+    case DType::kFloat16: status = Int8LoraLinearKernels<__half>::forward_together(plans, args, count, stream); break;
+    case DType::kBFloat16:
+      status = Int8LoraLinearKernels<__nv_bfloat16>::forward_together(plans, args, count, stream);
+      break;
+    default: status = Int8LoraLinearKernels<float>::forward_together(plans, args, count, stream);
+  }
+  if (!status.ok())
+    status.text = "int8_lora_linear, " + std::to_string(count) + " calls together: " + status.text +
+                  "; the plan of the first was: " + to_string(*plans[0]);
+  return status;
+}
+
 }  // namespace lora_kernels::cuda
 
 namespace lora_kernels {

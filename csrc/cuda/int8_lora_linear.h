@@ -17,6 +17,13 @@ void configure_mma(const DeviceInfo& device, Int8LoraLinearPlan* plan);
 
 Status launch(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor);
 
+// Whether one launch may make both calls: they are alike in size, read the same x and nothing that the other writes.
+bool together(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Int8LoraLinearPlan& other,
+              const Int8LoraLinearArgs& other_args);
+// Up to kInt8MostTogether calls of which each pair may be made so.
+Status launch_together(const Int8LoraLinearPlan* const* plans, const Int8LoraLinearArgs* const* args, int count,
+                       const Executor& executor);
+
 struct Int8Workspace {
   int8_t* q;      // [M, q_stride]
   float* scales;  // [M]
@@ -35,6 +42,8 @@ struct Int8Workspace {
 template <class T>
 struct Int8LoraLinearKernels {
   static Status forward(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, void* stream);
+  static Status forward_together(const Int8LoraLinearPlan* const* plans, const Int8LoraLinearArgs* const* args,
+                                 int count, void* stream);
 };
 
 }  // namespace lora_kernels::cuda

@@ -30,6 +30,52 @@ inline UpFactor up_factor(const LoraShape& shape, const LoraBank& bank) {
   return {bank.b, bank.b_stride_rank, bank.b_stride_out, block, shape.dtype};
 }
 
+// What the rows' kernel reads and writes; A as it is.
+template <class T>
+Int8RowsParams rows_params(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Int8Workspace& w) {
+  const Int8LoraLinearProblem& p = plan.problem;
+  Int8RowsParams rows;
+  rows.x = matrix<T>(args.x, args.x_stride, p.rows, p.in_features);
+  rows.norm_weight = p.has_norm ? args.norm_weight : nullptr;
+  rows.norm_bias = args.norm_bias;
+  rows.norm_type = p.norm_dtype;
+  rows.norm_eps = p.norm_eps;
+  rows.x_scale = p.static_scale ? args.x_scale : nullptr;
+  rows.host_x_scale = p.static_scale ? args.host_x_scale : 0;
+  rows.q = w.q;
+  rows.q_stride = w.q_stride;
+  rows.scales = w.scales;
+  rows.t = w.t;
+  rows.t_stride = t_stride(p.lora);
+  if (p.lora.present() && p.in_features > 0) {
+    rows.routing = routing_of(p.lora, args.lora, p.rows);
+    rows.a = matrix<T>(args.lora.a, args.lora.a_stride, p.lora.total_rank, p.in_features);
+  }
+  return rows;
+}
+
+inline PackedWeight packed_weight(const Int8LoraLinearProblem& p, const Int8LoraLinearArgs& args) {
+  return {args.packed_weight, int8_block_bytes(p.in_features),
+          static_cast<int>(int8_padded_depth(p.in_features) / kInt8StepDepth), static_cast<int>(p.out_features)};
+}
+
+// Of a call whose blocks make the rows for themselves, and its shared memory.
+template <class T>
+Int8FewRowsParams fused_params(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args,
+                               const Int8RowsParams& rows, float* y) {
+  const Int8LoraLinearProblem& p = plan.problem;
+  Int8FewRowsParams out{rows,
+                        packed_weight(p, args),
+                        {rows.t, rows.t_stride, up_factor(p.lora, args.lora), rows.routing},
+                        int8_epilogue(p, args, y)};
+  out.rows.q_stride = int8_shared_row(round_up(p.in_features, kInt8Step));
+  return out;
+}
+template <class T>
+size_t fused_bytes(const Int8LoraLinearProblem& p) {
+  return static_cast<size_t>(int8_fused_bytes(p.in_features, t_stride(p.lora), sizeof(T)));
+}
+
 // False, and nothing launched, where the driver knows no tensor maps.
 template <class T, int kColumns>
 bool int8_tiled_wgmma(Sequence* s, const char* name, const Int8GemmParams& p, bool early) {
@@ -86,31 +132,14 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
   const Int8Workspace w(memory, plan);
   Sequence s(stream);
 
-  Int8RowsParams rows;
-  rows.x = matrix<T>(args.x, args.x_stride, M, K);
-  rows.norm_weight = problem.has_norm ? args.norm_weight : nullptr;
-  rows.norm_bias = args.norm_bias;
-  rows.norm_type = problem.norm_dtype;
-  rows.norm_eps = problem.norm_eps;
-  rows.x_scale = problem.static_scale ? args.x_scale : nullptr;
-  rows.host_x_scale = problem.static_scale ? args.host_x_scale : 0;
-  rows.q = w.q;
-  rows.q_stride = w.q_stride;
-  rows.scales = w.scales;
-  rows.t = w.t;
-  rows.t_stride = t_stride(problem.lora);
-  if (problem.lora.present() && K > 0) {
-    rows.routing = routing_of(problem.lora, args.lora, M);
-    rows.a = matrix<T>(args.lora.a, args.lora.a_stride, R, K);
-    if (chosen.convert_a) {
-      const ConvertParams p{
-          {args.lora.a, args.lora.a_stride, 1, problem.lora.dtype}, w.a, static_cast<int>(R), static_cast<int>(K)};
-      s.run<&convert_factor<T>>("convert_factor", dim3(tiles(K, 32), tiles(R, 32), 1), 256, 32 * 33 * 4, p);
-      rows.a = matrix<T>(w.a, K, R, K);
-    }
+  Int8RowsParams rows = rows_params<T>(plan, args, w);
+  if (chosen.convert_a) {
+    const ConvertParams p{
+        {args.lora.a, args.lora.a_stride, 1, problem.lora.dtype}, w.a, static_cast<int>(R), static_cast<int>(K)};
+    s.run<&convert_factor<T>>("convert_factor", dim3(tiles(K, 32), tiles(R, 32), 1), 256, 32 * 33 * 4, p);
+    rows.a = matrix<T>(w.a, K, R, K);
   }
-  const PackedWeight weight{args.packed_weight, int8_block_bytes(K),
-                            static_cast<int>(int8_padded_depth(K) / kInt8StepDepth), static_cast<int>(N)};
+  const PackedWeight weight = packed_weight(problem, args);
   const UpFactor up = up_factor(problem.lora, args.lora);
   const Int8Epilogue epilogue = int8_epilogue(problem, args, w.y);
 
@@ -144,12 +173,11 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
       tiled(SmallShape(), std::integral_constant<decltype(&int8_gemm<T, SmallShape>), &int8_gemm<T, SmallShape>>(),
             "int8_gemm<64x64>");
   } else {
+    const dim3 grid(tiles(N, kInt8FewColumns), static_cast<unsigned>(chosen.splits), 1);
     Int8FewRowsParams p{rows, weight, {w.t, rows.t_stride, up, rows.routing}, epilogue, chosen.splits, w.sums};
-    const dim3 grid(tiles(N, kInt8FewColumns), static_cast<unsigned>(p.splits), 1);
     if (chosen.path == Path::kFused) {
-      p.rows.q_stride = int8_shared_row(round_up(K, kInt8Step));
-      const auto shared = static_cast<size_t>(int8_fused_bytes(K, rows.t_stride, sizeof(T)));
-      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, shared, p, chosen.early_start);
+      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, fused_bytes<T>(problem),
+                                        fused_params<T>(plan, args, rows, w.y), chosen.early_start);
     } else {
       rows.staged_bytes = chosen.staged_bytes;
       int8_rows_all<T>(&s, rows, chosen.early_start);
@@ -164,6 +192,24 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
       s.run<&int8_combine<T>>("int8_combine", dim3(tiles(M * N, 256), 1, 1), 256, 0, p, chosen.early_start);
   }
   if (problem.top_k) int8_choose<float>(&s, plan, args, w);
+  return s.status();
+}
+
+template <class T>
+Status Int8LoraLinearKernels<T>::forward_together(const Int8LoraLinearPlan* const* plans,
+                                                  const Int8LoraLinearArgs* const* args, int count, void* stream) {
+  using namespace launching;
+  Sequence s(stream);
+  Int8Together p;
+  size_t shared = 0;
+  for (int i = 0; i < count; ++i) {
+    Workspace none;
+    const Int8RowsParams rows = rows_params<T>(*plans[i], *args[i], Int8Workspace(none, *plans[i]));
+    p.of[i] = fused_params<T>(*plans[i], *args[i], rows, nullptr);
+    shared = std::max(shared, fused_bytes<T>(plans[i]->problem));
+  }
+  const dim3 grid(tiles(plans[0]->problem.out_features, kInt8FewColumns), 1, static_cast<unsigned>(count));
+  s.run<&int8_together<T>>("int8_together", grid, kInt8Threads, shared, p, plans[0]->cuda.early_start);
   return s.status();
 }
 

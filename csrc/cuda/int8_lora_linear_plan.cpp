@@ -168,6 +168,28 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   plan->workspace = w.used;
 }
 
+bool together(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Int8LoraLinearPlan& other,
+              const Int8LoraLinearArgs& other_args) {
+  const Int8LoraLinearProblem &p = plan.problem, &q = other.problem;
+  const auto alone = [](const Int8LoraLinearPlan& one) {
+    return one.cuda.path != CudaInt8LoraLinearPath::kFused || one.workspace > 0 || one.problem.has_residual ||
+           one.problem.top_k > 0 || one.cuda.arch == 0;
+  };
+  if (alone(plan) || alone(other)) return false;
+  if (p.rows != q.rows || p.in_features != q.in_features || p.out_features != q.out_features || p.dtype != q.dtype)
+    return false;
+  const auto size = static_cast<int64_t>(size_of(p.dtype));
+  const auto apart = [](const void* a, int64_t a_bytes, const void* b, int64_t b_bytes) {
+    const auto from = reinterpret_cast<uintptr_t>(a), to = reinterpret_cast<uintptr_t>(b);
+    return from + static_cast<uintptr_t>(a_bytes) <= to || to + static_cast<uintptr_t>(b_bytes) <= from;
+  };
+  const int64_t y_bytes = p.rows * p.out_features * size;
+  const int64_t x_bytes = ((p.rows - 1) * args.x_stride + p.in_features) * size;
+  return args.x == other_args.x && args.x_stride == other_args.x_stride &&
+         apart(args.y, y_bytes, other_args.y, y_bytes) && apart(args.x, x_bytes, args.y, y_bytes) &&
+         apart(args.x, x_bytes, other_args.y, y_bytes);
+}
+
 void configure_mma(const DeviceInfo& device, Int8LoraLinearPlan* plan) { configure(without_wgmma(device), plan); }
 
 }  // namespace lora_kernels::cuda

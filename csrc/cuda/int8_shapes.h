@@ -14,6 +14,8 @@ constexpr int kInt8Threads = 256, kInt8Warps = kInt8Threads / 32;
 constexpr int kInt8Step = 64;
 // Channels of a block of few_rows: eight lanes read sixteen bytes each, a line of 128.
 constexpr int kInt8FewColumns = 32;
+// Calls that one launch makes together: their parameters are the kernel's, of which there are at most 4 KB.
+constexpr int kInt8MostTogether = 3;
 // Columns of a vocabulary that one block chooses among.
 constexpr int kTopThreads = 256, kTopEach = 8, kTopColumns = kTopThreads * kTopEach;
 

@@ -61,9 +61,8 @@ struct Int8Fragment {
   Vector v[4];
 };
 
-// Grid (N / 32, splits); kTiles * 16 >= M.
 template <class T, int kTiles, bool kFused>
-__global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRowsParams p) {
+__device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
   if constexpr (kCompiled<T>) {
     Shared shared;
     const int lane = lane_of_warp(), g = lane / 4, t = lane % 4, rows = p.rows.x.rows, columns = p.w.columns;
@@ -156,6 +155,23 @@ __global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRo
         p.sums[(static_cast<int64_t>(blockIdx.y) * rows + m) * columns + column + n] = sum;
     }
   }
+}
+
+// Grid (N / 32, splits); kTiles * 16 >= M.
+template <class T, int kTiles, bool kFused>
+__global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRowsParams p) {
+  int8_few_rows_of<T, kTiles, kFused>(p);
+}
+
+// Calls of the same sizes that need nothing of each other, in one launch: q, k and v of a decoder's layer.
+struct Int8Together {
+  Int8FewRowsParams of[kInt8MostTogether];
+};
+
+// Grid (N / 32, 1, calls).
+template <class T>
+__global__ void __launch_bounds__(kInt8Threads, 2) int8_together(const __grid_constant__ Int8Together p) {
+  int8_few_rows_of<T, 1, true>(p.of[blockIdx.z]);
 }
 
 // A thread for each element.

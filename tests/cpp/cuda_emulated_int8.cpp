@@ -1,5 +1,6 @@
 // int8_lora_linear's CUDA kernels behind the C interface of cuda_emulated.cpp.
 #include "cuda/int8_lora_linear.h"
+#include "cuda/int8_shapes.h"
 #include "cuda_emulated.h"
 
 namespace lora_kernels {
@@ -24,16 +25,10 @@ struct Call {
   void *q, *row_scales;  // copies of what the workspace holds behind the call, or null
 };
 
-}  // namespace
-
-#pragma GCC visibility push(default)
-extern "C" {
-
-// 0: ran, and message is the plan; else message is the error.
-int emulated_int8_forward(const Call* c, char* message, int64_t size) {
+Status plan_of(const Call* c, Int8LoraLinearPlan* chosen) {
   DeviceInfo device = device_of(c->arch);
   if (c->shared_bytes) device.cuda.shared_bytes = c->shared_bytes;
-  Int8LoraLinearPlan plan;
+  Int8LoraLinearPlan& plan = *chosen;
   Int8LoraLinearProblem& p = plan.problem;
   p.rows = c->rows;
   p.in_features = c->in_features;
@@ -54,8 +49,8 @@ int emulated_int8_forward(const Call* c, char* message, int64_t size) {
   p.lora.max_rank = c->max_rank;
   p.lora.groups = c->groups;
   p.lora.dtype = static_cast<DType>(c->lora_dtype);
-  Status status = cuda::supported(p, device.cuda);
-  if (!status.ok()) return answer(status.text, message, size, 1);
+  const Status status = cuda::supported(p, device.cuda);
+  if (!status.ok()) return status;
   cuda::configure(device, &plan);
   if (c->path >= 0) {
     plan.cuda.path = static_cast<CudaInt8LoraLinearPath>(c->path);
@@ -67,7 +62,10 @@ int emulated_int8_forward(const Call* c, char* message, int64_t size) {
     cuda::Int8Workspace(w, plan);
     plan.workspace = w.used;
   }
-  const auto workspace = workspace_of(plan.workspace);
+  return {};
+}
+
+Int8LoraLinearArgs args_of(const Call* c) {
   Int8LoraLinearArgs args;
   args.x = c->x;
   args.x_stride = c->x_stride;
@@ -91,6 +89,22 @@ int emulated_int8_forward(const Call* c, char* message, int64_t size) {
   args.top_columns = static_cast<int64_t*>(c->top_columns);
   args.top_values = static_cast<float*>(c->top_values);
   args.log_sum = static_cast<float*>(c->log_sums);
+  return args;
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// 0: ran, and message is the plan; else message is the error.
+int emulated_int8_forward(const Call* c, char* message, int64_t size) {
+  Int8LoraLinearPlan plan;
+  Status status = plan_of(c, &plan);
+  if (!status.ok()) return answer(status.text, message, size, 1);
+  const Int8LoraLinearProblem& p = plan.problem;
+  const auto workspace = workspace_of(plan.workspace);
+  Int8LoraLinearArgs args = args_of(c);
   args.workspace = workspace.get();
   status = cuda::launch(plan, args, Executor());
   if (status.ok() && c->q && !held_calls.on && plan.cuda.path != CudaInt8LoraLinearPath::kFused) {
@@ -102,6 +116,27 @@ int emulated_int8_forward(const Call* c, char* message, int64_t size) {
     std::memcpy(c->row_scales, parts.scales, static_cast<size_t>(p.rows) * 4);
   }
   return answer(status.ok() ? to_string(plan.cuda) : status.text, message, size, status.ok() ? 0 : 1);
+}
+
+// The calls in one launch; message says how many of them fit into one, if that is not all.
+int emulated_int8_together(const Call* const* calls, int64_t count, char* message, int64_t size) {
+  Int8LoraLinearPlan plans[cuda::kInt8MostTogether];
+  Int8LoraLinearArgs args[cuda::kInt8MostTogether];
+  const Int8LoraLinearPlan* all_plans[cuda::kInt8MostTogether];
+  const Int8LoraLinearArgs* all_args[cuda::kInt8MostTogether];
+  for (int64_t i = 0; i < count; ++i) {
+    const Status status = plan_of(calls[i], &plans[i]);
+    if (!status.ok()) return answer(status.text, message, size, 1);
+    args[i] = args_of(calls[i]);
+    all_plans[i] = &plans[i];
+    all_args[i] = &args[i];
+    for (int64_t j = 0; j < i; ++j)
+      if (!cuda::together(plans[j], args[j], plans[i], args[i]))
+        return answer("calls " + std::to_string(j) + " and " + std::to_string(i) + " are not made together", message,
+                      size, 1);
+  }
+  const Status status = cuda::launch_together(all_plans, all_args, static_cast<int>(count), Executor());
+  return answer(status.ok() ? to_string(plans[0].cuda) : status.text, message, size, status.ok() ? 0 : 1);
 }
 
 int emulated_int8_unpack(const void* packed, int64_t out_features, int64_t in_features, void* weight, void* scales) {

@@ -1,5 +1,6 @@
 // int8_lora_linear's CUDA plans.
 #include <cmath>
+#include <vector>
 
 #include "cuda_devices.h"
 
@@ -118,9 +119,54 @@ void test_int8_wgmma() {
   check(contains(launched.text, "LORA_KERNELS_CUDA=ON"), "it is launched as a CUDA kernel is: " + launched.text);
 }
 
+// Calls of a composite that one launch makes: as many from the first on as need nothing of each other.
+void test_int8_together() {
+  const Int8LoraLinearPlan one = int8_plan(int8_problem(1, 1280, 1280, 16), kH200);
+  check(one.cuda.path == CudaInt8LoraLinearPath::kFused, to_string(one));
+  char memory[8][1280 * 2];
+  const auto args_of = [&](int x, int y) {
+    Int8LoraLinearArgs args;
+    args.x = memory[x];
+    args.x_stride = 1280;
+    args.y = memory[y];
+    return args;
+  };
+  const auto count = [](const std::vector<Int8LoraLinearPlan>& plans, const std::vector<Int8LoraLinearArgs>& args) {
+    std::vector<const Int8LoraLinearPlan*> all_plans;
+    std::vector<const Int8LoraLinearArgs*> all_args;
+    for (const Int8LoraLinearPlan& p : plans) all_plans.push_back(&p);
+    for (const Int8LoraLinearArgs& a : args) all_args.push_back(&a);
+    return together(all_plans.data(), all_args.data(), static_cast<int>(plans.size()));
+  };
+  check(count({one, one, one}, {args_of(0, 1), args_of(0, 2), args_of(0, 3)}) == 3, "q, k and v");
+  check(count({one, one, one, one}, {args_of(0, 1), args_of(0, 2), args_of(0, 3), args_of(0, 4)}) == 3, "no more");
+  check(count({one}, {args_of(0, 1)}) == 1, "one alone");
+  check(count({one, one, one}, {args_of(0, 1), args_of(1, 2), args_of(0, 3)}) == 1, "one reads what another writes");
+  check(count({one, one, one}, {args_of(0, 1), args_of(0, 2), args_of(0, 1)}) == 2, "two write one place");
+  check(count({one, one}, {args_of(0, 1), args_of(0, 0)}) == 1, "one writes what another reads");
+  Int8LoraLinearProblem p = int8_problem(1, 1280, 1280, 16);
+  p.has_residual = true;
+  const Int8LoraLinearPlan added = int8_plan(p, kH200);
+  check(count({added, added}, {args_of(0, 1), args_of(0, 2)}) == 1, "a residual may be what another writes");
+  const Int8LoraLinearPlan other = int8_plan(int8_problem(1, 1280, 640, 16), kH200);
+  check(count({one, other}, {args_of(0, 1), args_of(0, 2)}) == 1, "of another size");
+  const Int8LoraLinearPlan many = int8_plan(int8_problem(24, 1280, 640, 16), kH200);
+  check(many.cuda.path == CudaInt8LoraLinearPath::kFewRows, to_string(many));
+  check(count({many, many}, {args_of(0, 1), args_of(0, 2)}) == 1, "kernels that share a workspace");
+  Int8LoraLinearPlan on_cpu;
+  check(plan(int8_problem(1, 1280, 1280, 16), DeviceInfo(), &on_cpu).ok(), "a CPU's plan");
+  check(count({on_cpu, on_cpu}, {args_of(0, 1), args_of(0, 2)}) == 1, "a CPU has no launches");
+
+  const Int8LoraLinearPlan* plans[] = {&one, &one};
+  const Int8LoraLinearArgs first = args_of(0, 1), second = args_of(0, 2);
+  const Int8LoraLinearArgs* args[] = {&first, &second};
+  check(contains(run(plans, args, 2, serial_executor()).text, "LORA_KERNELS_CUDA=ON"), "launched as one is");
+}
+
 }  // namespace
 
 void test_int8_plans() {
+  test_int8_together();
   test_int8_paths();
   test_int8_wgmma();
 }

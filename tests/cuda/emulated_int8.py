@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from emulated import ACTIVATIONS, DTYPES, ORDERS, EmulationError, _pointer, _run, library
@@ -49,6 +51,7 @@ class EmulatedInt8:
         self.path, self.large, self.splits, self.staged = path, large, splits, staged
         self.arch, self.shared_bytes = arch, shared_bytes
         self.plan = ""
+        self._together: list[Call] | None = None
 
     def _call(
         self, x, packed, out_features, bias, lora_a, lora_b, scales, offsets, adapter_ids, x_scale,
@@ -91,7 +94,26 @@ class EmulatedInt8:
         call.q, call.row_scales = self.q.data_ptr(), self.row_scales.data_ptr()
         return call
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The calls of the block in one launch, at its end; what they return is filled then."""
+        self._together = calls = []
+        try:
+            yield
+        finally:
+            self._together = None
+        pointers = (ctypes.POINTER(Call) * len(calls))(*map(ctypes.pointer, calls))
+        self.lib.emulated_order(ctypes.c_int(self.order), ctypes.c_uint64(self.seed))
+        message = ctypes.create_string_buffer(4000)
+        count = ctypes.c_int64(len(calls))
+        if self.lib.emulated_int8_together(pointers, count, message, ctypes.c_int64(4000)):
+            raise EmulationError(message.value.decode())
+        self.plan = message.value.decode()
+
     def _launch(self, call: Call) -> None:
+        if self._together is not None:
+            self._together.append(call)
+            return
         self.lib.emulated_order(ctypes.c_int(self.order), ctypes.c_uint64(self.seed))
         self.plan = _run(self.lib.emulated_int8_forward, call)
 

@@ -107,6 +107,30 @@ def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int, int])
             check(emulated, shape, dtype, mode, next(activations), static=index % 3 == 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_calls_together_have_the_bits_of_each_alone(dtype: torch.dtype) -> None:
+    """q, k and v of a layer: one x and one size, each its own weight, bias and adapters."""
+    x = torch.randn(5, 136).to(dtype)
+    norm = (torch.rand(136) + 0.5, torch.randn(136), 1e-5)
+    calls = []
+    for mode in ("none", "peft", "bank"):
+        operands = bank(mode, 5, 136, 70, dtype)
+        calls.append((weight_of(136, 70)[2], torch.randn(70).to(dtype), operands))
+
+    def run(emulated: EmulatedInt8) -> list[torch.Tensor]:
+        return [
+            emulated.forward(x, packed, 70, bias, norm=norm, **operands)
+            for packed, bias, operands in calls
+        ]
+
+    for order in ORDERS:
+        emulated = EmulatedInt8(*order, path="fused")
+        alone = run(emulated)
+        with emulated.together():
+            made = run(emulated)
+        assert all(map(torch.equal, made, alone))
+
+
 @pytest.mark.parametrize(("path", "large"), WAYS)
 def test_no_order_of_threads_changes_a_bit(path: str, large: int) -> None:
     _, _, packed = weight_of(200, 70)

@@ -77,6 +77,12 @@ Status plan(const Int8LoraLinearProblem& problem, const DeviceInfo& device, Int8
 int64_t workspace_bytes(const Int8LoraLinearPlan& plan);
 Status run(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor);
 
+// How many of these calls, from the first on and at least one, a device can make in one launch: calls of one size and
+// one x that need nothing of each other, as q, k and v of a layer do. run() of so many of them is that launch.
+int together(const Int8LoraLinearPlan* const* plans, const Int8LoraLinearArgs* const* args, int count);
+Status run(const Int8LoraLinearPlan* const* plans, const Int8LoraLinearArgs* const* args, int count,
+           const Executor& executor);
+
 std::string to_string(const Int8LoraLinearProblem& problem);
 std::string to_string(const Int8LoraLinearPlan& plan);
 
