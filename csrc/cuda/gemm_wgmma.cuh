@@ -33,8 +33,11 @@ namespace lora_kernels::cuda {
 template <int kColumns_>
 struct WgmmaShape {
   static constexpr int kRows = 128, kColumns = kColumns_, kThreads = 256, kDepth = 64;
-  static constexpr int kStages = kColumns == 256 ? 4 : 6;
 };
+
+// Blocks of a multiprocessor. Two leave a thread 128 registers, in which the mask does not fit beside 128 columns' sums.
+template <class Shape, Product kProduct>
+constexpr int kWgmmaTogether = Shape::kColumns == 128 && kProduct != Product::kMaskedGradient ? 2 : 1;
 
 template <class T, class Shape, Product kProduct>
 struct WgmmaLayout {
@@ -47,13 +50,15 @@ struct WgmmaLayout {
   static constexpr int kBTiles = kAcross ? Shape::kColumns / 64 : 1;
   static_assert(!kAcross || B::kBytes == static_cast<int>(kWgmmaAcrossBytes), "as the descriptor says");
   using Adapters = TileAdapters<Shape::kRows, Shape::kThreads>;
+  static constexpr bool kTwo = kWgmmaTogether<Shape, kProduct> == 2;
+  static constexpr int kStages = kTwo ? 3 : Shape::kColumns == 256 ? 4 : 6;
   static constexpr int kStageBytes = A::kBytes + kBTiles * B::kBytes;
   // Sums on their way out: eight words more than a row has, so that the eight rows of a store lie in different banks.
   static constexpr int kSumsStride = Shape::kColumns + 8;
-  static constexpr int kTileBytes = Shape::kStages * kStageBytes;
+  static constexpr int kTileBytes = kStages * kStageBytes;
   static_assert(Shape::kRows * kSumsStride * 4 <= kTileBytes, "sums take the place of the tiles");
   static constexpr size_t kSharedBytes =
-      static_cast<size_t>(kTileBytes) + (Shape::kStages * 8 + 15) / 16 * 16 + (Adapters::kWords * 4 + 15) / 16 * 16;
+      static_cast<size_t>(kTileBytes) + (kStages * 8 + 15) / 16 * 16 + (Adapters::kWords * 4 + 15) / 16 * 16;
 };
 
 struct WgmmaParams {
@@ -68,7 +73,11 @@ class WgmmaTile {
   using A = typename Layout::A;
   using B = typename Layout::B;
   using Adapters = typename Layout::Adapters;
-  static constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages, kAhead = kStages - 2;
+  static constexpr int kThreads = Shape::kThreads, kStages = Layout::kStages;
+  // Beside another block products may run dry between steps: the step before is then done when its place is filled. A
+  // block alone keeps them going, and a place for the step that is being finished.
+  static constexpr bool kDry = Layout::kTwo;
+  static constexpr int kAhead = kStages - (kDry ? 1 : 2);
   static constexpr bool kAcross = Layout::kAcross, kMasked = Layout::kMasked;
   // Columns whose bits fill two words of a thread.
   static constexpr int kMaskColumns = 128, kMaskParts = Shape::kColumns / kMaskColumns;
@@ -103,7 +112,8 @@ class WgmmaTile {
       wait_copies<kAhead - 1>();
       if (all_.boxes && is_base(k)) wait_for_bytes(landed_ + k % kStages, (k - base_begin_) / kStages & 1);
       fence_proxy();
-      __syncthreads();  // step k has landed for all, and all are done with step k - 2, whose place is filled next
+      if (kDry) wait_products<0>();
+      __syncthreads();  // step k has landed for all, and all are done with step k - 1 (k - 2), whose place is filled next
       if (kMasked && k == base_begin_ && k > 0) mask();
       const char* a = tiles_ + k % kStages * Layout::kStageBytes;
       if (is_base(k))
@@ -111,7 +121,7 @@ class WgmmaTile {
       else
         multiply_ranks(a, multiplied.next(p_.routing, adapters));
       fetch(k + kAhead, steps, adapters, false);
-      wait_products<1>();  // step k - 1
+      if (!kDry) wait_products<1>();  // step k - 1
     }
     wait_products<0>();
     tie(c_);
@@ -291,12 +301,8 @@ class WgmmaTile {
   float c_[Shape::kColumns / 8][4] = {};
 };
 
-// In 128 registers y of 128 columns leaves room for two blocks of the kernel that makes its t (down_beside).
-template <class Shape, Product kProduct>
-constexpr int kWgmmaBlocks = Shape::kColumns == 128 && kProduct == Product::kForward ? 2 : 1;
-
 template <class T, class Shape, Product kProduct>
-__global__ void __launch_bounds__(Shape::kThreads, kWgmmaBlocks<Shape, kProduct>)
+__global__ void __launch_bounds__(Shape::kThreads, kWgmmaTogether<Shape, kProduct>)
     gemm_wgmma(const __grid_constant__ WgmmaParams p) {
   if constexpr (kWgmma) {
     int m = 0, n = 0;

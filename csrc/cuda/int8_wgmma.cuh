@@ -36,9 +36,10 @@ namespace lora_kernels::cuda {
 template <int kColumns_>
 struct Int8WgmmaShape {
   static constexpr int kRows = 128, kColumns = kColumns_, kThreads = 256, kDepth = 128;
-  static constexpr int kStages = kColumns == 256 ? 4 : 6;
-  static constexpr int kProducts = kColumns / 128;  // of 64 channels, by each warpgroup
-  static constexpr int kBlocks = kColumns / 64;     // of the packed weight
+  static constexpr int kStages = kColumns == 256 ? 4 : 3;
+  static constexpr int kTogether = kColumns == 256 ? 1 : 2;  // blocks of a multiprocessor
+  static constexpr int kProducts = kColumns / 128;           // of 64 channels, by each warpgroup
+  static constexpr int kBlocks = kColumns / 64;              // of the packed weight
   static_assert(kRows == kWgmmaInt8Columns, "a product has all rows of the tile");
 };
 
@@ -79,7 +80,11 @@ class Int8WgmmaTile {
   using TileT = typename Layout::TileT;
   using TileB = typename Layout::TileB;
   using Adapters = typename Layout::Adapters;
-  static constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages, kAhead = kStages - 2;
+  static constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages;
+  // Beside another block products may run dry between steps: the step before is then done when a place is filled. A
+  // block alone keeps them going, and a place for the step that is being finished.
+  static constexpr bool kDry = Shape::kTogether > 1;
+  static constexpr int kAhead = kStages - (kDry ? 1 : 2);
   static constexpr int kProducts = Shape::kProducts, kEights = Shape::kRows / 8;
   static constexpr int kRun = 2 * kProducts;           // neighbouring channels of a lane
   static constexpr int kWarpColumns = 16 * kProducts;  // channels of a warp
@@ -120,7 +125,8 @@ class Int8WgmmaTile {
     int k = 0;
     do {  // There is a step, or there were no map. (If there might be none, ptxas would make products one by one.)
       wait_for_bytes(landed_ + k % kStages, k / kStages & 1);
-      __syncthreads();  // all are done with step k - 2, whose place is filled next
+      if (kDry) wait_products<0>();
+      __syncthreads();  // all are done with step k - 1 (k - 2), whose place is filled next
       fetch(k + kAhead, steps, adapters);
       multiply(place(k), w, sums);
     } while (++k < base_steps_);
@@ -128,11 +134,14 @@ class Int8WgmmaTile {
     tie(sums);
     float c[kProducts][kEights][4];
     scale(sums, c);
-    for (; k < steps; ++k) {
-      wait_copies<kAhead - 1>();
-      __syncthreads();  // step k has landed for all, and all are done with step k - 2
-      fetch(k + kAhead, steps, adapters);
-      add_branch(place(k), c);
+    for (int i = 0; i < adapters.count(); ++i) {
+      const int rank = p_.routing.rank(adapters.adapter(i));
+      for (int chunk = 0; chunk < rank; chunk += kStep<T>, ++k) {
+        wait_copies<kAhead - 1>();
+        __syncthreads();  // step k has landed for all, and all are done with step k - 1
+        fetch(k + kAhead, steps, adapters);
+        add_branch(place(k), rank - chunk, c);
+      }
     }
     wait_copies<0>();
     store(c);
@@ -173,10 +182,9 @@ class Int8WgmmaTile {
     for (int i = static_cast<int>(threadIdx.x); i < Shape::kColumns * 4; i += kThreads) {
       const int at = i % Shape::kColumns, part = i / Shape::kColumns, r = chunk_ + part * kPerChunk<T>;
       const int n = n_ + at / kWarpColumns * kWarpColumns + at % 8 * kRun + at % kWarpColumns / 8;
-      int count = n < p_.w.columns ? rank - r : 0;
-      count = count < 0 ? 0 : count > kPerChunk<T> ? kPerChunk<T> : count;
-      store16(factor + TileB::offset(at, part),
-              gather16<T>(count, [&](int j) { return from_float<T>(p_.up.at(begin + r + j, n)); }));
+      const int left = n < p_.w.columns ? rank - r : 0;
+      const int count = left < 0 ? 0 : left > kPerChunk<T> ? kPerChunk<T> : left;
+      store16(factor + TileB::offset(at, part), p_.up.chunk<T>(begin + r, n, count));
     }
     chunk_ += kStep<T>;
     if (chunk_ >= rank) {
@@ -256,9 +264,10 @@ class Int8WgmmaTile {
     }
   }
 
-  __device__ void add_branch(const char* stage, float (&c)[kProducts][kEights][4]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
+  // A step of the branch, of which so many ranks are left: a half that has none is left out.
+  __device__ void add_branch(const char* stage, int ranks, float (&c)[kProducts][kEights][4]) const {
+#pragma unroll 1
+    for (int half = 0; half < 2 && half * (kStep<T> / 2) < ranks; ++half) {
       uint32_t a[kProducts][4], b[4];
 #pragma unroll
       for (int i = 0; i < kProducts; ++i) load_a<TileB>(a[i], stage + Layout::kRowsBytes, warp_column_ + i * 16, half);
@@ -274,35 +283,10 @@ class Int8WgmmaTile {
     }
   }
 
+  // By way of shared memory, each warp its own part, since in registers a lane has 32 rows of a few channels, whose
+  // code would be as long as they are many: in a loop it has rows of the same four channels. Rows are padded for lanes
+  // that write or read together.
   __device__ void store(const float (&c)[kProducts][kEights][4]) const {
-    const Epilogue& end = p_.epilogue.e;
-    if (end.activation != Activation::kNone || !p_.epilogue.eights) {
-      store_in_turns(c);
-      return;
-    }
-    const int left = p_.rows - first_row();
-    float biases[kRun] = {};
-#pragma unroll
-    for (int i = 0; i < kRun; ++i)
-      if (end.bias && first_channel() + i < p_.w.columns) biases[i] = end.bias_at(first_channel() + i);
-#pragma unroll
-    for (int j = 0; j < kEights; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float run[kRun];
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          run[i] = c[i / 2][j][i % 2 * 2 + e];
-          if (end.bias) run[i] += biases[i];
-        }
-        if (j * 8 + e < left)
-          p_.epilogue.template store_run<T>(run, int64_t{first_row()} + j * 8 + e, first_channel(), true);
-      }
-  }
-
-  // Activations, and channels that are stored one by one: by way of shared memory, each warp its own part, in a loop.
-  // In registers a lane's 128 would have 128 times their code. Rows are padded for lanes that write or read together.
-  __device__ void store_in_turns(const float (&c)[kProducts][kEights][4]) const {
     constexpr int kStride = kWarpColumns + 4, kFours = kWarpColumns / 4;
     static_assert(Shape::kRows * kStride * 4 * (kThreads / 32) <= Layout::kTileBytes, "sums in the place of the tiles");
     __syncthreads();  // all are done with the tiles
@@ -320,18 +304,20 @@ class Int8WgmmaTile {
       }
     __syncwarp();
     const Epilogue& end = p_.epilogue.e;
+    const int of_warp = lane_of_warp() % kFours * 4, column = n_ + warp_column_ + of_warp;
+    float biases[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) biases[e] = end.bias && column + e < p_.w.columns ? end.bias_at(column + e) : 0.0f;
+    const int rows = p_.rows - m_ < Shape::kRows ? p_.rows - m_ : Shape::kRows;
 #pragma unroll 1
-    for (int i = lane_of_warp(); i < Shape::kRows * kFours; i += 32) {
-      const int row = i / kFours, column = n_ + warp_column_ + i % kFours * 4;
-      if (m_ + row >= p_.rows || column >= p_.w.columns) continue;
-      const Vector sums_of_row = load16(sums + row * kStride + i % kFours * 4);
+    for (int row = lane_of_warp() / kFours; row < rows; row += 32 / kFours) {
+      const Vector of_row = load16(sums + row * kStride + of_warp);
       float four[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        four[e] = __uint_as_float(sums_of_row.v[e]);
-        if (end.bias && column + e < p_.w.columns) four[e] += end.bias_at(column + e);
-        four[e] = activate(four[e], end.activation);
-      }
+      for (int e = 0; e < 4; ++e) four[e] = __uint_as_float(of_row.v[e]) + biases[e];
+      if (end.activation != Activation::kNone)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) four[e] = activate(four[e], end.activation);
       p_.epilogue.template store_run<T>(four, m_ + row, column, p_.epilogue.eights);
     }
   }
@@ -345,7 +331,8 @@ class Int8WgmmaTile {
 };
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) int8_wgmma(const __grid_constant__ Int8WgmmaParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kTogether)
+    int8_wgmma(const __grid_constant__ Int8WgmmaParams p) {
   if constexpr (kWgmma) {
     int m = 0, n = 0;
     tile_of_block<Shape>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.w.columns, &m, &n);
