@@ -34,7 +34,7 @@ double operations_per_clock(int arch) {
 // Tiles of int8_wgmma.cuh. Of a step two warpgroups read its 16 KB of q for each 64 channels, and lanes w once.
 constexpr HopperTile kWideByWgmma = {256, 1, 2, (4 + 2) * 16384.0}, kNarrowByWgmma = {128, 2, 2, (2 + 1) * 16384.0};
 // Instructions of a tile's end for each value, by the machine code for 16 bits: conversion 5, by way of shared memory
-// to y 10, a step of the branch 5.
+// to y 10, what a step of the branch takes besides its products 5.
 constexpr double kEndInstructions = 20;
 
 }  // namespace
@@ -98,9 +98,10 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
                          machine.next_launch_us() + convert_us;
   // The branch's products have half of the rate, or in fp32 three products at an eighth, in steps of 64 bytes.
   const double branch = static_cast<double>(round_up(static_cast<int64_t>(rank), 64 / size)) * (size == 4 ? 24 : 2);
-  HopperWork work{p.rows, p.out_features, base_bytes, std::ceil(K / 128)};
-  work.value = kEndInstructions + activation_instructions(p.activation) +
-               2 * 128 * branch / operations_per_clock(device.cuda.arch);
+  HopperWork work{p.rows, p.out_features, base_bytes, std::ceil(K / 128),
+                  kEndInstructions + activation_instructions(p.activation)};
+  const auto branch_clocks = [&](double depth) { return 2 * 128 * depth / operations_per_clock(device.cuda.arch); };
+  work.branch = branch_clocks(branch);
   const TiledTime tiles = by_mma_on_hopper(
       device.cuda, tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + branch; }), 1, work);
   c.large_tiles = tiles.large;
@@ -132,7 +133,7 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   if (device.cuda.wgmma && p.in_features > 0 && !p.top_k) {
     // The branch stays with mma.sync, in halves of its steps.
     const double halves = static_cast<double>(round_up(static_cast<int64_t>(rank), 32 / size)) * (size == 4 ? 24 : 2);
-    work.value -= 2 * 128 * (branch - halves) / operations_per_clock(device.cuda.arch);
+    work.branch = branch_clocks(halves);
     const HopperTime wgmma = hopper_tiles(device.cuda, {kWideByWgmma, kNarrowByWgmma}, work);
     if (wgmma.us + rows_us < c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kTiled;

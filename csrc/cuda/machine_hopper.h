@@ -44,9 +44,10 @@ struct HopperTile {
 
 struct HopperWork {
   int64_t rows, columns;
-  double bytes;      // of memory
-  double steps;      // of 128 bytes of depth
-  double value = 0;  // instructions of the end for each value, or what takes as long
+  double bytes;       // of memory
+  double steps;       // of 128 bytes of depth
+  double value;       // instructions of the end for each value
+  double branch = 0;  // clocks of the tensor cores behind the steps, for the 128 values of a column
 };
 
 struct HopperTime {
@@ -62,11 +63,11 @@ inline HopperTime hopper_tiles(const CudaDevice& device, std::initializer_list<H
   for (const HopperTile& tile : shapes) {
     const double count = static_cast<double>((work.rows + 127) / 128) *
                          static_cast<double>((work.columns + tile.columns - 1) / tile.columns);
-    const double products =
-        4.0 * tile.columns * tile.slower;  // 2 * 128 * 64 FLOPs of 16 bits for each column, or twice as many of 8
+    // Of each column 2 * 128 * 64 FLOPs of 16 bits, or twice as many operations of 8.
+    const double products = 4.0 * tile.columns * tile.slower;
     const double shared = (tile.fetched() + tile.read) / kSharedBytesPerClock;
-    const double steps =
-        work.steps * std::max(std::max(products, shared) / kStepsReached, tile.fetched() / kL2BytesPerClock);
+    const double step = std::max(std::max(products, shared) / kStepsReached, tile.fetched() / kL2BytesPerClock);
+    const double steps = work.steps * step + work.branch * tile.columns;
     const double start = 2 * kL2Clocks, issued = work.value * tile.columns, end = 2 * kL2Clocks + issued;
     // Of the multiprocessor that has most of them.
     const double most = machine.turns(count), in_turns = machine.turns(count, tile.together) * (start + steps + end);
