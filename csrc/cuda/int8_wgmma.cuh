@@ -19,9 +19,8 @@
 // neighbouring channels) two words go to each of two instructions, rows g and g + 8 of their fragments, and the four
 // words of k behind them complete both. (At 128 channels there is one instruction, and lanes read eight bytes.) Eight
 // (sixteen) lanes read 128 bytes from 32 different banks, as the swizzle has it: the four words t lie 256 bytes apart.
-// Afterwards a lane holds four (two) neighbouring channels of each of its 32 rows, which it stores at once; activations
-// go by way of shared memory, in a loop. The registers of w are taken in turns, as wgmma reads them while it
-// multiplies.
+// Afterwards a lane holds four (two) neighbouring channels of each of its 32 rows. The registers of w are taken in
+// turns, as wgmma reads them while it multiplies.
 //
 // The LoRA branch follows on the same sums, then fp32, by mma.sync, whose fragments of a warp are wgmma's: B by
 // channels as the left operand, t by rows as the right one, r / 32 steps (r / 16 in fp32) fetched by cp.async into
@@ -35,8 +34,8 @@
 // other block's steps. That both blocks of a multiprocessor are out of step nothing but chance brings about.
 //
 // Where the driver knows no tensor maps int8_gemm.cuh takes its place. Not measured: no GPU has run this. Not tried:
-// clusters whose blocks share the boxes of q, which would take a quarter of the bytes from L2 and leave shared memory
-// the bound; blocks of a multiprocessor that begin half a tile apart; 256 rows for each read of w.
+// clusters whose blocks share the boxes of q, so that L2 brings a quarter less and shared memory is the bound; blocks
+// of a multiprocessor that begin half a tile apart; 256 rows for each read of w.
 #pragma once
 
 #include "cuda/int8_gemm.cuh"

@@ -6,7 +6,7 @@
 // a tile starts, after them it has an end (conversion, the branch of INT8, activation, store): that is added where a
 // block is alone on its multiprocessor. Where two share one, the end of one runs beside the steps of the other, as long
 // as they are out of step: they start together, and nothing but chance sets them apart. In step all the way they would
-// take n P + n / 2 (start + end) for n tiles of P clocks each.
+// take n P + n / 2 (start + end of both) for n tiles of P clocks each.
 #pragma once
 
 #include <initializer_list>
