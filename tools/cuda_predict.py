@@ -127,9 +127,8 @@ class Peer:
 def many_rows_predicted(
     device: raw.DeviceInfo, m: int, k: int, n: int, gelu: bool
 ) -> tuple[float, float, float, float]:
-    """µs of INT8 with a live adapter of rank 16, and of it: the part of the INT8 peak, the adapter's
-    share, and how often it goes into a library's product in bf16 of merged weights, whose activation
-    is free.
+    """µs of INT8 with a live adapter of rank 16. Of that: the part of the INT8 peak, the adapter's
+    share, how often it goes into a library's product in bf16 of merged weights, activation free.
     """
     more = {"activation": raw.Activation.gelu} if gelu else {}
     us = microseconds(device, int8_linear(m, k, n, 16, **more))
