@@ -39,9 +39,9 @@ FACES = {SPEECH / "__init__.py", SPEECH / "__main__.py"}
 SPEECH_FILES = sorted(path for path in SPEECH.rglob("*.py") if path not in FACES)
 # Each folder or module of lora_speech may use those before it.
 SPEECH_ORDER = (
-    "errors", "files", "page", "charts", "progress", "synthetic", "models", "data", "decoding",
-    "transcription", "formats", "evaluation", "training", "pretraining", "export", "bench", "demo",
-    "cli",
+    "errors", "devices", "files", "page", "charts", "progress", "synthetic", "models", "data",
+    "decoding", "transcription", "formats", "evaluation", "training", "pretraining", "export",
+    "bench", "demo", "cli",
 )  # fmt: skip
 
 

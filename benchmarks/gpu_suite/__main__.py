@@ -1,7 +1,8 @@
 """``python -m benchmarks.gpu_suite --json OUT``: build, test, sanitize and measure on a GPU.
 
-Ends within eight minutes: what there is no time for is left out and named. Exit code 0: all tests
-passed; 1: something failed; 2: there is no GPU.
+Ends within eight minutes: what there is no time for is left out and named, and so are the peers
+that are not installed (transformers, peft, torchao, flash_attn, flash_attn_interface). Exit code 0:
+all tests passed; 1: something failed; 2: there is no GPU.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import torch
 from . import machine
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOLKIT = Path("/usr/local/cuda/bin")  # where nvcc and compute-sanitizer are if not on the path
 BUDGET_S = 480.0
 RESERVE_S = 10.0  # of the budget, for ending and writing
 MEASURE_S = 150.0  # of the budget, which tests and sanitizers leave to the benchmarks
@@ -31,6 +35,7 @@ NO_TIME = 124
 ENDED = "no time was left; the measurement was ended"
 # Checked under compute-sanitizer: one call of every kernel, small.
 SANITIZED = "benchmarks.gpu_suite.every_kernel"
+COMPILE_AHEAD = "benchmarks.gpu_suite.compile_ahead"
 
 
 class Suite:
@@ -45,14 +50,23 @@ class Suite:
     def left(self, reserve: float = 0.0) -> float:
         return self.deadline - time.perf_counter() - reserve
 
-    def step(self, name: str, command: list[str], most: float, *, show: bool = False) -> bool:
-        """Run a command; keep its end, its time, and whether it succeeded."""
+    def step(
+        self,
+        name: str,
+        command: list[str],
+        most: float,
+        *,
+        show: bool = False,
+        more: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Run a command, with `more` in its environment; keep its end, its time, its tests."""
         begin = time.perf_counter()
         limit = min(most, self.left(RESERVE_S))
         if limit <= 0:
             code, output = NO_TIME, "skipped: no time was left"
         else:
-            code, output = run_within(command, limit, self.environment, show)
+            environment = self.environment | dict(more or {})
+            code, output = run_within(command, limit, environment, show)
         seconds = time.perf_counter() - begin
         self.results["steps"][name] = {
             "passed": code == 0,
@@ -60,8 +74,12 @@ class Suite:
             "seconds": seconds,
             "output": output[-4000:] if code else output[-400:],
         }
+        tests = counted(output)
+        if tests:
+            self.results["steps"][name]["tests"] = tests
         state = {0: "passed", NO_TIME: "NO TIME"}.get(code, f"FAILED ({code})")
-        print(f"{name:28} {state:14} {seconds:6.1f} s", flush=True)
+        counts = ", ".join(f"{count} {what}" for what, count in tests.items())
+        print(f"{name:36} {state:14} {seconds:6.1f} s  {counts}".rstrip(), flush=True)
         if code and not show:
             print(output[-3000:])
         return code == 0
@@ -73,7 +91,10 @@ class Suite:
         configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DLORA_KERNELS_CUDA=ON"]
         feature = "a" if (major, minor) == (9, 0) else ""  # wgmma is of sm_90a alone
         configure += [f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}{feature}-real"]
-        configure += [f"-DLORA_KERNELS_TORCH={torch.__path__[0]}"]
+        configure += [f"-DLORA_KERNELS_TORCH={torch.__path__[0]}", "-DLORA_KERNELS_TENSORRT=OFF"]
+        named = "CUDACXX" in os.environ or "CUDA_HOME" in os.environ or shutil.which("nvcc")
+        if not named and (TOOLKIT / "nvcc").exists():
+            configure += [f"-DCMAKE_CUDA_COMPILER={TOOLKIT / 'nvcc'}"]
         configure += ["-G", "Ninja"] if shutil.which("ninja") else []
         jobs = str(os.cpu_count() or 4)
         built = self.step("configure", configure, 60) and self.step(
@@ -92,16 +113,42 @@ class Suite:
 
     def sanitize(self) -> None:
         """Our kernels alone, if this release's filter is as expected; torch's are many."""
-        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        tool = shutil.which("compute-sanitizer") or str(TOOLKIT / "compute-sanitizer")
+        # Each tensor an allocation of its own, beyond whose end memcheck sees.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         for check in ("memcheck", "racecheck"):
             name = f"compute-sanitizer {check}"
             command = [tool, "--tool", check, "--error-exitcode", "1", "--print-limit", "20"]
             program = [sys.executable, "-m", SANITIZED]
             only_ours = ["--kernel-name", "kns=lora_kernels"]
-            if not self.step(name, [*command, *only_ours, *program], min(90, self.left(MEASURE_S))):
+            most = min(90, self.left(MEASURE_S))
+            if not self.step(name, [*command, *only_ours, *program], most, more=alone):
                 output = self.results["steps"][name]["output"]
                 if "SUMMARY" not in output and self.results["steps"][name]["code"] != 124:
-                    self.step(name, [*command, *program], min(120, self.left(MEASURE_S)))
+                    most = min(120, self.left(MEASURE_S))
+                    self.step(name, [*command, *program], most, more=alone)
+
+    @contextlib.contextmanager
+    def compiling_ahead(self) -> Iterator[None]:
+        """What torch.compile has to do begins beside the steps within, and is ended with them."""
+        if machine.nvidia_smi().get("compute_mode", "Default") != "Default":
+            yield  # one process alone may use this GPU
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            lines = Path(folder) / "compiled.jsonl"
+            process = subprocess.Popen(
+                [sys.executable, "-m", COMPILE_AHEAD, "--out", str(lines)],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            try:
+                yield
+            finally:
+                end_all(process)
+            self.results["compiled_ahead_s"] = seconds_of(lines)
 
     def measure(self) -> None:
         """In a process of its own, which can be ended whatever it does; its lines are kept."""
@@ -110,11 +157,26 @@ class Suite:
             seconds = self.left(2 * RESERVE_S)
             command = [sys.executable, "-m", "benchmarks.gpu_suite.measure", "--out", str(lines)]
             command += ["--seconds", f"{seconds:.1f}", *(["--dry-run"] if self.dry_run else [])]
+            command += ["--compile-s", json.dumps(self.results.get("compiled_ahead_s", {}))]
             self.step("benchmarks", command, BUDGET_S, show=True)
             self.results |= read_results(lines)
         for result in self.results["benchmarks"]:
             if result.get("skipped") == ENDED:
                 print(f"{result['name']:24} skipped: {ENDED}")
+
+
+def end_all(process: subprocess.Popen[Any]) -> None:
+    """A process that leads a session, and its children: compilers, workers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def counted(output: str) -> dict[str, int]:
+    """What pytest's last line counts: passed, failed, skipped; empty of other programs."""
+    lines = [line for line in output.splitlines() if re.search(r" in [\d.]+s", line)]
+    counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)", lines[-1]) if lines else []
+    return {what: int(count) for count, what in counts}
 
 
 def run_within(
@@ -138,12 +200,22 @@ def run_within(
         except subprocess.TimeoutExpired:
             code = NO_TIME
         finally:
-            with contextlib.suppress(ProcessLookupError):  # its children too: compilers, workers
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_all(process)
         output.seek(0)
         text = output.read()
     return code, text + ("\nended: no time was left" if code == NO_TIME else "")
+
+
+def seconds_of(path: Path) -> dict[str, float]:
+    """The most that compiling a contestant took, by its name; none where nothing was written."""
+    most: dict[str, float] = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last one, cut off
+            break
+        most[line["compiled"]] = max(line["seconds"], most.get(line["compiled"], 0.0))
+    return most
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -160,7 +232,8 @@ def read_results(path: Path) -> dict[str, Any]:
             found["dry_run"] = line["dry_run"]
         elif "ceilings" in line:
             found |= line
-        else:
+        else:  # a later one of a case replaces the former
+            found["benchmarks"] = [r for r in found["benchmarks"] if r["name"] != line["name"]]
             found["benchmarks"].append(line)
     done = {result["name"] for result in found["benchmarks"]}
     found["benchmarks"] += [{"name": n, "skipped": ENDED} for n in names if n not in done]
@@ -193,9 +266,10 @@ def main() -> int:
         suite.results["machine"] = machine.facts()
         print(json.dumps(suite.results["machine"], indent=1))
         if suite.build():
-            suite.tests()
-            if not arguments.skip_sanitizer:
-                suite.sanitize()
+            with suite.compiling_ahead():
+                suite.tests()
+                if not arguments.skip_sanitizer:
+                    suite.sanitize()
             suite.measure()
         suite.results["machine_after"] = machine.nvidia_smi()
     else:

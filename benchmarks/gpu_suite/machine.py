@@ -1,4 +1,4 @@
-"""The GPU as it says of itself, and the two ceilings that it reaches here."""
+"""The GPU as it says of itself, and the ceilings that it reaches here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,19 @@ import torch
 
 from .timing import median_us
 
-_QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+_PACKAGES = ("torch", "triton", "peft", "transformers", "torchao", "flash_attn", "flash_attn_3")
+# Of INT8 per clock and multiprocessor on tensor cores, multiplications and additions: data sheets.
+_INT8_PER_CLOCK = {
+    (7, 5): 2048,
+    (8, 0): 4096,
+    (8, 6): 2048,
+    (8, 9): 2048,
+    (9, 0): 8192,
+    (10, 0): 16384,
+    (12, 0): 2048,
+}
+_QUERY = "name,driver_version,compute_mode,clocks.sm,clocks.mem,clocks.max.sm,power.draw"
+_QUERY += ",temperature.gpu"
 
 
 def _output(command: list[str]) -> str:
@@ -45,25 +57,31 @@ def versions() -> dict[str, str | None]:
         "nvcc": release[1] if release else None,
         "commit": _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]) or None,
     }
-    for package in ("torch", "triton", "peft"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    for package in _PACKAGES:
+        found[package] = _version(package)
+    # cuBLAS by the name that its package has for this torch's CUDA, or had for CUDA 12.
+    found["cublas"] = _version("nvidia-cublas") or _version("nvidia-cublas-cu12")
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured, not from a data sheet: bytes per second of a copy, FLOP per second of cuBLAS."""
+    """Bytes per second of a copy and operations per second of cuBLAS, measured; INT8's as said."""
 
     bytes_per_second: float
-    flops: dict[str, float]
+    flops: dict[str, float]  # by dtype, and of "int8"
+    int8_from: str = ""
 
-    def roofline_us(self, bytes_moved: float, operations: float, dtype: torch.dtype) -> float:
+    def roofline_us(self, bytes_moved: float, operations: float, arithmetic: str) -> float:
         """The time that neither memory nor arithmetic could beat, in µs."""
-        name = str(dtype)[6:]
-        return 1e6 * max(bytes_moved / self.bytes_per_second, operations / self.flops[name])
+        return 1e6 * max(bytes_moved / self.bytes_per_second, operations / self.flops[arithmetic])
 
 
 def dtypes() -> list[torch.dtype]:
@@ -71,6 +89,12 @@ def dtypes() -> list[torch.dtype]:
     if torch.cuda.get_device_capability() < (8, 0):
         return [torch.float16]
     return [torch.float16, torch.bfloat16, torch.float32]
+
+
+def main_dtype() -> torch.dtype:
+    """What most cases are measured in: bf16, where there is such."""
+    kinds = dtypes()
+    return kinds[min(1, len(kinds) - 1)]
 
 
 def _copy_bytes_per_second() -> float:
@@ -89,7 +113,30 @@ def measure_ceilings(kinds: list[torch.dtype]) -> Ceilings:
         size = 8192 if dtype != torch.float32 else 4096
         a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
         flops[str(dtype)[6:]] = 2.0 * size**3 / median_us(lambda a=a, b=b: a @ b, seconds=0.5) * 1e6
-    return Ceilings(moved, flops)
+    flops["int8"], int8_from = _int8_operations_per_second(flops["float16"])
+    return Ceilings(moved, flops, int8_from)
+
+
+def _int8_operations_per_second(
+    of_fp16: float, device: str = "cuda", size: int = 8192
+) -> tuple[float, str]:
+    """The data sheet's at the clock that INT8 products leave; else what torch._int_mm reaches."""
+    a, b = torch.randint(-127, 128, (2, size, size), dtype=torch.int8, device=device)
+    columns = b.t()
+    try:
+        us = median_us(lambda: torch._int_mm(a, columns), seconds=0.5)
+    except RuntimeError:
+        return 2 * of_fp16, "twice float16's: torch._int_mm is not supported here"
+    for _ in range(int(1e6 / us)):  # a second of them, during which nvidia-smi looks
+        torch._int_mm(a, columns)
+    clock = re.match(r"(\d+) MHz", nvidia_smi().get("clocks.sm", ""))
+    torch.cuda.synchronize()
+    properties = torch.cuda.get_device_properties(0)
+    per_clock = _INT8_PER_CLOCK.get((properties.major, properties.minor))
+    if clock is None or per_clock is None:
+        return 2.0 * size**3 / us * 1e6, "torch._int_mm"
+    rate = per_clock * properties.multi_processor_count * int(clock[1]) * 1e6
+    return rate, f"data sheet at {clock[1]} MHz"
 
 
 def facts() -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from .case import COMPILE_S
+
 
 class _Flush:
     """Writes more than the L2 holds, so that every call finds its operands in memory."""
@@ -95,11 +97,17 @@ class CudaMeter:
     """Measures on this process's GPU."""
 
     device = "cuda"
-    compiles = True
     now = staticmethod(time.perf_counter)
     in_turns = staticmethod(in_turns)
     peak_bytes = staticmethod(peak_bytes)
     graph = staticmethod(captured)
+
+    def __init__(self, compile_s: dict[str, float]) -> None:
+        self._compile_s = compile_s  # ahead of the measurement, of what was compiled there
+
+    def compile_s(self) -> dict[str, float]:
+        """What torch.compile takes for a contestant, until one was measured."""
+        return COMPILE_S | self._compile_s
 
     def clocks(self) -> dict[str, str]:
         from .machine import nvidia_smi
@@ -111,8 +119,11 @@ class DryMeter:
     """Calls every contestant once, on the CPU: shows that a case runs, and measures nothing."""
 
     device = "cpu"
-    compiles = False
     now = staticmethod(time.perf_counter)
+
+    def compile_s(self) -> dict[str, float]:
+        """Nothing is compiled: it is called as it is."""
+        return dict.fromkeys(COMPILE_S, 0.0)
 
     def in_turns(
         self, contestants: dict[str, Callable[[], object]], seconds: float

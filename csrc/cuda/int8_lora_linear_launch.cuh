@@ -43,18 +43,18 @@ bool int8_tiled_wgmma(Sequence* s, const char* name, const Int8GemmParams& p, bo
 }
 
 template <class T>
-void int8_rows_all(Sequence* s, const Int8RowsParams& p) {
+void int8_rows_all(Sequence* s, const Int8RowsParams& p, bool early) {
   const dim3 grid(tiles(p.x.rows, kInt8Rows), 1, 1);
   const size_t staged = static_cast<size_t>(kInt8Rows * p.staged_bytes);
   if (p.routing.max_rank <= 16)
-    s->run<&int8_rows<T, 2>>("int8_rows<16>", grid, kInt8Threads, int8_rows_bytes(2) + staged, p);
+    s->run<&int8_rows<T, 2>>("int8_rows<16>", grid, kInt8Threads, int8_rows_bytes(2) + staged, p, early);
   else
-    s->run<&int8_rows<T, 4>>("int8_rows<32>", grid, kInt8Threads, int8_rows_bytes(4) + staged, p);
+    s->run<&int8_rows<T, 4>>("int8_rows<32>", grid, kInt8Threads, int8_rows_bytes(4) + staged, p, early);
 }
 
 template <class T>
-void int8_choose(Sequence* s, const Int8LoraLinearProblem& problem, const Int8LoraLinearArgs& args,
-                 const Int8Workspace& w) {
+void int8_choose(Sequence* s, const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Int8Workspace& w) {
+  const Int8LoraLinearProblem& problem = plan.problem;
   TopParams p;
   p.y = w.y;
   p.columns = static_cast<int>(problem.out_features);
@@ -66,9 +66,11 @@ void int8_choose(Sequence* s, const Int8LoraLinearProblem& problem, const Int8Lo
   p.top_columns = args.top_columns;
   p.top_values = args.top_values;
   p.log_sum = problem.log_sum ? args.log_sum : nullptr;
+  const bool early = plan.cuda.early_start;
   const unsigned rows = static_cast<unsigned>(problem.rows);
-  s->run<&top_parts<T>>("top_parts", dim3(static_cast<unsigned>(p.parts), rows, 1), kTopThreads, kTopSharedBytes, p);
-  s->run<&top_merge<T>>("top_merge", dim3(rows, 1, 1), 32, 0, p);
+  s->run<&top_parts<T>>("top_parts", dim3(static_cast<unsigned>(p.parts), rows, 1), kTopThreads, kTopSharedBytes, p,
+                        early);
+  s->run<&top_merge<T>>("top_merge", dim3(rows, 1, 1), 32, 0, p, early);
 }
 
 }  // namespace launching
@@ -114,7 +116,8 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
 
   if (chosen.path == Path::kTiled) {
     rows.staged_bytes = chosen.staged_bytes;
-    int8_rows_all<T>(&s, rows);
+    // Not early itself: the product, which starts while it runs, reads w before it waits.
+    int8_rows_all<T>(&s, rows, false);
     Int8GemmParams p;
     p.q = w.q;
     p.q_stride = w.q_stride;
@@ -146,10 +149,10 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
     if (chosen.path == Path::kFused) {
       p.rows.q_stride = int8_shared_row(round_up(K, kInt8Step));
       const auto shared = static_cast<size_t>(int8_fused_bytes(K, rows.t_stride, sizeof(T)));
-      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, shared, p);
+      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, shared, p, chosen.early_start);
     } else {
       rows.staged_bytes = chosen.staged_bytes;
-      int8_rows_all<T>(&s, rows);
+      int8_rows_all<T>(&s, rows, chosen.early_start);
       if (M <= 16)
         s.run<&int8_few_rows<T, 1, false>>("int8_few_rows<16>", grid, kInt8Threads, int8_part_bytes(1), p,
                                            chosen.early_start);
@@ -157,9 +160,10 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
         s.run<&int8_few_rows<T, 2, false>>("int8_few_rows<32>", grid, kInt8Threads, int8_part_bytes(2), p,
                                            chosen.early_start);
     }
-    if (p.splits > 1) s.run<&int8_combine<T>>("int8_combine", dim3(tiles(M * N, 256), 1, 1), 256, 0, p);
+    if (p.splits > 1)
+      s.run<&int8_combine<T>>("int8_combine", dim3(tiles(M * N, 256), 1, 1), 256, 0, p, chosen.early_start);
   }
-  if (problem.top_k) int8_choose<float>(&s, problem, args, w);
+  if (problem.top_k) int8_choose<float>(&s, plan, args, w);
   return s.status();
 }
 

@@ -14,9 +14,8 @@
 namespace lora_kernels::cuda {
 namespace {
 
-// What one multiprocessor gets of L2: 64 bytes per clock at best. A row waits for its maximum before it is quantized,
-// and for the launch of the passes between: what that takes besides bytes.
-constexpr double kBytesOfOne = 50e9, kPassesUs = 1.5;
+// A row waits for its maximum before it is quantized, and t for its parts: what that takes besides bytes.
+constexpr double kPassesUs = 1.5;
 
 constexpr int64_t kMostFewRows = 32;  // two products of sixteen rows for each fragment of w
 
@@ -36,6 +35,25 @@ constexpr HopperTile kWideByWgmma = {256, 1, 2, (4 + 2) * 16384.0}, kNarrowByWgm
 // Instructions of a tile's end for each value, by the machine code for 16 bits: conversion 5, by way of shared memory
 // to y 10, what a step of the branch takes besides its products 5.
 constexpr double kEndInstructions = 20;
+
+// Where memory is the bound of both, tiles have to gain more than predictions err by.
+constexpr double kWorthwhile = 0.97;
+
+// Few rows. Blocks of 32 channels ask for their part of w at once, as many as there is room for, and read it from L2
+// when the rows are there.
+struct Stream {
+  double blocks, of_block, bytes;  // of w by each; of the call
+  double at_once;                  // blocks on a multiprocessor
+
+  double arrived_us(const Machine& machine) const {
+    const double asked = std::min(blocks, at_once * machine.multiprocessors) * of_block;
+    return machine.memory_us(bytes) / std::min(1.0, asked / (machine.bytes * kLatencySeconds));
+  }
+  // What is left to do when all has arrived and the rows are there: blocks of the last turn read their part.
+  double read_us(const Machine& machine) const {
+    return machine.l2_us(blocks, of_block, at_once) / machine.turns(blocks, at_once);
+  }
+};
 
 }  // namespace
 
@@ -92,10 +110,11 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
 
   // The rows: x from memory, and for each sixteen of them all of A from L2, by one multiprocessor.
   const double own_bytes = (std::min(M, 16.0) + total) * K * element;
-  const double block_us = kPassesUs + own_bytes / kBytesOfOne * 1e6;
+  const double block_us = kPassesUs + machine.l2_us(1, own_bytes);
   const double rows_us = std::max(machine.memory_us(M * K * (element + 1) + total * K * element),
                                   machine.turns((M + 15) / 16, 2) * block_us) +
-                         machine.next_launch_us() + convert_us;
+                         convert_us;
+  const double launch_us = machine.next_launch_us();
   // The branch's products have half of the rate, or in fp32 three products at an eighth, in steps of 64 bytes.
   const double branch = static_cast<double>(round_up(static_cast<int64_t>(rank), 64 / size)) * (size == 4 ? 24 : 2);
   HopperWork work{p.rows, p.out_features, base_bytes, std::ceil(K / 128),
@@ -105,28 +124,39 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   const TiledTime tiles = by_mma_on_hopper(
       device.cuda, tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + branch; }), 1, work);
   c.large_tiles = tiles.large;
-  c.predicted_us = tiles.us + rows_us;
+  c.predicted_us = tiles.us + rows_us + launch_us;
 
+  const double few_blocks = (N + kInt8FewColumns - 1) / kInt8FewColumns, few_bytes = K * kInt8FewColumns;
   if (p.rows <= kMostFewRows && p.in_features > 0) {
-    double us = 0;
-    const int splits = few_rows_splits(machine, (p.out_features + 31) / 32, p.in_features, base_bytes, &us);
-    us += kLaunchUs + rows_us;
-    if (us <= c.predicted_us) {
+    double best = 0;
+    int best_splits = 0;
+    for (const int splits : {1, 2, 4, 8, 16}) {
+      if (splits > 1 && p.in_features / kInt8Step < kInt8Warps * splits) break;  // every warp has a step
+      const Stream w{few_blocks * splits, few_bytes / splits, base_bytes, 2};
+      const double arrived = w.arrived_us(machine), read = w.read_us(machine);
+      const double us = (machine.early ? std::max(arrived, rows_us) + read : rows_us + std::max(arrived, read)) +
+                        (splits > 1 ? 3 : 2) * launch_us;
+      if (best_splits == 0 || us < kWorthwhile * best) best = us, best_splits = splits;
+    }
+    if (kWorthwhile * best <= c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kFewRows;
-      c.splits = splits;
-      c.predicted_us = us;
+      c.splits = best_splits;
+      c.predicted_us = best;
     }
   }
   const int64_t fused_bytes = int8_fused_bytes(p.in_features, t_stride(p.lora), size);
   if (p.rows <= kInt8Rows && p.in_features > 0 && fused_bytes <= shared_bytes) {
-    const double blocks = (N + 31) / 32, together = fused_bytes <= shared_bytes / 2 ? 2 : 1;
-    const double us = std::max(machine.memory_us(base_bytes), machine.memory_us(blocks * own_bytes) / kL2) +
-                      machine.turns(blocks, together) * block_us + kLaunchUs + convert_us;
+    const Stream w{few_blocks, few_bytes, base_bytes, fused_bytes <= shared_bytes / 2 ? 2.0 : 1.0};
+    const double rows_of_all =
+        machine.turns(w.blocks, w.at_once) * kPassesUs + machine.l2_us(w.blocks, own_bytes, w.at_once);
+    // Blocks of later turns have asked for nothing while those before them make their rows.
+    const bool one_turn = machine.turns(w.blocks, w.at_once) == 1;
+    const double both = one_turn ? std::max(w.arrived_us(machine), rows_of_all) : w.arrived_us(machine) + rows_of_all;
+    const double us = both + w.read_us(machine) + launch_us + convert_us;
     if (us <= c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kFused;
       c.splits = 1;
       c.predicted_us = us;
-      c.early_start = false;
     }
   }
   // A choice among outputs is made for few rows; the kernel by wgmma has no fp32 y beside another x.
@@ -135,17 +165,16 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
     const double halves = static_cast<double>(round_up(static_cast<int64_t>(rank), 32 / size)) * (size == 4 ? 24 : 2);
     work.branch = branch_clocks(halves);
     const HopperTime wgmma = hopper_tiles(device.cuda, {kWideByWgmma, kNarrowByWgmma}, work);
-    if (wgmma.us + rows_us < c.predicted_us) {
+    if (wgmma.us + rows_us + launch_us < c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kTiled;
       c.large_tiles = true;
       c.wgmma_columns = wgmma.columns;
       c.splits = 1;
-      c.early_start = machine.early;
-      c.predicted_us = wgmma.us + rows_us;
+      c.predicted_us = wgmma.us + rows_us + launch_us;
     }
   }
   if (c.path != CudaInt8LoraLinearPath::kTiled) c.large_tiles = false;
-  if (p.top_k) c.predicted_us += machine.memory_us(M * N * 4) + 2 * kLaunchUs;
+  if (p.top_k) c.predicted_us += machine.memory_us(M * N * 4) + 2 * launch_us;
   Workspace w;
   const Int8Workspace parts(w, *plan);
   plan->workspace = w.used;

@@ -257,12 +257,23 @@ class Int8Rows {
   bool aligned_;
 };
 
+// A of the only adapter to L2, by the threads of a block that is one of `blocks`; of several, which are wanted is not
+// known before the kernel before has finished.
+template <class T>
+__device__ inline void prefetch_factor(const Int8RowsParams& p, int block, int blocks) {
+  if (p.routing.adapters != 1 || p.a.stride != p.a.columns) return;
+  const int64_t bytes = int64_t{p.a.rows} * p.a.columns * static_cast<int64_t>(sizeof(T));
+  prefetch(p.a.data, bytes, block * kInt8Threads + static_cast<int>(threadIdx.x), blocks * kInt8Threads);
+}
+
 // Grid (rows / 16). Two blocks on a multiprocessor leave 128 registers, a few too few for fp32 and many ranks.
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kInt8Threads, sizeof(T) == 4 && kTiles > 2 ? 1 : 2)
     int8_rows(const Int8RowsParams p) {
   if constexpr (kCompiled<T>) {
     let_next_kernel_start();
+    prefetch_factor<T>(p, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    wait_for_kernel_before();
     Shared shared;
     const int first = static_cast<int>(blockIdx.x) * kInt8Rows;
     Int8Rows<T, kTiles> rows(p, shared, first);

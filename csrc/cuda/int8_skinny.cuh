@@ -8,6 +8,10 @@
 // changes no bit. The rows are quantized by int8_rows before, or by every block for itself (kFused), which saves that
 // kernel and costs M K reads of x and, with LoRA, r K of A from L2 for each 32 channels.
 //
+// It starts before the kernel before it has finished (sm_90 on), and asks for its part of w to come to L2 meanwhile:
+// all of it at once, where registers hold two steps of a warp. Nothing is loaded before that kernel has finished,
+// whichever operator it belongs to.
+//
 // Sums over depth do not care for the order of k: lane t takes the sixteen k that lie together in q, 16 t ... of 64,
 // and the steps 4 t ... 4 t + 3 of w, which are the same k. Registers 0 and 1 go to one product, 2 and 3 to the next.
 //
@@ -69,6 +73,12 @@ __global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRo
     const int last = static_cast<int>(int64_t{steps} * (part + 1) / all);
     int step = static_cast<int>(int64_t{steps} * part / all);
 
+    let_next_kernel_start();
+    // Lines of 128 bytes at steps of four k.
+    for (int at = step * 16 + lane; at < last * 16 && at < p.w.steps; at += 32) prefetch(p.w.at(column, at), 128, 0, 1);
+    if constexpr (kFused) prefetch_factor<T>(p.rows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    wait_for_kernel_before();
+
     const auto load_weight = [&](int s) {
       Int8Fragment f;
 #pragma unroll
@@ -95,8 +105,6 @@ __global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRo
       q = own_q;
       scales = own_scales;
       t_rows = own_t;
-    } else {
-      wait_for_kernel_before();
     }
 
     int32_t c[kTiles][4][4] = {};
@@ -153,6 +161,8 @@ __global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRo
 // A thread for each element.
 template <class T>
 __global__ void __launch_bounds__(256) int8_combine(const Int8FewRowsParams p) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   const int i = static_cast<int>(blockIdx.x * 256 + threadIdx.x), all = p.rows.x.rows * p.w.columns;
   if (i >= all) return;
   const int row = i / p.w.columns, column = i % p.w.columns;

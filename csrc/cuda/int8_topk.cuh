@@ -51,6 +51,8 @@ __device__ inline Top best_of_warp(Top top) {
 // Grid (parts, M).
 template <class T>
 __global__ void __launch_bounds__(kTopThreads) top_parts(const TopParams p) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   Shared shared;
   constexpr int kWarps = kTopThreads / 32;
   T* best_values = shared.take<T>(2 * kWarps);
@@ -125,6 +127,8 @@ __global__ void __launch_bounds__(kTopThreads) top_parts(const TopParams p) {
 // Grid (M), one warp: lane l goes through the lists l, l + 32, ... of the row.
 template <class T>
 __global__ void __launch_bounds__(32) top_merge(const TopParams p) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   const int lane = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x;
   Top last = {__uint_as_float(0x7F800000u), -1};  // what was taken so far ends here: lists are in order

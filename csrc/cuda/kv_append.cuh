@@ -22,6 +22,7 @@ struct KvAppendParams {
 // Grid (rows * T * H / kKvWarps, k or v).
 template <class Q, class S>
 __global__ void __launch_bounds__(kKvThreads) kv_append(const KvAppendParams p) {
+  let_next_kernel_start();
   wait_for_kernel_before();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int64_t n = int64_t{blockIdx.x} * kKvWarps + thread / 32;

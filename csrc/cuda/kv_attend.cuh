@@ -33,6 +33,7 @@ struct KvAttendParams {
   KvScales scales = KvScales::kNone;
   float scale = 1;  // in units of log2
   bool grouped = false, aligned = false;
+  int ask = 0;              // for so many tiles of a warp ahead
   int split_positions = 0;  // of a block
   KvResult result;
   KvWeights weights;
@@ -85,6 +86,8 @@ class KvAttend {
       if (p_.k && split_ == 0) append(row);
       __syncthreads();
     }
+    constexpr int kStride = kKvWarps * kKvTile;
+    for (int i = 0; i < p_.ask; ++i) ask(begin + warp_ * kKvTile + i * kStride);
     load_queries(list);
     queries_.meet();
 #pragma unroll
@@ -96,11 +99,12 @@ class KvAttend {
 
     int at = begin + warp_ * kKvTile;
     load_keys(at);
-    for (; at < end; at += kKvWarps * kKvTile) {
+    for (; at < end; at += kStride) {
+      if (p_.ask) ask(at + p_.ask * kStride);
       load_values(at);
       float scores[2][4] = {};
       add_scores(at, scores);
-      load_keys(at + kKvWarps * kKvTile);
+      load_keys(at + kStride);
       soften(list, at, scores);
       if (at + kKvTile <= list.shortest()) {
         add_values(at, scores);
@@ -131,6 +135,16 @@ class KvAttend {
   }
   __device__ int64_t scale_at(int cache_row) const {
     return (static_cast<int64_t>(cache_row) * p_.result.heads + head_) * p_.rows.capacity;
+  }
+
+  // K and V of a tile to L2, a vector by each lane: registers hold one tile, with which few blocks leave memory idle.
+  __device__ void ask(int at) const {
+    static_assert(kKvTile == 16, "half of the lanes for each");
+    const int lane = static_cast<int>(threadIdx.x) % 32, position = at + lane % 16;
+    const void* from = nullptr;
+    if (position < end_)
+      from = lane < 16 ? vector_of(position, p_.k_cache, p_.k) : vector_of(position, p_.v_cache, p_.v);
+    if (from) prefetch(from, p_.result.head_size * static_cast<int>(sizeof(S)), 0, 1);
   }
 
   // This row's new tokens, of which nobody reads the copies now.
@@ -345,6 +359,7 @@ template <class Q, class S, int kGroups, bool kPlaces>
 __global__ void __launch_bounds__(kKvThreads, kGroups == 1 && sizeof(KvProduct<Q, S>) == 2 ? 3 : 1)
     kv_attend(const KvAttendParams p) {
   if constexpr (kCompiled<KvProduct<Q, S>>) {
+    let_next_kernel_start();
     wait_for_kernel_before();
     KvAttend<Q, S, kGroups, kPlaces>(p).run();
   }

@@ -44,10 +44,11 @@ void with_cache_type(DType type, const Body& body) {
 }
 
 template <class Q, class S, int kGroups, bool kPlaces>
-void kv_attend_all(Sequence* s, const CudaKvAttentionStepPlan& c, dim3 grid, const KvAttendParams& p, bool early) {
+void kv_attend_all(Sequence* s, const CudaKvAttentionStepPlan& c, dim3 grid, const KvAttendParams& p) {
   const int64_t shared = kv_shared_bytes(kGroups, kKvQueries, kPlaces ? c.split_positions : 0,
                                          kv_query_bytes(kGroups, sizeof(KvProduct<Q, S>)));
-  s->run<&kv_attend<Q, S, kGroups, kPlaces>>("kv_attend", grid, kKvThreads, static_cast<size_t>(shared), p, early);
+  s->run<&kv_attend<Q, S, kGroups, kPlaces>>("kv_attend", grid, kKvThreads, static_cast<size_t>(shared), p,
+                                             c.early_start);
 }
 
 }  // namespace launching
@@ -74,7 +75,8 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
                                 static_cast<int>(p.heads),
                                 static_cast<int>(p.head_size)};
     with_cache_type<Q>(p.cache_dtype, [&](auto tag) {
-      s.run<&kv_append<Q, decltype(tag)>>("kv_append", dim3(tiles(vectors, kKvWarps), 2, 1), kKvThreads, 0, append);
+      s.run<&kv_append<Q, decltype(tag)>>("kv_append", dim3(tiles(vectors, kKvWarps), 2, 1), kKvThreads, 0, append,
+                                          c.early_start);
     });
   }
   KvResult result{args.out, w.parts, w.stats, c.splits, static_cast<int>(p.heads), static_cast<int>(p.head_size),
@@ -85,7 +87,6 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
   for (int i = 0; i < weights.count; ++i) weights.heads[i] = static_cast<int16_t>(args.weight_heads[i]);
   const int64_t units = c.grouped ? p.cache_rows : p.rows;
   const dim3 grid(static_cast<unsigned>(units * p.heads * c.splits), static_cast<unsigned>(c.chunks), 1);
-  const bool early = apart && c.early_start;
   if (p.layout == KvLayout::kBlocked) {
     KvBlockedParams b;
     b.rows = rows;
@@ -102,13 +103,14 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
     b.scale = args.scale * kLog2OfE;
     b.grouped = c.grouped;
     b.split_positions = c.split_positions;
+    b.ask = c.ask;
     b.result = result;
     b.weights = weights;
     const auto shared = static_cast<size_t>(kv_shared_bytes(c.groups, kKvBlockedQueries, 0));
     if (c.groups == 1)
-      s.run<&kv_blocked<Q, 1>>("kv_blocked<64>", grid, kKvThreads, shared, b);
+      s.run<&kv_blocked<Q, 1>>("kv_blocked<64>", grid, kKvThreads, shared, b, c.early_start);
     else
-      s.run<&kv_blocked<Q, 2>>("kv_blocked<128>", grid, kKvThreads, shared, b);
+      s.run<&kv_blocked<Q, 2>>("kv_blocked<128>", grid, kKvThreads, shared, b, c.early_start);
   } else {
     KvAttendParams a;
     a.rows = rows;
@@ -123,17 +125,16 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
     a.scale = args.scale * kLog2OfE;
     a.grouped = c.grouped;
     a.aligned = kv_aligned(p, args);
+    a.ask = c.ask;
     a.split_positions = c.split_positions;
     a.result = result;
     a.weights = weights;
     with_cache_type<Q>(p.cache_dtype, [&](auto tag) {
       using S = decltype(tag);
       if (c.groups == 1)
-        c.places ? kv_attend_all<Q, S, 1, true>(&s, c, grid, a, early)
-                 : kv_attend_all<Q, S, 1, false>(&s, c, grid, a, early);
+        c.places ? kv_attend_all<Q, S, 1, true>(&s, c, grid, a) : kv_attend_all<Q, S, 1, false>(&s, c, grid, a);
       else
-        c.places ? kv_attend_all<Q, S, 2, true>(&s, c, grid, a, early)
-                 : kv_attend_all<Q, S, 2, false>(&s, c, grid, a, early);
+        c.places ? kv_attend_all<Q, S, 2, true>(&s, c, grid, a) : kv_attend_all<Q, S, 2, false>(&s, c, grid, a);
     });
   }
   if (c.splits > 1)

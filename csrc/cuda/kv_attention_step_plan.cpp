@@ -18,6 +18,8 @@ namespace {
 constexpr double kEdgesUs = 2.0;
 // Of what a warp's registers hold of K and V, the part that is on its way at any time.
 constexpr double kOnItsWay = 0.5;
+// A warp's tiles follow one another: K and V from L2 at best, then two products and a softmax between them.
+constexpr double kTripUs = 0.5;
 // More splits have to gain a little more than predictions err by.
 constexpr double kWorthwhile = 0.97;
 // A growing cache of at most so many positions is not split: decoders want one launch for append and attention.
@@ -34,20 +36,41 @@ double resident(const KvAttentionStepProblem& p) {
   return p.layout == KvLayout::kBlocked ? 4 : 3;
 }
 
+// Of K and V in the tiles that the warps of a block have at a time.
+double bytes_of_tiles(const KvAttentionStepProblem& p) {
+  const int tile = p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile;
+  return 2.0 * kKvWarps * tile * static_cast<double>(p.head_size * element_size(p.cache_dtype));
+}
+
+// Blocks of a launch, and how many of them there is room for.
+double blocks_of(const KvAttentionStepProblem& p, const CudaKvAttentionStepPlan& c, int splits) {
+  return static_cast<double>(std::min(units_of(p, c.grouped), p.rows) * p.heads * c.chunks * splits);
+}
+
+// Tiles that each warp asks for ahead: of what all may ask for, and no more than a block has.
+int asked_ahead(const Machine& machine, const KvAttentionStepProblem& p, const CudaKvAttentionStepPlan& c, int splits) {
+  const double at_once = std::min(blocks_of(p, c, splits), resident(p) * machine.multiprocessors);
+  const int64_t step = bytes_of_tiles(p) > 0 ? static_cast<int64_t>(kKvMostAsked / (at_once * bytes_of_tiles(p))) : 0;
+  const int64_t trips = p.capacity / splits / (kKvWarps * (p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile));
+  return static_cast<int>(std::min(step, trips));
+}
+
 double time_of(const Machine& machine, const KvAttentionStepProblem& p, const CudaKvAttentionStepPlan& c, int splits) {
+  const int ask = asked_ahead(machine, p, c, splits);
+  const double room = resident(p) * machine.multiprocessors, blocks = blocks_of(p, c, splits);
   const double size = static_cast<double>(element_size(p.cache_dtype)), D = static_cast<double>(p.head_size);
-  const double units = static_cast<double>(std::min(units_of(p, c.grouped), p.rows)), H = static_cast<double>(p.heads);
-  const double vectors = static_cast<double>(p.rows * p.tokens) * H, blocks = units * H * c.chunks * splits;
+  const double vectors = static_cast<double>(p.rows * p.tokens * p.heads);
   const double bytes = 2 * static_cast<double>(p.capacity) * D * size / splits;  // of a block
-  const double in_flight =
-      kOnItsWay * kKvWarps * 2 * (p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile) * D * size;
+  const double in_flight = std::min(bytes, (kOnItsWay + ask) * bytes_of_tiles(p));
+  const double trips_us = bytes / bytes_of_tiles(p) * kTripUs;
   // As many blocks as there is room for share the memory, then the rest: few of them cannot keep it busy.
-  const double room = resident(p) * machine.multiprocessors, needed = machine.bytes * kLatencySeconds;
+  const double needed = machine.bytes * kLatencySeconds;
   const auto wave_us = [&](double count) {
-    return count > 0 ? machine.memory_us(count * bytes) / std::min(1.0, count * in_flight / needed) : 0;
+    if (count <= 0) return 0.0;
+    return std::max(machine.memory_us(count * bytes) / std::min(1.0, count * in_flight / needed), trips_us);
   };
   const auto full = static_cast<double>(static_cast<int64_t>(blocks / room));
-  double us = full * wave_us(room) + wave_us(blocks - full * room) + kEdgesUs + kLaunchUs;
+  double us = full * wave_us(room) + wave_us(blocks - full * room) + kEdgesUs + machine.next_launch_us();
   us += machine.memory_us((p.append ? 6 : 2) * vectors * D * static_cast<double>(element_size(p.dtype)));
   if (splits > 1) us += machine.memory_us(2 * splits * vectors * (D + 2) * 4) / kL2 + machine.next_launch_us();
   if (p.append && !c.fused) us += machine.next_launch_us();
@@ -125,6 +148,7 @@ void configure(const DeviceInfo& device, KvAttentionStepPlan* plan) {
       }
     }
   c.split_positions = split_of(c.splits);
+  c.ask = asked_ahead(machine, p, c, c.splits);
   Workspace w;
   const KvWorkspace parts(w, *plan);
   plan->workspace = w.used;
@@ -138,7 +162,8 @@ std::string to_string(const CudaKvAttentionStepPlan& c) {
   std::ostringstream text;
   text << "cuda sm_" << c.arch << (c.fused ? " fused" : "") << (c.grouped ? " grouped" : "")
        << (c.places ? " places" : "") << " channels=" << 64 * c.groups << " chunks=" << c.chunks
-       << " splits=" << c.splits << "x" << c.split_positions << (c.early_start ? " early_start" : "");
+       << " splits=" << c.splits << "x" << c.split_positions << " ask=" << c.ask
+       << (c.early_start ? " early_start" : "");
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
   text << predicted;

@@ -10,6 +10,9 @@
 // positions of a channel: scores become weights without leaving the lane. A product has sixteen rows: eight queries,
 // each as high and as low halves, so that both halves of a sum end in one lane too.
 //
+// It starts before the kernel before it has finished (sm_90 on), and asks for K and V to come to L2 meanwhile: they are
+// not of this step.
+//
 // Sums of 32 positions are integers, then they are added up in fp32, since a larger score may scale them anew. q is
 // split into 14 bits however many tokens there are (a CPU takes 8 bits from kKvManyQueries on). Out is divided by the
 // sum of the rounded weights.
@@ -33,6 +36,7 @@ struct KvBlockedParams {
   float scale = 1;                                       // in units of log2
   bool grouped = false;
   int split_positions = 0;  // of a block
+  int ask = 0;              // for so many tiles of a warp ahead
   KvResult result;
   KvWeights weights;
 };
@@ -40,6 +44,8 @@ struct KvBlockedParams {
 // Grid (units * H * splits, chunks of queries). kGroups: of 64 channels.
 template <class Q, int kGroups>
 class KvBlocked {
+  static constexpr int kStride = kKvWarps * kKvBlockedTile;
+
  public:
   __device__ explicit KvBlocked(const KvBlockedParams& p)
       : p_(p), list_memory_(shared_.take<int>(kKvListWords)), parts_(shared_) {
@@ -47,6 +53,16 @@ class KvBlocked {
     split_ = block % p.result.splits;
     head_ = block / p.result.splits % heads;
     unit_ = block / p.result.splits / heads;
+    const int64_t at_head = static_cast<int64_t>(unit_) * heads + head_;
+    keys_ = p.keys + at_head * p.key_bytes;
+    values_ = p.values + at_head * p.value_bytes;
+  }
+
+  // For the first tiles, while the kernel before goes on. Lengths, which may say that not all of them are wanted, may
+  // not be read yet.
+  __device__ void ask_first() const {
+    const int begin = split_ * p_.split_positions, end = min(begin + p_.split_positions, p_.rows.capacity);
+    for (int i = 0; i < p_.ask; ++i) ask(begin + warp_ * kKvBlockedTile + i * kStride, end);
   }
 
   __device__ void run() {
@@ -64,8 +80,6 @@ class KvBlocked {
   __device__ void attend(const KvQueryList& list) {
     const int begin = split_ * p_.split_positions, end = min(begin + p_.split_positions, list.longest());
     const int64_t at_head = static_cast<int64_t>(unit_) * p_.result.heads + head_;
-    keys_ = p_.keys + at_head * p_.key_bytes;
-    values_ = p_.values + at_head * p_.value_bytes;
     end_ = end;
     load_query(list, p_.k_scales + at_head * p_.result.head_size);
     most_ = negative_infinity();
@@ -75,11 +89,12 @@ class KvBlocked {
 
     int at = begin + warp_ * kKvBlockedTile;
     load_keys(at);
-    for (; at < end; at += kKvWarps * kKvBlockedTile) {
+    for (; at < end; at += kStride) {
+      if (p_.ask) ask(at + p_.ask * kStride, end);
       load_values(at);
       int32_t scores[4][4] = {};
       add_scores(scores);
-      load_keys(at + kKvWarps * kKvBlockedTile);
+      load_keys(at + kStride);
       uint32_t weights[4];
       const float share = soften(list, at, scores, weights);
       add_values(weights, share);
@@ -134,9 +149,28 @@ class KvBlocked {
       }
   }
 
+  // K and V of a tile to L2, lines of 128 bytes by each half of the lanes: registers hold one tile, with which few
+  // blocks leave memory idle.
+  __device__ void ask(int at, int end) const {
+    if (at >= end) return;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane < 16) {  // the positions of a tile at each step
+      const int8_t* keys = key_block(at) + at % static_cast<int>(kKvBlockPositions) * static_cast<int>(kKvStep);
+      for (int step = lane; step < p_.key_steps; step += 16)
+        prefetch(keys + step * kKvBlockPositions * kKvStep, 128, 0, 1);
+      return;
+    }
+    const int64_t first = static_cast<int64_t>(at) * p_.value_channels, left = p_.value_bytes - first;
+    prefetch(values_ + first, min(left, static_cast<int64_t>(kKvBlockedTile) * p_.value_channels), lane - 16, 16);
+  }
+
+  __device__ const int8_t* key_block(int at) const {
+    return keys_ + at / kKvBlockPositions * (p_.key_steps * kKvBlockPositions * kKvStep);
+  }
+
   // Positions at + 4 g ... of 32, four channels at a time.
   __device__ void load_keys(int at) {
-    const int8_t* block = keys_ + at / kKvBlockPositions * (p_.key_steps * kKvBlockPositions * kKvStep);
+    const int8_t* block = key_block(at);
     const int place = (at % static_cast<int>(kKvBlockPositions) + 4 * g_) * static_cast<int>(kKvStep);
 #pragma unroll
     for (int c = 0; c < kGroups; ++c)
@@ -240,8 +274,11 @@ class KvBlocked {
 
 template <class Q, int kGroups>
 __global__ void __launch_bounds__(kKvThreads, kGroups == 1 ? 4 : 2) kv_blocked(const KvBlockedParams p) {
+  let_next_kernel_start();
+  KvBlocked<Q, kGroups> block(p);
+  block.ask_first();
   wait_for_kernel_before();
-  KvBlocked<Q, kGroups>(p).run();
+  block.run();
 }
 
 }  // namespace lora_kernels::cuda

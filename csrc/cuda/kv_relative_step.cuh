@@ -313,6 +313,7 @@ class KvRelative {
 template <class Q, class S, int kGroups>
 __global__ void __launch_bounds__(kKvThreads) kv_relative(const KvRelativeParams p) {
   if constexpr (kCompiled<KvProduct<Q, S>>) {
+    let_next_kernel_start();
     wait_for_kernel_before();
     KvRelative<Q, S, kGroups>(p).run();
   }

@@ -133,6 +133,7 @@ struct KvCombineParams {
 // A thread for each element.
 template <class Q>
 __global__ void __launch_bounds__(kKvFinishThreads) kv_combine(const KvCombineParams p) {
+  let_next_kernel_start();
   wait_for_kernel_before();
   const KvResult& r = p.result;
   const int64_t i = int64_t{blockIdx.x} * kKvFinishThreads + threadIdx.x;
@@ -163,6 +164,7 @@ struct KvWeightsParams {
 // Grid (rows * T, weight heads). W is float.
 template <class W>
 __global__ void __launch_bounds__(kKvFinishThreads) kv_weights(const KvWeightsParams p) {
+  let_next_kernel_start();
   wait_for_kernel_before();
   Shared shared;
   constexpr int kWarps = kKvFinishThreads / 32;

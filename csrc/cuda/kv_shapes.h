@@ -22,6 +22,9 @@ constexpr int kKvSplitStep = kKvWarps * kKvBlockedTile;
 constexpr int kKvMostPlaces = 4096;
 // New tokens of a row that the block attending over them also appends: one product's queries.
 constexpr int kKvMostAppended = kKvQueries;
+// Bytes of K and V that all blocks at once have asked to come to L2, beside what is on its way to their registers:
+// memory wants up to 6 MB on their way, and L2 holds 40 MB and more where it does.
+constexpr int64_t kKvMostAsked = 8 << 20;
 // Heads whose weights are returned: an array among the parameters of a kernel.
 constexpr int kKvMostWeightHeads = 128;
 constexpr int kKvFinishThreads = 256;

@@ -14,8 +14,8 @@ constexpr double kLaunchUs = 2.5, kEarlyLaunchUs = 1.0;
 constexpr double kMemory = 0.85;
 // From a load to its data on a busy device: bandwidth times this must be in flight, or memory idles.
 constexpr double kLatencySeconds = 0.8e-6;
-// How much faster than memory L2 is taken to be.
-constexpr double kL2 = 2.5;
+// How much faster than memory L2 is taken to be, and what one multiprocessor gets of it: bytes per clock, at best 64.
+constexpr double kL2 = 2.5, kL2BytesPerClock = 48;
 
 // The part of the tensor cores' peak that tiles of these shapes are expected to reach.
 constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
@@ -25,6 +25,7 @@ constexpr double kWgmmaFlopsPerClock = 4096, kWgmmaInt8PerClock = 8192;
 // A device as predictions see it: what it does not say of itself is taken from a T4.
 struct Machine {
   double multiprocessors, clock, operations, bytes;  // of one multiprocessor, and of the memory, per second
+  double l2_bytes;                                   // of one multiprocessor, per second
   bool early;
 
   // Operations of one multiprocessor per clock.
@@ -32,6 +33,7 @@ struct Machine {
     multiprocessors = d.multiprocessors > 0 ? d.multiprocessors : 40;
     clock = d.clock_hz > 0 ? d.clock_hz : 1.4e9;
     operations = operations_per_clock * clock;
+    l2_bytes = kL2BytesPerClock * clock;
     bytes = kMemory * (d.memory_bytes_per_second > 0 ? d.memory_bytes_per_second : 320e9);
     early = d.arch >= 90;
   }
@@ -44,6 +46,11 @@ struct Machine {
   double tiles_us(int64_t rows, int64_t columns, double depth, int64_t tile, double reached) const {
     return turns(tiles(rows, columns, tile)) * 2.0 * static_cast<double>(tile * tile) * depth / (operations * reached) *
            1e6;
+  }
+  // So many bytes from L2 by each of `blocks`, of which `at_once` share a multiprocessor.
+  double l2_us(double blocks, double of_block, double at_once = 1) const {
+    const double of_one = std::min(at_once, turns(blocks)) * of_block / l2_bytes * 1e6;
+    return std::max(turns(blocks, at_once) * of_one, memory_us(blocks * of_block) / kL2);
   }
   double next_launch_us() const { return early ? kEarlyLaunchUs : kLaunchUs; }
   static double tiles(int64_t rows, int64_t columns, int64_t tile) {
@@ -76,7 +83,8 @@ inline DeviceInfo without_wgmma(DeviceInfo device) {
 }
 
 // Into how many parts few rows split K, so many bytes of it: enough for memory to be busy, where that gains more than
-// the sum costs. `blocks`: of one part.
+// the sum costs. `blocks`: of one part. (Those of int8_lora_linear ask for all of theirs ahead, and are split for what
+// one multiprocessor gets of L2.)
 inline int few_rows_splits(const Machine& machine, int64_t blocks, int64_t depth_bytes, double bytes, double* us) {
   constexpr double kInFlight =
       256 * 16 * 2 * 4;  // bytes of one block: threads, loads and how many of them, steps ahead

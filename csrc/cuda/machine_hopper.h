@@ -20,9 +20,9 @@ constexpr double kStepsReached = 0.9;
 constexpr double kSharedBytesPerClock = 128;
 // Of L2, by each of all multiprocessors at once. A product by others (fast.cu, kernel 6: bf16 at 8192 x 8192 x 8192 on
 // an H100 SXM in tiles of 192 x 192 that share no boxes, 96 FLOPs to a byte) came to 777 TFLOPS, which is 8.1 TB/s, or
-// 35 bytes per clock of 132 multiprocessors at 1.755 GHz. It may be that L2 gives more; the most that a multiprocessor
-// takes is 64.
-constexpr double kL2BytesPerClock = 35;
+// 35 bytes per clock of 132 multiprocessors at 1.755 GHz. It may be that L2 gives more; one multiprocessor
+// alone gets more (kL2BytesPerClock).
+constexpr double kL2OfAllPerClock = 35;
 // From a load to its data in L2 on a busy device. A tile waits for it twice at its start (who its adapters are; the
 // first boxes) and twice at its end (scales or bias; factors of the branch).
 constexpr double kL2Clocks = 600;
@@ -66,7 +66,7 @@ inline HopperTime hopper_tiles(const CudaDevice& device, std::initializer_list<H
     // Of each column 2 * 128 * 64 FLOPs of 16 bits, or twice as many operations of 8.
     const double products = 4.0 * tile.columns * tile.slower;
     const double shared = (tile.fetched() + tile.read) / kSharedBytesPerClock;
-    const double step = std::max(std::max(products, shared) / kStepsReached, tile.fetched() / kL2BytesPerClock);
+    const double step = std::max(std::max(products, shared) / kStepsReached, tile.fetched() / kL2OfAllPerClock);
     const double steps = work.steps * step + work.branch * tile.columns;
     const double start = 2 * kL2Clocks, issued = work.value * tile.columns, end = 2 * kL2Clocks + issued;
     // Of the multiprocessor that has most of them.

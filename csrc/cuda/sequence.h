@@ -19,10 +19,15 @@ class Sequence {
     if (!status_.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     status_ = launch<kKernel>({name, grid, dim3(threads, 1, 1), shared, stream_, early, most_shared}, params);
   }
-  const Status& status() const { return status_; }
+  // After the last.
+  Status status() {
+    const Status end = launches_.end();
+    return status_.ok() ? end : status_;
+  }
 
  private:
   void* stream_;
+  Launches launches_;
   Status status_;
 };
 

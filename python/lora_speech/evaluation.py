@@ -74,6 +74,8 @@ class Evaluation:
         As the caller named it.
     int8 : bool
         Whether the base is quantized.
+    device : str
+        Where the model was.
     beam_size : int
         Hypotheses kept per window; 1: greedy.
     length_penalty : float or None
@@ -87,6 +89,7 @@ class Evaluation:
     elapsed_seconds: float
     base: str
     int8: bool
+    device: str
     beam_size: int
     length_penalty: float | None
 
@@ -101,6 +104,7 @@ class Evaluation:
             "normalizer": self.normalizer,
             "base": self.base,
             "int8": self.int8,
+            "device": self.device,
             "adapters": list(dict.fromkeys(u.adapter for u in self.utterances)),
             "languages": list(dict.fromkeys(u.language for u in self.utterances)),
             "beam_size": self.beam_size,
@@ -188,6 +192,7 @@ def evaluate(
         elapsed_seconds=time.perf_counter() - started,
         base=model.source,
         int8=model.int8,
+        device=str(model.device),
         beam_size=beam_size,
         length_penalty=penalty,
     )

@@ -74,6 +74,23 @@ void emulated_order(int order, uint64_t seed) {
   emulation::options.seed = seed;
 }
 
+// Between the two, the last kernel of a call runs only when the next call's first is there, which may start early.
+void emulated_hold() {
+  emulation::hold();
+  held_calls.on = true;
+}
+int emulated_finish(char* message, int64_t size) {
+  held_calls.on = false;
+  Status status;
+  try {
+    emulation::finish();
+  } catch (const emulation::Error& error) {
+    status = Status::failed(error.what());
+  }
+  held_calls.workspaces.clear();
+  return answer(status.text, message, size, status.ok() ? 0 : 1);
+}
+
 // Extra passes of ldmatrix since the last call.
 uint64_t emulated_bank_conflicts() {
   const uint64_t count = emulation::bank_conflicts;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "lora_kernels/device.h"
 
@@ -28,11 +29,19 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
+// Workspaces of calls whose last kernels have not run, and whether there may be such.
+struct HeldCalls {
+  bool on = false;
+  std::vector<std::shared_ptr<void>> workspaces;
+};
+inline HeldCalls held_calls;
+
 // Exactly as many bytes as the plan asks for, all of them NaN.
-inline std::unique_ptr<void, Free> workspace_of(int64_t bytes) {
+inline std::shared_ptr<void> workspace_of(int64_t bytes) {
   const auto size = static_cast<size_t>((bytes > 0 ? bytes : 1) + 255) / 256 * 256;
-  std::unique_ptr<void, Free> memory(std::aligned_alloc(256, size));
+  std::shared_ptr<void> memory(std::aligned_alloc(256, size), Free());
   std::memset(memory.get(), 0xFF, size);
+  if (held_calls.on) held_calls.workspaces.push_back(memory);
   return memory;
 }
 

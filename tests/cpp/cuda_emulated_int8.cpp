@@ -93,7 +93,7 @@ int emulated_int8_forward(const Call* c, char* message, int64_t size) {
   args.log_sum = static_cast<float*>(c->log_sums);
   args.workspace = workspace.get();
   status = cuda::launch(plan, args, Executor());
-  if (status.ok() && c->q && plan.cuda.path != CudaInt8LoraLinearPath::kFused) {
+  if (status.ok() && c->q && !held_calls.on && plan.cuda.path != CudaInt8LoraLinearPath::kFused) {
     cuda::Workspace memory{static_cast<char*>(workspace.get())};
     const cuda::Int8Workspace parts(memory, plan);
     for (int64_t m = 0; m < p.rows; ++m)

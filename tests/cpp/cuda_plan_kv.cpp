@@ -47,8 +47,13 @@ void test_kv_attention_plans() {
     check(workspace_bytes(own) == 0, "which needs no memory: " + to_string(own));
     check(std::isfinite(own.cuda.predicted_us) && own.cuda.predicted_us > 0, to_string(own));
     const KvAttentionStepPlan alone = kv_plan(cross_problem(1, 5), d);
-    check(alone.cuda.splits > 1, "few heads over many positions are split: " + to_string(alone));
-    check(workspace_bytes(alone) >= alone.cuda.splits * 5 * 20 * 66 * 4, "partial sums have room: " + to_string(alone));
+    // Slow memory is kept busy by one block a head, which asks ahead.
+    check((alone.cuda.splits > 1) == (d.memory_bytes_per_second > 1e12),
+          "few heads over many positions are split: " + to_string(alone));
+    check(alone.cuda.ask > 0, "what few blocks ask for is on its way at once: " + to_string(alone));
+    const bool parts = alone.cuda.splits > 1;
+    check(workspace_bytes(alone) >= (parts ? alone.cuda.splits * 5 * 20 * 66 * 4 : 0),
+          "partial sums have room: " + to_string(alone));
     check(int64_t{alone.cuda.splits} * alone.cuda.split_positions >= 1500 &&
               int64_t{alone.cuda.splits - 1} * alone.cuda.split_positions < 1500,
           "no split is empty: " + to_string(alone));

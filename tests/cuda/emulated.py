@@ -8,6 +8,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -238,3 +240,21 @@ class Emulated:
         self._prepare()
         self.plan = _run(self.lib.emulated_backward, call)
         return out
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Calls whose last kernel runs only when the next call's first is there, or at the end.
+
+    A block of a kernel that may start early then runs before the kernel before it, as far as to
+    its wait. Operands and results have to be kept until the end, and not be looked at before.
+    """
+    lib = library()
+    lib.emulated_hold()
+    message = ctypes.create_string_buffer(4000)
+    try:
+        yield
+    finally:
+        failed = lib.emulated_finish(message, ctypes.c_int64(len(message)))
+    if failed:
+        raise EmulationError(message.value.decode())

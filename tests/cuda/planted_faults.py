@@ -430,4 +430,25 @@ FAULTS = [
         ("use-after-poison", "lora_kernels::cuda::"),
         sanitized=True,
     ),
+    Fault(
+        "rows read before they are there",
+        "int8_rows.cuh",
+        "    wait_for_kernel_before();\n    Shared shared;",
+        "    Shared shared;",
+        ("early start", "started early"),
+    ),
+    Fault(
+        "products that do not wait for their rows",
+        "int8_skinny.cuh",
+        "static_cast<int>(gridDim.x));\n    wait_for_kernel_before();",
+        "static_cast<int>(gridDim.x));",
+        ("started early", "early start"),
+    ),
+    Fault(
+        "lengths read before the wait",
+        "kv_blocked.cuh",
+        "  wait_for_kernel_before();\n  block.run();",
+        "  block.run();\n  wait_for_kernel_before();",
+        ("early start",),
+    ),
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import test_emulated_early_start as early  # noqa: E402
 import test_emulated_int8_lora_linear as int8  # noqa: E402
 import test_emulated_kv_attention_step as kv  # noqa: E402
 import test_emulated_kv_relative_step as relative  # noqa: E402
@@ -122,6 +123,12 @@ def main(dtypes: list[torch.dtype]) -> int:
                     kv.check_pack(dtype, order)
                 except (AssertionError, EmulationError) as error:
                     print(f"WRONG: {order} {wishes}: {error}")
+                    wrong += 1
+            for plan in early.PLANS if dtype == torch.float16 and not OF_SM_75 else ():
+                try:
+                    early.check_layer(plan, order)
+                except (AssertionError, EmulationError) as error:
+                    print(f"WRONG: {order}: {error}")
                     wrong += 1
             for chunks in (0, 1):
                 try:

@@ -11,11 +11,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 
-from kernels import by_wgmma_and_by_mma
+from kernels import by_wgmma_and_by_mma, kernels_of
 from test_emulated_lora_linear import bank, base, gradients
 from tolerances import assert_close
 
-from lora_kernels import ops, reference
+import lora_kernels as lk
+from lora_kernels import implementations, ops, reference
 
 
 def _without() -> str:
@@ -127,6 +128,23 @@ def test_same_bits_every_time() -> None:
         assert torch.equal(ops.lora_linear(*arguments, **operands), first)
 
 
+@pytest.mark.parametrize("mode", ["peft", "bank", "dropout"])
+def test_the_same_gradients_every_time(mode: str) -> None:
+    x, weight, bias, dy = base(1500, 512, 512, torch.float16)
+    operands = there(bank(mode, 1500, 512, 512, torch.float16))
+    leaves = [t.cuda().requires_grad_() for t in (x, weight, bias)]
+    leaves += [operands[name].requires_grad_() for name in ("lora_a", "lora_b")]
+    dy = dy.cuda()
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(ops.lora_linear(*leaves[:3], **operands), leaves, dy)
+
+    first = step()
+    for _ in range(20):
+        for got, want in zip(step(), first, strict=True):
+            assert torch.equal(got, want)
+
+
 def test_a_captured_graph_follows_its_ids() -> None:
     """Nothing synchronises or allocates outside of the pool, and ids are read when it replays."""
     for rows in (8, 300):
@@ -163,13 +181,37 @@ def test_operands_elsewhere_are_named() -> None:
         ops.lora_linear(x, torch.randn(6, 8).half())
 
 
-def test_every_plan_runs_and_counts() -> None:
-    from lora_kernels import implementations
+# LoRA, rows, in and out features; kernels that a call launches, and those that it does not. The
+# plans are the same on every device that tools/cuda_predict.py knows.
+PLANS = {
+    "base": ("none", (72, 136, 130), ("gemm<", "SmallShape"), ("down", "few_rows")),
+    "few_rows": ("peft", (9, 512, 512), ("few_rows",), ("gemm", "down")),
+    "few_rows of a bank": ("bank", (8, 512, 512), ("few_rows", "down"), ("gemm",)),
+    "in_tile": ("peft", (72, 136, 130), ("gemm<", "SmallShape"), ("down", "few_rows")),
+    "two_steps": ("bank", (72, 136, 130), ("gemm<", "SmallShape", "down"), ("few_rows",)),
+    "large tiles": ("bank", (4000, 1000, 1290), ("gemm<", "LargeShape", "down"), ("few_rows",)),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_runs_and_counts(plan: str) -> None:
+    """By mma.sync, which every device has; wgmma's kernels are compared with it above."""
+    mode, size, launched, others = PLANS[plan]
+    x, weight, bias, _ = (t.cuda() for t in base(*size, torch.float16))
+    operands = there(bank(mode, *size, torch.float16))
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    row = "cuda_mma" if hopper else "cuda"
 
     def runs() -> int:
         rows = implementations.describe()[1]
-        return next(r.runs for r in rows if r.op == "lora_linear" and r.name == "cuda")
+        return next(r.runs for r in rows if r.op == "lora_linear" and r.name == row)
 
-    before = runs()
-    ops.lora_linear(*[t.cuda() for t in base(9, 64, 64, torch.float16)[:2]])
-    assert runs() == before + 1
+    with torch.no_grad(), lk.force_implementation(row):
+        before = runs()
+        ops.lora_linear(x, weight, bias, **operands)
+        assert runs() == before + 1
+        names = kernels_of(lambda: ops.lora_linear(x, weight, bias, **operands))
+    for kernel in launched:
+        assert kernel in names
+    for kernel in others:
+        assert kernel not in names

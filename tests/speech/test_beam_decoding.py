@@ -12,13 +12,13 @@ from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
 from lora_speech.data.features import extract_features
-from lora_speech.decoding import beam as beam_decoding
+from lora_speech.decoding import whisper_decoder
 from lora_speech.decoding.adapter_rows import AdapterRows
 from lora_speech.decoding.beam import beam_decode
 from lora_speech.decoding.greedy import greedy_decode
 from lora_speech.decoding.prompts import prompt_tokens, special_tokens
 from lora_speech.decoding.stepping import FlatSteps, RecordedSteps, likeliest
-from lora_speech.decoding.whisper_decoder import WhisperDecoder
+from lora_speech.decoding.whisper_decoder import DecoderState, WhisperDecoder
 from lora_speech.errors import ModelError
 from lora_speech.models.loading import SpeechModel, load_base, load_for_serving
 
@@ -274,19 +274,42 @@ def test_the_cache_is_never_copied(
     speech: SpeechModel, features: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    follow = beam_decoding.BeamRows.follow
+    follow = DecoderState.follow
 
-    def watch(rows: beam_decoding.BeamRows, parents: list[int], length: int) -> None:
-        follow(rows, parents, length)
-        state = rows.state
+    def watch(state: DecoderState, parents: list[int], length: int) -> None:
+        follow(state, parents, length)
         assert state.self_cache[0][0].shape[0] == 10
         assert state.cross_cache[0][0].shape[0] == 2
-        seen.append((state.self_cache[0][0].data_ptr(), rows.table.data_ptr()))
+        assert state.slots is not None
+        seen.append((state.self_cache[0][0].data_ptr(), state.slots.data_ptr()))
 
-    monkeypatch.setattr(beam_decoding.BeamRows, "follow", watch)
+    monkeypatch.setattr(DecoderState, "follow", watch)
     beam_decode(speech.model, features[:2], beams=5, language="en", min_new_tokens=20)
     assert len(seen) > 20
     assert len(set(seen[:20])) == 1
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_table_follows_parents_on_a_device_as_on_the_host(
+    tiny_whisper_folder: Path, monkeypatch: pytest.MonkeyPatch, int8: bool
+) -> None:
+    speech = load_for_serving(tiny_whisper_folder, {}, int8=int8)
+    features = make_features(speech)
+    host = beam_decode(speech.model, features, beams=4, language="es")
+    calls: list[list[int]] = []
+    on_device = whisper_decoder._follow_on_device
+
+    def follow(behind: torch.Tensor, parents: list[int]) -> None:
+        calls.append(parents)
+        on_device(behind, parents)
+
+    monkeypatch.setattr(whisper_decoder, "_follow_on_host", follow)
+    device = beam_decode(speech.model, features, beams=4, language="es")
+    assert (device.tokens, device.scores) == (host.tokens, host.scores)
+    # Rows go on from others, and several from one, or nothing was shown.
+    assert any(len(set(parents)) < len(parents) for parents in calls)
+    state = DecoderState([], [], AdapterRows(None, None), torch.zeros(4, 9, device="meta").int())
+    state.follow([0, 0, 1, 1], 5)  # where the table is not the host's, it is not read there
 
 
 def test_encoded_instead_of_features(speech: SpeechModel, features: torch.Tensor) -> None:

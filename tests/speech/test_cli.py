@@ -70,7 +70,7 @@ def test_finetune_evaluate_transcribe(
         run(
             "evaluate", "--base", tiny_whisper_folder, "--adapter", out, "--data", manifest,
             "--json", result, "--utterances", tmp_path / "u.jsonl", "--int8", "--beam-size", 2,
-            "--length-penalty", -0.5,
+            "--length-penalty", -0.5, "--device", "cpu",
         )
         == 0
     )  # fmt: skip
@@ -79,6 +79,7 @@ def test_finetune_evaluate_transcribe(
     settings = {
         "base": str(tiny_whisper_folder),
         "int8": True,
+        "device": "cpu",
         "adapters": ["out"],
         "languages": ["en"],
         "beam_size": 2,
@@ -223,6 +224,10 @@ def test_bad_bases_and_options(
         assert greedy in failure(capsys, *command, "--length-penalty", 1)
         far = ("--beam-size", 2, "--length-penalty", 11)
         assert "length_penalty: expected -10 to 10, got 11" in failure(capsys, *command, *far)
+    for command in (("evaluate", "--data", manifest), ("transcribe", tmp_path / "go.wav")):
+        elsewhere = failure(capsys, *command, "--base", tmp_path / "none", "--device", "gpu")
+        assert elsewhere.startswith("lora-speech: device: expected auto, cpu, cuda or cuda:N")
+        assert elsewhere.count("\n") == 1
     failure(capsys, "transcribe")
     failure(capsys, "transcribe", tmp_path / "go.wav", "--format", "doc")
     failure(capsys, "frobnicate")
@@ -262,3 +267,4 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "transformers" in text
     assert "base model" in text
+    assert "what --device auto takes" in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from tiny_whisper import make_adapter, tone
 
 import lora_kernels as lk
+from lora_kernels.nn import int8_rows
 from lora_speech.data.features import extract_features
+from lora_speech.decoding import recorded_parts
 from lora_speech.decoding.adapter_rows import AdapterRows
 from lora_speech.decoding.greedy import greedy_decode
 from lora_speech.decoding.projections import joint_projection, projection
@@ -194,6 +198,37 @@ def test_a_screened_vocabulary_gives_the_same_tokens(
             tokens.append(greedy_decode(speech.model, rows, language="en").tokens)
     assert tokens[:3] == tokens[3:]
     assert max(max(row) for row in tokens[0]) > 1000
+
+
+def test_what_is_packed_follows_its_weight_to_another_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorded_parts, "SCREENED_BYTES", 0)
+    module = torch.nn.Linear(64, 256, bias=False)
+    packed = recorded_parts.packed_once(module)
+    assert recorded_parts.packed_once(module) is packed
+    assert recorded_parts.screen_once(module, packed) is not None
+    # As after a move: the parameter is the same, with other memory.
+    elsewhere = packed.to("meta")
+    recorded_parts._packed[module] = (*recorded_parts._packed[module][:2], elsewhere)
+    assert torch.equal(recorded_parts.packed_once(module), packed)
+    # Whose kernels read all of a vocabulary are not given a screen, half as large again.
+    assert recorded_parts.screen_once(module, elsewhere) is None
+
+
+def test_threads_that_pack_at_once_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are kept know each other's weights by the tensors."""
+    quantize_weight = int8_rows.quantize_weight
+
+    def slowly(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(0.05)
+        return quantize_weight(weight)
+
+    monkeypatch.setattr(int8_rows, "quantize_weight", slowly)
+    module = torch.nn.Linear(64, 256, bias=False)
+    with ThreadPoolExecutor(3) as threads:
+        packed = list(threads.map(recorded_parts.packed_once, [module] * 3))
+    assert packed[0] is packed[1] is packed[2]
 
 
 def test_same_tokens_as_peft(

@@ -1,8 +1,8 @@
-"""kv_attention_step against torch's SDPA, and FlashAttention's cached step where installed."""
+"""kv_attention_step against torch's SDPA, and FlashAttention's cached steps where installed."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lora_kernels import ops
 
-from ..case import Aim, Case, Contestant, Function
+from ..case import Aim, Case, Contestant, Function, absent
 
 HEADS, HEAD_SIZE = 20, 64  # Whisper large-v3
 POSITIONS, FRAMES = 448, 1500
@@ -33,12 +33,19 @@ def cases(dtype: torch.dtype) -> list[Case]:
         aims = (Aim("bandwidth", limit),)
         return Case(f"kv-{name}", shape, dtype, work, contestants, aims, graphs=True)
 
+    packing = {
+        "utterances": 16,
+        "positions": FRAMES,
+        "heads": HEADS,
+        "head_size": HEAD_SIZE,
+    }
     return [
         case("self", 1, POSITIONS, 0, 0.7),
         case("cross", 1, FRAMES, 0, 0.85),
         case("cross-int8", 1, FRAMES, 1, 0.85),
         case("cross-int8-beams5", 5, FRAMES, 1, 0.85),
         case("cross-beams5", 5, FRAMES, 0, 0.85),
+        Case("kv-pack", packing, dtype, work_of_packing, packing_contestants, graphs=True),
     ]
 
 
@@ -88,26 +95,54 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
             k[:, :, -1], v[:, :, -1] = new_k[:, 0], new_v[:, 0]
         return F.scaled_dot_product_attention(queries, k, v, scale=scale)
 
-    def flash() -> Function:
-        from flash_attn import flash_attn_with_kvcache
-
+    def flash(package: str) -> Function:
+        step = importlib.import_module(package).flash_attn_with_kvcache
         by_position = [t.transpose(1, 2).contiguous() for t in (k, v)]
         together = q.view(utterances, s["beams"], heads, size)
         tokens = {"k": new_k, "v": new_v} if append else {}
         used = lengths[:: s["beams"]].contiguous()
-        return lambda: flash_attn_with_kvcache(
+        return lambda: step(
             together, *by_position, cache_seqlens=used, softmax_scale=scale, **tokens
         )
 
-    absent = "" if importlib.util.find_spec("flash_attn") else "flash_attn is not installed"
+    def installed(package: str) -> Contestant:
+        return Contestant(lambda: flash(package), absent=absent(package))
+
     return {
         "ours": Contestant(packed if s["packed"] else lambda: ours),
         "sdpa": Contestant(lambda: sdpa),
-        "flash_attention": Contestant(flash, absent=absent),
+        "flash_attention": installed("flash_attn"),
+        "flash_attention_3": installed("flash_attn_interface"),
     }
 
 
-def every_kernel(dtypes: list[torch.dtype]) -> None:
+def work_of_packing(case: Case) -> tuple[float, float]:
+    """K and V are read once at best, and written in INT8."""
+    s = case.shape
+    values = 2 * s["utterances"] * s["heads"] * s["positions"] * s["head_size"]
+    return float(values * (case.dtype.itemsize + 1)), 2.0 * values
+
+
+def packing_contestants(case: Case, device: str) -> dict[str, Contestant]:
+    """Ours; rounding per channel in plain torch, which leaves positions where they are."""
+    s = case.shape
+    width = s["heads"] * s["head_size"]
+    k, v = torch.randn(2, s["utterances"], s["positions"], width, device=device).to(case.dtype)
+
+    def eager() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = []
+        for states in (k, v):
+            scales = states.abs().amax(1, keepdim=True).float() / 127
+            found.append(((states / scales).round().to(torch.int8), scales))
+        return found
+
+    return {
+        "ours": Contestant(lambda: lambda: ops.kv_pack(k, v, s["heads"])),
+        "eager": Contestant(lambda: eager),
+    }
+
+
+def every_kernel(dtypes: list[torch.dtype], device: str) -> None:
     """The steps of the emulated tests: every type of cache, slots, weights, packing."""
     tests = Path(__file__).resolve().parents[3] / "tests"
     sys.path[:0] = [str(tests), str(tests / "cuda")]
@@ -121,6 +156,6 @@ def every_kernel(dtypes: list[torch.dtype]) -> None:
         ]
         for step in [*steps, *blocked_steps(dtype)]:
             step.heads = [0]
-            step.to("cuda").run()
-        states = torch.randn(2, 2, 70, 3 * 37, device="cuda").to(dtype)
+            step.to(device).run()
+        states = torch.randn(2, 2, 70, 3 * 37, device=device).to(dtype)
         ops.kv_pack(*states, 3)

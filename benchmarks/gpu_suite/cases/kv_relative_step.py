@@ -94,7 +94,7 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
     }
 
 
-def every_kernel(dtypes: list[torch.dtype]) -> None:
+def every_kernel(dtypes: list[torch.dtype], device: str) -> None:
     """The steps of the emulated tests: every type of cache, short chunks, rings in any order."""
     tests = Path(__file__).resolve().parents[3] / "tests"
     sys.path[:0] = [str(tests), str(tests / "cuda")]
@@ -102,4 +102,4 @@ def every_kernel(dtypes: list[torch.dtype]) -> None:
 
     for dtype in dtypes:
         for step in steps(dtype):
-            step.to("cuda").run(ops.kv_relative_step)
+            step.to(device).run(ops.kv_relative_step)

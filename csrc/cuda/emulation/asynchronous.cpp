@@ -2,32 +2,12 @@
 #include "cuda/emulation/asynchronous.h"
 
 #include <cstring>
-#include <map>
 
 namespace lora_kernels::emulation {
 
 uint64_t boxes = 0;
 
 namespace {
-
-struct Arrivals {  // of one phase at a time: one arrival, and bytes that are still to come
-  int phase, arrived;
-  int64_t bytes;
-  void look() {
-    if (arrived == 0 || bytes != 0) return;
-    ++phase;
-    arrived = 0;
-  }
-};
-struct PendingBox {
-  void* to;
-  Box box;
-  uint32_t barrier;
-};
-
-std::vector<uint16_t> writers;          // of each chunk: a thread's index + 1, until it has fenced what it wrote
-std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
-std::vector<PendingBox> boxes_under_way;
 
 // Whether what is started now happens now: no kernel may rely on either.
 bool at_once() { return options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2)); }
@@ -54,9 +34,9 @@ void land(const PendingBox& p) {
       if (inside)
         memcpy(running.shared + at, box.data + plane * box.plane_stride + row * box.stride + column,
                static_cast<size_t>(inside));
-      writers[at / 16] = 0;  // written through the proxy that wgmma reads by
+      running.under_way->writers[at / 16] = 0;  // written through the proxy that wgmma reads by
     }
-  Arrivals& a = arrivals[p.barrier];
+  Arrivals& a = running.under_way->arrivals[p.barrier];
   a.bytes -= box.box_planes * box.box_rows * kBoxWidth;
   a.look();
 }
@@ -108,17 +88,17 @@ void make(const PendingProduct& p) {
 }
 
 Arrivals& arrivals_at(uint32_t place) {
-  const auto found = arrivals.find(place);
-  if (found == arrivals.end()) refuse("a barrier of bytes that nobody has made");
+  const auto found = running.under_way->arrivals.find(place);
+  if (found == running.under_way->arrivals.end()) refuse("a barrier of bytes that nobody has made");
   return found->second;
 }
 
 }  // namespace
 
 void begin_block() {
-  arrivals.clear();
-  boxes_under_way.clear();
-  writers.assign(running.shared_capacity / 16, 0);
+  running.under_way->arrivals.clear();
+  running.under_way->boxes.clear();
+  running.under_way->writers.assign(running.shared_capacity / 16, 0);
 }
 
 void land_copies() {
@@ -147,19 +127,20 @@ void wrote(const void* chunk) {
   if (at < running.shared || at >= running.shared + running.shared_capacity) return;
   const auto i = static_cast<uint32_t>((at - running.shared) / 16);
   const auto me = static_cast<uint16_t>(running.thread + 1);
-  if (writers[i] == me) return;
-  writers[i] = me;
+  if (running.under_way->writers[i] == me) return;
+  running.under_way->writers[i] = me;
   running.started->unfenced.push_back(i);
 }
 
 void fence_proxy() {
   for (uint32_t i : running.started->unfenced)
-    if (writers[i] == running.thread + 1) writers[i] = 0;
+    if (running.under_way->writers[i] == running.thread + 1) running.under_way->writers[i] = 0;
   running.started->unfenced.clear();
 }
 
 void expect_visible(const void* chunk) {
-  const int writer = writers[static_cast<size_t>(static_cast<const char*>(chunk) - running.shared) / 16];
+  const int writer =
+      running.under_way->writers[static_cast<size_t>(static_cast<const char*>(chunk) - running.shared) / 16];
   if (writer)
     refuse("wgmma reads shared memory that thread " + std::to_string(writer - 1) +
            " wrote and has not fenced for its proxy");
@@ -213,7 +194,7 @@ void wait_products(int newest) {
   started.products.erase(started.products.begin(), started.products.begin() + static_cast<ptrdiff_t>(i));
 }
 
-void init_arrivals(const void* barrier) { arrivals[shared_offset(barrier)] = {0, 0, 0}; }
+void init_arrivals(const void* barrier) { running.under_way->arrivals[shared_offset(barrier)] = {0, 0, 0}; }
 
 void expect_bytes(const void* barrier, int bytes) {
   Arrivals& a = arrivals_at(shared_offset(barrier));
@@ -232,19 +213,19 @@ void load_box(void* to, const Box& box, const void* barrier) {
   if (at_once())
     land(p);
   else
-    boxes_under_way.push_back(p);
+    running.under_way->boxes.push_back(p);
 }
 
 void wait_for_bytes(const void* barrier, int parity) {
   const uint32_t place = shared_offset(barrier);
   Arrivals& a = arrivals_at(place);
-  for (size_t i = 0; i < boxes_under_way.size() && (a.phase & 1) == parity;) {
-    if (boxes_under_way[i].barrier != place) {
+  for (size_t i = 0; i < running.under_way->boxes.size() && (a.phase & 1) == parity;) {
+    if (running.under_way->boxes[i].barrier != place) {
       ++i;
       continue;
     }
-    const PendingBox p = boxes_under_way[i];
-    boxes_under_way.erase(boxes_under_way.begin() + static_cast<ptrdiff_t>(i));
+    const PendingBox p = running.under_way->boxes[i];
+    running.under_way->boxes.erase(running.under_way->boxes.begin() + static_cast<ptrdiff_t>(i));
     land(p);
   }
   if ((a.phase & 1) == parity) refuse("waits for bytes that nothing on its way brings");

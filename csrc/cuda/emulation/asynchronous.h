@@ -1,6 +1,7 @@
 // Between the engine and what runs beside its threads: copies, products and boxes on their way.
 #pragma once
 
+#include <map>
 #include <vector>
 
 #include "cuda/emulation/emulation.h"
@@ -40,10 +41,32 @@ struct Started {
   }
 };
 
+struct Arrivals {  // of one phase at a time: one arrival, and bytes that are still to come
+  int phase, arrived;
+  int64_t bytes;
+  void look() {
+    if (arrived == 0 || bytes != 0) return;
+    ++phase;
+    arrived = 0;
+  }
+};
+struct PendingBox {
+  void* to;
+  Box box;
+  uint32_t barrier;
+};
+// What all threads of a block share of it.
+struct UnderWay {
+  std::vector<uint16_t> writers;          // of each chunk: a thread's index + 1, until it has fenced what it wrote
+  std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
+  std::vector<PendingBox> boxes;
+};
+
 // Of the running block, and of its running thread; the engine keeps it true.
 struct Running {
   char* shared = nullptr;
   size_t shared_capacity = 0;  // what the launch asked for, and gaps
+  UnderWay* under_way = nullptr;
   int thread = 0;
   Started* started = nullptr;
 };

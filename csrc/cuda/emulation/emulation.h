@@ -109,7 +109,22 @@ void expect_bytes(const void* barrier, int bytes);
 void load_box(void* to, const Box& box, const void* barrier);
 void wait_for_bytes(const void* barrier, int parity);
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* arg);
+struct Launched {
+  const char* kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+  bool early;  // may start before the kernel before has finished
+  void (*body)(const void*);
+  const void* arg;
+  size_t arg_bytes;
+};
+// Runs the grid; while there are holds, only once the next launch is there, or the last hold has finished: a block of a
+// kernel that may start early then runs before the kernel before it, as far as to wait_for_kernel_before(), and refuses
+// to end there. What it reads too soon has not been written yet. Errors are thrown by whatever runs a grid.
+void launch(const Launched& launched);
+void hold();
+void finish();
+void wait_for_kernel_before(const Call& call);
 
 template <class Out, class In>
 Out meet(uint32_t mask, const Call& call, const In& in, Compute compute) {

@@ -3,14 +3,14 @@
 // Under ThreadSanitizer every thread is a fiber of the sanitizer's, switched without synchronisation; barriers and
 // __syncwarp release and acquire, shuffles and matrix products order nothing, as on the device. This file itself is
 // then compiled without -fsanitize=thread and with LORA_KERNELS_EMULATION_TSAN.
+#include "cuda/emulation/engine.h"
+
 #include <sys/mman.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <vector>
-
-#include "cuda/emulation/asynchronous.h"
+#include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -78,7 +78,7 @@ struct Context {
   size_t size;
   void* tsan;
 };
-enum class State { kReady, kBarrier, kWarp, kDone };
+enum class State { kReady, kBarrier, kWarp, kKernelBefore, kDone };
 struct Fiber : Context {
   State state;
   Self self;
@@ -93,7 +93,8 @@ struct Warp {
   char order;  // its address is what __syncwarp releases and acquires
 };
 
-// One block runs at a time, on one thread of the host.
+}  // namespace
+
 struct Block {
   Fiber fibers[kMostThreads];
   Warp warps[kMostThreads / 32];
@@ -103,20 +104,32 @@ struct Block {
   const Fiber* first_at_barrier;
   Context caller;
   char* stacks;
-  const char* kernel;
-  void (*body)(const void*);
-  const void* arg;
-  size_t shared_bytes;  // what the launch asked for
+  Grid grid;
+  char* shared;
+  size_t shared_capacity;
+  UnderWay under_way;
+  bool early;  // the kernel before has not run
   std::string error;
   std::exception_ptr thrown;
   uint64_t random;
 };
-Block b;
+
+namespace {
+
+// One block runs at a time, on one thread of the host; another may have been left where it waits for a kernel.
+Block* b = nullptr;
 
 void set_current(Fiber* f) {
-  b.current = f;
+  b->current = f;
   running.thread = f->index;
   running.started = &f->started;
+}
+
+void use(Block* block) {
+  b = block;
+  running.shared = block->shared;
+  running.shared_capacity = block->shared_capacity;
+  running.under_way = &block->under_way;
 }
 
 void go(Context& from, Context& to, [[maybe_unused]] bool dying = false) {
@@ -133,14 +146,14 @@ void wake(Fiber* fibers, int count, Which which) {
     Fiber& f = fibers[options.order == Order::kReverse ? i : count - 1 - i];
     if (!which(f)) continue;
     f.state = State::kReady;
-    b.ready[b.ready_count++] = &f;
+    b->ready[b->ready_count++] = &f;
   }
 }
 
 std::string what_threads_do() {
   std::string text;
-  for (int i = 0, shown = 0; i < b.threads && shown < 8; ++i) {
-    const Fiber &f = b.fibers[i], &before = b.fibers[i ? i - 1 : 0];
+  for (int i = 0, shown = 0; i < b->threads && shown < 8; ++i) {
+    const Fiber &f = b->fibers[i], &before = b->fibers[i ? i - 1 : 0];
     if (i && f.state == before.state && f.call.line == before.call.line) continue;
     text += "\n  from thread " + std::to_string(i) + " on: ";
     if (f.state == State::kDone)
@@ -154,16 +167,25 @@ std::string what_threads_do() {
   return text;
 }
 
+bool some_wait_for_kernel() {
+  for (int i = 0; i < b->threads; ++i)
+    if (b->fibers[i].state == State::kKernelBefore) return true;
+  return false;
+}
+
 void next(bool dying = false) {
-  Fiber* me = b.current;
-  if (!b.ready_count) {
-    if (!b.live) go(*me, b.caller, dying);
+  Fiber* me = b->current;
+  if (!b->ready_count) {
+    if (!b->live || some_wait_for_kernel()) {
+      go(*me, b->caller, dying);
+      return set_current(me);  // the kernel before has run
+    }
     refuse("deadlock");
   }
-  const int i = options.order == Order::kShuffled ? static_cast<int>(draw(static_cast<uint32_t>(b.ready_count)))
-                                                  : b.ready_count - 1;
-  Fiber* f = b.ready[i];
-  b.ready[i] = b.ready[--b.ready_count];
+  const int i = options.order == Order::kShuffled ? static_cast<int>(draw(static_cast<uint32_t>(b->ready_count)))
+                                                  : b->ready_count - 1;
+  Fiber* f = b->ready[i];
+  b->ready[i] = b->ready[--b->ready_count];
   if (f == me) return;
   set_current(f);
   go(*me, *f, dying);
@@ -171,39 +193,39 @@ void next(bool dying = false) {
 }
 
 void open_barrier() {
-  b.waiting = 0;
-  wake(b.fibers, b.threads, [](const Fiber& f) { return f.state == State::kBarrier; });
+  b->waiting = 0;
+  wake(b->fibers, b->threads, [](const Fiber& f) { return f.state == State::kBarrier; });
 }
 
 // The first code of a fiber, and its last.
 void enter() {
   ASAN(const void* low; size_t size; __sanitizer_finish_switch_fiber(nullptr, &low, &size);
-       if (!b.caller.low) b.caller.low = low, b.caller.size = size;)  // the first one comes from the caller
-  TSAN(__tsan_acquire(&b.body);)
+       if (!b->caller.low) b->caller.low = low, b->caller.size = size;)  // the first one comes from the caller
+  TSAN(__tsan_acquire(&b->grid.body);)
   try {
-    b.body(b.arg);
+    b->grid.body(b->grid.arg);
   } catch (...) {
-    b.thrown = std::current_exception();
-    go(*b.current, b.caller);
+    b->thrown = std::current_exception();
+    go(*b->current, b->caller);
   }
   land_copies();
   // Not what enter() acquires: threads that start later are not ordered behind those that are done.
-  TSAN(__tsan_release(&b.arg);)
-  b.current->state = State::kDone;
-  if (--b.live && b.waiting == b.live) open_barrier();  // threads that exited no longer count
+  TSAN(__tsan_release(&b->grid.arg);)
+  b->current->state = State::kDone;
+  if (--b->live && b->waiting == b->live) open_barrier();  // threads that exited no longer count
   next(true);
   std::abort();
 }
 
 void prepare(int i, uint3 block, dim3 size, dim3 grid) {
-  Fiber& f = b.fibers[i];
+  Fiber& f = b->fibers[i];
   const unsigned t = static_cast<unsigned>(i);
   f.self = {{t % size.x, t / size.x % size.y, t / size.x / size.y}, block, size, grid};
   f.index = i;
   f.started.clear();
   f.call = {"", "", 0};
-  b.warps[i / 32].exists |= 1u << i % 32;
-  char* low = b.stacks + static_cast<size_t>(i) * kStackBytes;
+  b->warps[i / 32].exists |= 1u << i % 32;
+  char* low = b->stacks + static_cast<size_t>(i) * kStackBytes;
   ASAN(__asan_unpoison_memory_region(low, kStackBytes);)
   // What lora_kernels_switch_fiber pops: control words, six registers, where to return; enter() never does.
   void** sp = reinterpret_cast<void**>(low + kStackBytes);
@@ -220,67 +242,59 @@ void prepare(int i, uint3 block, dim3 size, dim3 grid) {
   TSAN(if (!f.tsan) f.tsan = __tsan_create_fiber(0);)
 }
 
-void run_block(uint3 block, dim3 size, dim3 grid) {
-  ASAN(__asan_unpoison_memory_region(running.shared, running.shared_capacity);)
-  memset(running.shared, 0xFF, running.shared_capacity);
-  ASAN(__asan_poison_memory_region(running.shared, running.shared_capacity);)
-  memset(static_cast<void*>(b.warps), 0, sizeof(Warp) * static_cast<size_t>((b.threads + 31) / 32));
-  begin_block();
-  b.live = b.threads;
-  b.waiting = b.ready_count = 0;
-  TSAN(__tsan_release(&b.body);)
-  for (int i = 0; i < b.threads; ++i) prepare(i, block, size, grid);
-  wake(b.fibers, b.threads, [](const Fiber&) { return true; });
-  set_current(b.ready[--b.ready_count]);
-  go(b.caller, *b.current);
-  TSAN(if (b.live) for (int i = 0; i < b.threads; ++i) {  // left early: let go of each thread on its behalf
-    __tsan_switch_to_fiber(b.fibers[i].tsan, __tsan_switch_to_fiber_no_sync);
-    __tsan_release(&b.arg);
-    __tsan_switch_to_fiber(b.caller.tsan, __tsan_switch_to_fiber_no_sync);
-    __tsan_destroy_fiber(b.fibers[i].tsan);
-    b.fibers[i].tsan = nullptr;
-  } __tsan_acquire(&b.arg);)  // blocks are ordered for the sanitizer
-  if (b.thrown) std::rethrow_exception(std::exchange(b.thrown, nullptr));
-  if (!b.error.empty()) throw Error(std::exchange(b.error, ""));
+// Until nobody can go on: all have exited, or the others wait for the kernel before.
+void go_on() {
+  set_current(b->ready[--b->ready_count]);
+  go(b->caller, *b->current);
+  TSAN(if (b->live) for (int i = 0; i < b->threads; ++i) {  // left early: let go of each thread on its behalf
+    __tsan_switch_to_fiber(b->fibers[i].tsan, __tsan_switch_to_fiber_no_sync);
+    __tsan_release(&b->grid.arg);
+    __tsan_switch_to_fiber(b->caller.tsan, __tsan_switch_to_fiber_no_sync);
+    __tsan_destroy_fiber(b->fibers[i].tsan);
+    b->fibers[i].tsan = nullptr;
+  } __tsan_acquire(&b->grid.arg);)  // blocks are ordered for the sanitizer
+  if (b->thrown) std::rethrow_exception(std::exchange(b->thrown, nullptr));
+  if (!b->error.empty()) throw Error(std::exchange(b->error, ""));
 }
 
 }  // namespace
 
 uint32_t draw(uint32_t below) {
-  b.random ^= b.random << 13;
-  b.random ^= b.random >> 7;
-  b.random ^= b.random << 17;
-  return static_cast<uint32_t>((b.random >> 11) % below);
+  b->random ^= b->random << 13;
+  b->random ^= b->random >> 7;
+  b->random ^= b->random << 17;
+  return static_cast<uint32_t>((b->random >> 11) % below);
 }
 
-const Self& self() { return b.current->self; }
+const Self& self() { return b->current->self; }
 
 void refuse(const std::string& why) {
-  const uint3& at = b.current->self.block;
-  b.error = std::string(b.kernel) + ": " + why + ", by thread " + std::to_string(b.current->index) + " of block " +
-            std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) + what_threads_do();
-  go(*b.current, b.caller);
+  const uint3& at = b->current->self.block;
+  b->error = std::string(b->grid.kernel) + ": " + why + ", by thread " + std::to_string(b->current->index) +
+             " of block " + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) +
+             what_threads_do();
+  go(*b->current, b->caller);
   std::abort();
 }
 
 void barrier(const Call& call) {
-  Fiber& f = *b.current;
+  Fiber& f = *b->current;
   f.call = call;
   f.state = State::kBarrier;
-  TSAN(__tsan_release(&b.waiting);)
-  if (b.waiting == 0) b.first_at_barrier = &f;
-  if (b.first_at_barrier->call.line != call.line || strcmp(b.first_at_barrier->call.file, call.file) != 0)
+  TSAN(__tsan_release(&b->waiting);)
+  if (b->waiting == 0) b->first_at_barrier = &f;
+  if (b->first_at_barrier->call.line != call.line || strcmp(b->first_at_barrier->call.file, call.file) != 0)
     refuse("threads of one block meet in different barriers");
-  if (++b.waiting == b.live) open_barrier();
+  if (++b->waiting == b->live) open_barrier();
   next();
-  TSAN(__tsan_acquire(&b.waiting);)
+  TSAN(__tsan_acquire(&b->waiting);)
 }
 
 Slot& collective(uint32_t mask, const Call& call, const void* in, size_t in_bytes, Compute compute,
                  [[maybe_unused]] bool orders_memory) {
-  Fiber& f = *b.current;
-  Warp& w = b.warps[f.index / 32];
-  Fiber* lanes_of_warp = b.fibers + f.index / 32 * 32;
+  Fiber& f = *b->current;
+  Warp& w = b->warps[f.index / 32];
+  Fiber* lanes_of_warp = b->fibers + f.index / 32 * 32;
   const int lane = f.index % 32;
   const uint32_t lanes = mask & w.exists;
   f.call = call;
@@ -303,7 +317,7 @@ Slot& collective(uint32_t mask, const Call& call, const void* in, size_t in_byte
   if (all) {
     compute(w.slots, lanes);
     w.waiting &= ~lanes;
-    const int first = f.index / 32 * 32, count = b.threads - first < 32 ? b.threads - first : 32;
+    const int first = f.index / 32 * 32, count = b->threads - first < 32 ? b->threads - first : 32;
     wake(lanes_of_warp, count, [=](const Fiber& g) { return (lanes >> (g.index % 32) & 1) != 0; });
   }
   next();
@@ -313,9 +327,9 @@ Slot& collective(uint32_t mask, const Call& call, const void* in, size_t in_byte
 
 void* open_shared(size_t used, size_t gaps, size_t bytes, size_t* gap) {
   *gap = kGap;
-  if (used + bytes > b.shared_bytes)
+  if (used + bytes > b->grid.shared_bytes)
     refuse("takes " + std::to_string(used + bytes) + " bytes of shared memory, launched with " +
-           std::to_string(b.shared_bytes));
+           std::to_string(b->grid.shared_bytes));
   if (gaps + kGap > kGaps) refuse("shared memory is taken in more parts than the emulation guards");
   ASAN(__asan_unpoison_memory_region(running.shared + used + gaps, bytes);)
   return running.shared + used + gaps;
@@ -327,39 +341,68 @@ void expect_written(const void* word, const char* what) {
   if (bits == kUnwritten) refuse(std::string(what) + " reads shared memory that nothing has written");
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
-            const void* arg) {
-  const size_t threads = size_t{block.x} * block.y * block.z, blocks = size_t{grid.x} * grid.y * grid.z;
-  if (!threads || threads > kMostThreads || !blocks || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMostShared)
-    throw Error(std::string(kernel) + ": invalid configuration: " + std::to_string(blocks) + " blocks of " +
-                std::to_string(threads) + " threads, " + std::to_string(shared_bytes) + " bytes of shared memory");
-  if (!b.stacks)
-    b.stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  b.threads = static_cast<int>(threads);
-  b.kernel = kernel;
-  b.body = body;
-  b.arg = arg;
-  b.shared_bytes = shared_bytes;
-  running.shared_capacity = (shared_bytes + kGaps + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
-  ASAN(b.caller.low = nullptr;)
-  TSAN(b.caller.tsan = __tsan_get_current_fiber();)
-  b.random = options.seed * 0x9E3779B97F4A7C15ull | 1;
-  struct Memory {
-    Memory() { running.shared = static_cast<char*>(std::aligned_alloc(kAlignment, running.shared_capacity)); }
-    ~Memory() {
-      ASAN(__asan_unpoison_memory_region(running.shared, running.shared_capacity);)
-      std::free(running.shared);
-    }
-  } memory;
-  std::vector<size_t> order(blocks);
-  for (size_t i = 0; i < blocks; ++i) order[i] = options.order == Order::kReverse ? blocks - 1 - i : i;
-  if (options.order == Order::kShuffled)
-    for (size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[draw(static_cast<uint32_t>(i))]);
-  for (size_t i : order)
-    run_block({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-               static_cast<unsigned>(i / grid.x / grid.y)},
-              block, grid);
+void wait_for_kernel_before(const Call& call) {
+  if (!b->early) return;
+  b->current->call = call;
+  b->current->state = State::kKernelBefore;
+  next();
+}
+
+void expect_valid(const Grid& g) {
+  const size_t threads = size_t{g.block.x} * g.block.y * g.block.z, blocks = g.blocks();
+  if (!threads || threads > kMostThreads || !blocks || g.size.y > 65535 || g.size.z > 65535 ||
+      g.shared_bytes > kMostShared)
+    throw Error(std::string(g.kernel) + ": invalid configuration: " + std::to_string(blocks) + " blocks of " +
+                std::to_string(threads) + " threads, " + std::to_string(g.shared_bytes) + " bytes of shared memory");
+}
+
+Block* open_blocks(const Grid& g, int place) {
+  static Block blocks[2];
+  Block* block = &blocks[place];
+  if (!block->stacks)
+    block->stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  block->grid = g;
+  block->threads = static_cast<int>(g.block.x * g.block.y * g.block.z);
+  block->shared_capacity = (g.shared_bytes + kGaps + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
+  block->shared = static_cast<char*>(std::aligned_alloc(kAlignment, block->shared_capacity));
+  block->random = options.seed * 0x9E3779B97F4A7C15ull | 1;
+  ASAN(block->caller.low = nullptr;)
+  TSAN(block->caller.tsan = __tsan_get_current_fiber();)
+  use(block);
+  return block;
+}
+
+void close_blocks(Block* block) {
+  ASAN(__asan_unpoison_memory_region(block->shared, block->shared_capacity);)
+  std::free(block->shared);
+}
+
+bool start_block(Block* block, size_t index, bool early) {
+  use(block);
+  const dim3 grid = b->grid.size;
+  const uint3 at = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
+                    static_cast<unsigned>(index / grid.x / grid.y)};
+  ASAN(__asan_unpoison_memory_region(b->shared, b->shared_capacity);)
+  memset(b->shared, 0xFF, b->shared_capacity);
+  ASAN(__asan_poison_memory_region(b->shared, b->shared_capacity);)
+  memset(static_cast<void*>(b->warps), 0, sizeof(Warp) * static_cast<size_t>((b->threads + 31) / 32));
+  begin_block();
+  b->early = early;
+  b->live = b->threads;
+  b->waiting = b->ready_count = 0;
+  TSAN(__tsan_release(&b->grid.body);)
+  for (int i = 0; i < b->threads; ++i) prepare(i, at, b->grid.block, grid);
+  wake(b->fibers, b->threads, [](const Fiber&) { return true; });
+  go_on();
+  return b->live > 0;
+}
+
+void finish_block(Block* block) {
+  use(block);
+  b->early = false;
+  wake(b->fibers, b->threads, [](const Fiber& f) { return f.state == State::kKernelBefore; });
+  go_on();
 }
 
 }  // namespace lora_kernels::emulation

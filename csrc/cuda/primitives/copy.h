@@ -31,6 +31,20 @@ __device__ inline void store16(void* to, const Vector& v) {
   *static_cast<Vector*>(to) = v;
 }
 
+// Asks that `bytes` from `from` on come to L2, shared out among `threads` of which this is `thread`. L2 holds nothing
+// that is stale, so this may come before wait_for_kernel_before(), where a load may not.
+__device__ inline void prefetch(const void* from, int64_t bytes, int thread, int threads) {
+  constexpr int kLine = 128;
+  const char* line = static_cast<const char*>(from);
+  for (int64_t i = int64_t{thread} * kLine; i < bytes; i += int64_t{threads} * kLine) {
+#if defined(LORA_KERNELS_EMULATION)
+    static_cast<void>(*static_cast<const volatile char*>(line + i));  // it has to be there
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line + i));
+#endif
+  }
+}
+
 // 16 bytes, of which the first `valid` come from `from` (aligned to 16) and the rest are zero.
 __device__ inline void copy16_async(void* to, const void* from, int valid) {
 #if defined(LORA_KERNELS_EMULATION)

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <string>
+#include <utility>
 
 #include "cuda/primitives/platform.h"
 #include "lora_kernels/status.h"
@@ -22,11 +23,15 @@ struct Launch {
 
 // Returns once everything that kernels before this one have written can be read. Everything that only they write must
 // be read after it.
-__device__ inline void wait_for_kernel_before() {
-#if !defined(LORA_KERNELS_EMULATION)
-  if constexpr (kArch >= 90) asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+#if defined(LORA_KERNELS_EMULATION)
+inline void wait_for_kernel_before(LORA_KERNELS_AT) {
+  emulation::wait_for_kernel_before({"wait_for_kernel_before", file, line});
 }
+#else
+__device__ inline void wait_for_kernel_before() {
+  if constexpr (kArch >= 90) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+#endif
 
 // The kernel behind this one may start as soon as every block has said so.
 __device__ inline void let_next_kernel_start() {
@@ -35,15 +40,42 @@ __device__ inline void let_next_kernel_start() {
 #endif
 }
 
+// The launches of one call. The emulation runs each of them when the next is there, which may then start early.
+class Launches {
+#if defined(LORA_KERNELS_EMULATION)
+
+ public:
+  Launches() { emulation::hold(); }
+  Launches(const Launches&) = delete;
+  ~Launches() { end(); }
+  // Of what had not run.
+  Status end() {
+    if (std::exchange(ended_, true)) return {};
+    try {
+      emulation::finish();
+    } catch (const emulation::Error& error) {
+      return Status::failed(std::string("emulation: ") + error.what());
+    }
+    return {};
+  }
+
+ private:
+  bool ended_ = false;
+#else
+
+ public:
+  Status end() { return {}; }
+#endif
+};
+
 // Runs kKernel, which takes one structure. Never synchronises or allocates. A template of the kernel itself, so that
 // what is remembered of it is its own.
 template <auto kKernel, class Params>
 Status launch(const Launch& l, const Params& params) {
 #if defined(LORA_KERNELS_EMULATION)
   try {
-    emulation::launch(
-        l.kernel, l.grid, l.block, l.shared_bytes, [](const void* p) { kKernel(*static_cast<const Params*>(p)); },
-        &params);
+    emulation::launch({l.kernel, l.grid, l.block, l.shared_bytes, l.early,
+                       [](const void* p) { kKernel(*static_cast<const Params*>(p)); }, &params, sizeof params});
   } catch (const emulation::Error& error) {
     return Status::failed(std::string("emulation: ") + error.what());
   }

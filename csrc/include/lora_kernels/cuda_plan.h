@@ -58,10 +58,12 @@ struct CudaInt8LoraLinearPlan {
   bool large_tiles = false;  // kTiled: 128 x 128, or 64 x 64
   int wgmma_columns = 0;     // kTiled: 128 or 256, of tiles of 128 rows by wgmma; 0: by mma.sync
   int splits = 1;            // kFewRows: of K among blocks; integer parts go to the workspace
-  bool early_start = false;  // the product may start before the kernel that makes its rows has finished
-  bool convert_a = false;    // A is of another type than x: a kernel converts it first
-  int staged_bytes = 0;      // of shared memory for each row of x while it is quantized; 0: it is read again from L2
-  double predicted_us = 0;   // as in CudaLoraLinearPlan
+  // kTiled: the product may start before the kernel that makes its rows has finished. The others: every kernel before
+  // the one before it has, whichever operator that belongs to.
+  bool early_start = false;
+  bool convert_a = false;   // A is of another type than x: a kernel converts it first
+  int staged_bytes = 0;     // of shared memory for each row of x while it is quantized; 0: it is read again from L2
+  double predicted_us = 0;  // as in CudaLoraLinearPlan
 };
 std::string to_string(const CudaInt8LoraLinearPlan& plan);
 
@@ -74,7 +76,8 @@ struct CudaKvAttentionStepPlan {
   int chunks = 1;            // of queries among blocks; more than so many follow in turns
   int splits = 1;            // of the positions among blocks: partial sums go to the workspace, a kernel adds them up
   int split_positions = 0;   // of each
-  bool early_start = false;  // kernels behind the first may start before the one before has finished
+  int ask = 0;               // for so many tiles of a warp ahead to come to L2
+  bool early_start = false;  // kernels may start before the one before has finished, whichever operator's that is
   double predicted_us = 0;   // as in CudaLoraLinearPlan, with a cache that is full
 };
 std::string to_string(const CudaKvAttentionStepPlan& plan);

@@ -20,6 +20,7 @@ from lora_speech.cli.options import (
     Base,
     BatchSize,
     BeamSize,
+    Device,
     Format,
     Int8,
     Language,
@@ -60,6 +61,7 @@ def evaluate(
         ),
     ] = None,
     int8: Int8 = False,
+    device: Device = "auto",
     json_path: Annotated[
         Path | None,
         typer.Option("--json", help="Write the totals (wer, cer, ...) and the settings here."),
@@ -85,6 +87,7 @@ def evaluate(
     Example: lora-speech evaluate --adapter adapters/me --data test.jsonl --json result.json
     """
     from lora_speech.data.manifest import load_utterances
+    from lora_speech.devices import choose_device
     from lora_speech.evaluation import evaluate as run
     from lora_speech.evaluation import write_evaluation
     from lora_speech.models.loading import load_for_serving
@@ -92,9 +95,10 @@ def evaluate(
     from lora_speech.transcription import checked_length_penalty
 
     checked_length_penalty(beam_size, length_penalty)  # before the model takes its time to load
+    where = choose_device(device)
     folders = named_folders(adapter)
     listed = load_utterances(data)
-    model = load_for_serving(base, folders, int8=int8)
+    model = load_for_serving(base, folders, int8=int8, device=where)
     only = next(iter(folders)) if len(folders) == 1 else None
     with progress_bars() as bars:
         result = run(
@@ -138,6 +142,7 @@ def transcribe(
         ),
     ] = None,
     int8: Int8 = False,
+    device: Device = "auto",
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.text,
     output_dir: Annotated[
         Path | None,
@@ -159,11 +164,13 @@ def transcribe(
     Example: lora-speech transcribe --adapter me=adapters/me --int8 talk.mp3 --format srt
     """
     from lora_speech.data.audio import check_audio_file
+    from lora_speech.devices import choose_device
     from lora_speech.formats import render
     from lora_speech.models.loading import load_for_serving
     from lora_speech.transcription import checked_length_penalty, transcribe_many
 
     checked_length_penalty(beam_size, length_penalty)
+    where = choose_device(device)
     folders = named_folders(adapter)
     chosen = choose_adapters(list(folders), use or [], len(files))
     for file in files:  # before the model takes its time to load
@@ -174,7 +181,7 @@ def transcribe(
             f"--output-dir: expected files of different names, got {', '.join(sorted(twice))} "
             "more than once, and one result would overwrite the other; transcribe them in turns"
         )
-    model = load_for_serving(base, folders, int8=int8)
+    model = load_for_serving(base, folders, int8=int8, device=where)
     results = transcribe_many(
         model,
         list(files),

@@ -23,6 +23,7 @@ EXTRAS = (
 def report() -> str:
     """Return the report of `lora_kernels.environment`, then what speech needs."""
     from lora_kernels import environment
+    from lora_speech.devices import choose_device, why_not_cuda
 
     lines = [str(environment.report()).rstrip(), "", "speech:"]
     missing = []
@@ -34,6 +35,11 @@ def report() -> str:
             missing.append(name)
         lines.append(f"  {name:<16} {version:<12} {purpose}")
     lines.append(f"  {'base model':<16} {_base_model():<12} the shipped Whisper")
+    reason = why_not_cuda()
+    lines.append(
+        f"  {'device':<16} {choose_device('auto')!s:<12} what --device auto takes"
+        + (f": for CUDA {reason}" if reason else "")
+    )
     if missing:
         lines.append("  fix: pip install 'lora-kernels[speech]'")
     return "\n".join(lines)

@@ -23,6 +23,14 @@ Language = Annotated[
     typer.Option(help="Language of the speech, e.g. en or es.", metavar="CODE"),
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where the model runs: auto (an NVIDIA GPU, where there is one that the kernels were "
+        "built for, else the CPU), cpu, cuda, or cuda:N.",
+        metavar="auto|cpu|cuda[:N]",
+    ),
+]
 BeamSize = Annotated[
     int, typer.Option(help="Hypotheses kept while decoding; 1 is greedy and fastest.", min=1)
 ]

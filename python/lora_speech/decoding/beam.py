@@ -4,7 +4,8 @@ A row of the decoder is one hypothesis of one utterance. Where each position of 
 in the self-attention's cache says a table of small integers; to go on from another hypothesis is
 to copy a row of that table. Keys and values of the cross-attention are one per utterance, read by
 all of its hypotheses. Under INT8 the candidates and their log-probabilities are the epilogue of
-the vocabulary's product, and the recorded step serves until an utterance leaves the batch.
+the vocabulary's product, and the recorded step serves until an utterance leaves the batch; on a
+GPU none leaves, and the step is the replay of a graph.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from lora_speech.decoding.beam_search import BeamSearch
 from lora_speech.decoding.greedy import Hypotheses, begin_decoding
 from lora_speech.decoding.prompts import SpecialTokens, TimestampRules
 from lora_speech.decoding.stepping import Steps, likeliest
-from lora_speech.decoding.whisper_decoder import DecoderState
 from lora_speech.errors import ModelError
 
 MOST_BEAMS = 100
@@ -79,7 +79,10 @@ def beam_decode(
     tokens, prompts = start.decoder.tokens, start.prompts
     searches = [BeamSearch(beams, tokens.end, start.limit, length_penalty) for _ in prompts]
     left_out = _LeftOut(tokens, timestamps, min_new_tokens, prompts.device)
-    count = _search_to_end(searches, start.steps, prompts, left_out)
+    try:
+        count = _search_to_end(searches, start.steps, prompts, left_out)
+    finally:
+        start.steps.close()
     best = [search.best for search in searches]
     return Hypotheses(
         [hypothesis.tokens for hypothesis in best],
@@ -87,51 +90,6 @@ def beam_decode(
         count,
         [hypothesis.score for hypothesis in best],
     )
-
-
-class BeamRows:
-    """The decoder's rows while every utterance has one per beam.
-
-    Row i writes new positions into a cache row of its own and reads older ones wherever those that
-    it descends from wrote them.
-
-    Parameters
-    ----------
-    state : DecoderState
-        With one row per utterance, the prompt in its cache; changed to one row per beam.
-    beams : int
-        Per utterance.
-    """
-
-    def __init__(self, state: DecoderState, beams: int) -> None:
-        self.state = state
-        rows, _, capacity, _ = state.self_cache[0][0].shape
-        own = torch.arange(rows, dtype=torch.int32, device=state.cross_lengths.device)
-        # A position not written yet already names the row's own place: following a parent copies
-        # the positions behind, and those ahead never change.
-        self.table = own[:, None].repeat(1, capacity)
-        self._same = list(range(rows))
-        state.slots = self.table
-        state.cross_slots = own // beams
-        state.cross_lengths = state.cross_lengths.repeat_interleave(beams)
-        state.rows.repeat(beams)
-
-    def follow(self, parents: list[int], length: int) -> None:
-        """Let each row continue `parents[row]`, whose first `length` positions are in the cache."""
-        if parents != self._same:
-            # NumPy's view of the table: a quarter of what the same takes through torch's calls.
-            behind = self.table.numpy()[:, :length]
-            behind[:] = behind[parents]
-
-    def keep(self, rows: list[int]) -> None:
-        """Go on with some of the rows only; their places in the cache stay."""
-        state, index = self.state, torch.tensor(rows, device=self.table.device)
-        self.table = state.slots = self.table[index]
-        assert state.cross_slots is not None
-        state.cross_slots = state.cross_slots[index]
-        state.cross_lengths = state.cross_lengths[index]
-        state.rows.keep(index)
-        self._same = list(range(len(rows)))
 
 
 class _LeftOut:
@@ -168,7 +126,7 @@ def _search_to_end(
     prompt_length, device = prompts.shape[1], prompts.device
     beams, limit = searches[0].beams, searches[0].limit
     count = searches[0].candidates + 1  # one of them may be an end that comes too early
-    active, chosen, rows = searches, prompts, None
+    active, chosen = searches, prompts
     for step in range(limit):
         begin = prompt_length + step - 1 if step else 0
         if step == 0 or left_out.rules is not None:
@@ -181,14 +139,13 @@ def _search_to_end(
         kept = [place for place, search in enumerate(active) if not search.done]
         if not kept:
             return step
-        if rows is None:
-            rows = BeamRows(steps.state, beams)
-            steps.renew()
-        rows.follow(parents, prompt_length + step)
+        if step == 0:
+            steps.fan_out(beams)
+        steps.follow(parents, prompt_length + step)
         if len(kept) < len(active):
-            rows.keep([place * beams + beam for place in kept for beam in range(beams)])
+            rows = [place * beams + beam for place in kept for beam in range(beams)]
+            steps.keep(torch.tensor(rows, device=device))
             active = [active[place] for place in kept]
-            steps.renew()
         chosen = torch.tensor(
             [[emitted[-1]] for search in active for emitted in search.tokens], device=device
         )

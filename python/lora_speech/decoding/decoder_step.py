@@ -62,7 +62,7 @@ class DecoderParts:
     vocabulary : Tensor
         The vocabulary's projection, packed INT8.
     screen : Tensor or None
-        Its screen, which halves the bytes of a choice, where it is large enough.
+        Its screen, which halves the bytes of a choice, on a CPU where it is large enough.
     words : Tensor
         The same as it was, [vocabulary, width].
     """

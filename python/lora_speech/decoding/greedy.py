@@ -93,7 +93,7 @@ def greedy_decode(
     model : WhisperForConditionalGeneration
         Plain, swapped, quantized, or a PEFT model of one.
     features : Tensor, optional
-        [batch, mel bands, frames], see `features.extract_features`.
+        [batch, mel bands, frames], see `features.extract_features`; on any device.
     encoded : Tensor, optional
         Instead of features: [batch, positions, width], the encoder's output for these adapters.
     adapters : str or sequence of (str or None), optional
@@ -139,18 +139,18 @@ def begin_decoding(
     task: str,
     timestamps: bool,
     max_new_tokens: int | None,
-    beams: int | None = None,
+    beams: int = 1,
 ) -> Start:
     """Encode a batch and settle all that a search starts from.
 
-    Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for;
-    None for a greedy search, whose steps may be of a fixed batch.
+    Parameters are those of `greedy_decode`, and the hypotheses per utterance to make room for.
     """
     given = _one_of(features, encoded)
-    batch, device = given.shape[0], given.device
+    batch = given.shape[0]
     rows = AdapterRows.of(model, adapters, batch)
     decoder = WhisperDecoder(model, rows)
-    tokens = decoder.tokens
+    tokens, device = decoder.tokens, decoder.embedding.device
+    given = given.to(device)  # features are made on the host: here they meet the model
     encoded = decoder.encode(given) if encoded is None else given
     languages = language_codes(language, batch, tokens)
     detect = bool(tokens.languages) and any(code is None for code in languages)
@@ -159,10 +159,10 @@ def begin_decoding(
     )
     limit = token_limit(tokens, prompt_length, max_new_tokens)
     steps: Steps
-    if decoder.parts and beams is None and graphed_steps.pay_on(device):
-        steps = graphed_steps.take(decoder, encoded)
+    if decoder.parts and graphed_steps.pay_on(device):
+        steps = graphed_steps.take(decoder, encoded, beams)
     else:
-        state = decoder.start(encoded, prompt_length + limit, beams or 1)
+        state = decoder.start(encoded, prompt_length + limit, beams)
         steps = RecordedSteps(decoder, state) if decoder.parts else FlatSteps(decoder, state)
     if detect:
         languages = _detect_languages(decoder, steps, languages, batch, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ SCREENED_BYTES = 4_000_000
 ones stay in the caches, where reading a screen takes as long as reading all."""
 
 _screens: WeakKeyDictionary[Any, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+_packing = Lock()
 _packed: WeakKeyDictionary[Any, tuple[torch.Tensor, int, torch.Tensor]] = WeakKeyDictionary()
 
 
@@ -71,15 +73,22 @@ def packed_once(
     from lora_kernels.nn.int8_rows import quantize_weight
     from lora_kernels.ops import int8_pack
 
-    weight = module.weight
-    # The tensor itself, and how often it was written in place: an address could be another's.
-    version = -1 if weight.is_inference() else weight._version
-    known = _packed.get(module)
-    if known is not None and known[0] is weight and known[1] == version:
-        return known[2]
-    packed = int8_pack(*quantize_weight(rows(weight)))
-    _packed[module] = (weight, version, packed)
-    return packed
+    with _packing:  # whoever else needs it for the first time waits, and gets the same
+        weight = module.weight
+        # The tensor itself, and how often it was written in place: an address could be another's.
+        # On another device it stays the same tensor, of the same version.
+        version = -1 if weight.is_inference() else weight._version
+        known = _packed.get(module)
+        if (
+            known is not None
+            and known[0] is weight
+            and known[1] == version
+            and known[2].device == weight.device
+        ):
+            return known[2]
+        packed = int8_pack(*quantize_weight(rows(weight)))
+        _packed[module] = (weight, version, packed)
+        return packed
 
 
 def screen_once(module: Any, packed: torch.Tensor) -> torch.Tensor | None:
@@ -95,12 +104,13 @@ def screen_once(module: Any, packed: torch.Tensor) -> torch.Tensor | None:
     Returns
     -------
     Tensor or None
-        uint8; None where the vocabulary is too small for a screen to pay.
+        uint8; None where the vocabulary is too small for a screen to pay, or not on the CPU: CUDA
+        kernels read all of it.
     """
     from lora_kernels.ops import int8_pack_screen
 
     words, width = module.weight.shape
-    if words * width < SCREENED_BYTES:
+    if words * width < SCREENED_BYTES or not packed.is_cpu:
         return None
     known = _screens.get(module)
     if known is not None and known[0] is packed:

@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
 
 class Steps(Protocol):
-    """Steps of one decoder over one batch.
-
-    Attributes
-    ----------
-    state : DecoderState
-        Cache and routing. Whoever changes it calls `renew` before the next step.
-    """
-
-    state: DecoderState
+    """Steps of one decoder over one batch: one row per utterance, until it fans out."""
 
     def logits(self, tokens: torch.Tensor, begin: int, suppress: bool = True) -> torch.Tensor:
         """Logits [rows, vocabulary] after new tokens [rows, count] at position `begin`.
@@ -43,11 +35,22 @@ class Steps(Protocol):
         that Whisper never emits.
         """
 
+    def fan_out(self, beams: int) -> None:
+        """Go on with `beams` rows per utterance, side by side; the prompt is in the cache."""
+
+    def follow(self, parents: list[int], length: int) -> None:
+        """After `fan_out`: each row goes on from another, or itself, at `length` positions.
+
+        Parameters
+        ----------
+        parents : list of int
+            One per row that is left, a place among those.
+        length : int
+            Positions of each in the cache.
+        """
+
     def keep(self, index: torch.Tensor) -> None:
         """Go on with some of the rows only: int64, places among those that are left."""
-
-    def renew(self) -> None:
-        """Go on with the rows that the state names now."""
 
     def close(self) -> None:
         """The search is over."""
@@ -102,12 +105,17 @@ class FlatSteps:
             lambda logits: logits.index_fill_(-1, self.suppressed, -math.inf),
         )
 
+    def fan_out(self, beams: int) -> None:
+        """See `Steps`."""
+        self.state.fan_out(beams)
+
+    def follow(self, parents: list[int], length: int) -> None:
+        """See `Steps`."""
+        self.state.follow(parents, length)
+
     def keep(self, index: torch.Tensor) -> None:
         """See `Steps`."""
         self.state.keep(index)
-
-    def renew(self) -> None:
-        """See `Steps`: nothing outlives a step."""
 
     def close(self) -> None:
         """See `Steps`."""
@@ -142,10 +150,12 @@ class RecordedSteps:
             self.recorded[key] = step
         return step
 
-    def _run(
-        self, count: int, head: Head, suppress: bool, tokens: torch.Tensor, begin: int
-    ) -> torch.Tensor:
-        return self._step(count, head, suppress).run(tokens, begin)
+    def _run(self, step: RecordedStep, tokens: torch.Tensor, begin: int) -> None:
+        step.run(tokens, begin)
+
+    def _rows_left(self, result: torch.Tensor) -> torch.Tensor:
+        """Of a step's result the rows that are left: all, where others leave the step."""
+        return result
 
     def _let_end(self, may_end: bool) -> None:
         if may_end != self.may_end:
@@ -155,12 +165,16 @@ class RecordedSteps:
     def logits(self, tokens: torch.Tensor, begin: int, suppress: bool = True) -> torch.Tensor:
         """See `Steps`."""
         self._let_end(True)
-        return self._run(tokens.shape[1], "logits", suppress, tokens, begin)
+        step = self._step(tokens.shape[1], "logits", suppress)
+        self._run(step, tokens, begin)
+        return self._rows_left(step.result)
 
     def choose(self, tokens: torch.Tensor, begin: int, may_end: bool) -> torch.Tensor:
         """See `Steps`."""
         self._let_end(may_end)
-        return self._run(1, "choice", True, tokens, begin)[:, 0]
+        step = self._step(1, "choice", True)
+        self._run(step, tokens, begin)
+        return self._rows_left(step.result)[:, 0]
 
     def candidates(
         self, tokens: torch.Tensor, begin: int, count: int
@@ -168,16 +182,22 @@ class RecordedSteps:
         """See `Steps`."""
         self._let_end(True)
         step = self._step(1, "candidates", True, count)
-        columns = step.run(tokens, begin)
-        return step.values - torch.logaddexp(*step.log_sums), columns
+        self._run(step, tokens, begin)
+        values = step.values - torch.logaddexp(*step.log_sums)
+        return self._rows_left(values), self._rows_left(step.result)
+
+    def fan_out(self, beams: int) -> None:
+        """See `Steps`."""
+        self.state.fan_out(beams)
+        self.recorded.clear()
+
+    def follow(self, parents: list[int], length: int) -> None:
+        """See `Steps`."""
+        self.state.follow(parents, length)
 
     def keep(self, index: torch.Tensor) -> None:
         """See `Steps`."""
         self.state.keep(index)
-        self.renew()
-
-    def renew(self) -> None:
-        """See `Steps`."""
         self.recorded.clear()
 
     def close(self) -> None:

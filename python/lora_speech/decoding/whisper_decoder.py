@@ -50,17 +50,52 @@ class DecoderState:
     cross_slots: torch.Tensor | None = None
     cross_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def keep(self, index: torch.Tensor) -> None:
-        """Go on with some of the rows only, while each utterance has one.
+    def fan_out(self, beams: int) -> None:
+        """Give every utterance, whose prompt is in the cache, `beams` rows side by side.
 
-        Finished rows leave the batch; the cache stays where it is, slots say where.
+        Row i writes new positions into a cache row of its own and reads older ones wherever those
+        that it descends from wrote them: `slots` becomes a table of that.
+        """
+        rows, _, capacity, _ = self.self_cache[0][0].shape
+        own = torch.arange(rows, dtype=torch.int32, device=self.cross_lengths.device)
+        # A position not written yet already names the row's own place: following a parent copies
+        # the positions behind, and those ahead never change.
+        self.slots = own[:, None].repeat(1, capacity)
+        self.cross_slots = own // beams
+        self.cross_lengths = self.cross_lengths.repeat_interleave(beams)
+        self.rows.repeat(beams)
+
+    def follow(self, parents: list[int], length: int) -> None:
+        """Let each row continue `parents[row]`, whose first `length` positions are in the cache."""
+        assert self.slots is not None  # fan_out has made the table
+        if parents != list(range(len(parents))):
+            behind = self.slots[:, :length]
+            (_follow_on_host if behind.is_cpu else _follow_on_device)(behind, parents)
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Go on with some of the rows only.
+
+        The others leave the batch; the cache stays where it is, slots say where.
         """
         if self.slots is None:
             rows = self.cross_lengths.shape[0]
             self.slots = torch.arange(rows, dtype=torch.int32, device=index.device)
-        self.slots = self.cross_slots = self.slots[index]
+            self.cross_slots = self.slots
+        assert self.cross_slots is not None  # beams fan out before any leaves
+        self.slots = self.slots[index]
+        self.cross_slots = self.cross_slots[index]
         self.cross_lengths = self.cross_lengths[index]
         self.rows.keep(index)
+
+
+def _follow_on_host(behind: torch.Tensor, parents: list[int]) -> None:
+    # NumPy's view of the table: a quarter of what the same takes through torch's calls.
+    table = behind.numpy()
+    table[:] = table[parents]
+
+
+def _follow_on_device(behind: torch.Tensor, parents: list[int]) -> None:
+    behind.copy_(behind[torch.tensor(parents, device=behind.device)])
 
 
 class WhisperDecoder:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lora_speech.devices import choose_device
 from lora_speech.errors import MissingExtraError, ModelError
 from lora_speech.models import family_of
 from lora_speech.models.base import SHIPPED, ModelFamily
@@ -49,6 +50,11 @@ class SpeechModel:
     adapters: tuple[str, ...] = field(default_factory=tuple)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is, and features are moved to."""
+        return next(self.model.parameters()).device
+
+    @property
     def sampling_rate(self) -> int:
         """Samples per second that the model expects."""
         return int(self.processor.feature_extractor.sampling_rate)
@@ -78,15 +84,17 @@ def shipped_model_path() -> Path:
     return path
 
 
-def load_base(base: str | os.PathLike[str] = SHIPPED, *, device: str = "cpu") -> SpeechModel:
+def load_base(
+    base: str | os.PathLike[str] = SHIPPED, *, device: str | torch.device = "cpu"
+) -> SpeechModel:
     """Load a base model with its processor, in fp32 and evaluation mode.
 
     Parameters
     ----------
     base : str or path
         `"shipped"`, a local folder or a hub name such as `"openai/whisper-tiny"`.
-    device : str
-        Where the weights go.
+    device : str or torch.device
+        Where the weights go: see `devices.choose_device`.
 
     Returns
     -------
@@ -97,7 +105,10 @@ def load_base(base: str | os.PathLike[str] = SHIPPED, *, device: str = "cpu") ->
     ModelError
         Nothing is there, a file is missing or corrupt, or the family is unknown. Without a
         connection, a hub name works once its files are in the local cache.
+    SpeechError
+        The device cannot be used.
     """
+    where = choose_device(device)  # before the model takes its time to load
     try:
         import transformers
     except ImportError as error:
@@ -121,7 +132,7 @@ def load_base(base: str | os.PathLike[str] = SHIPPED, *, device: str = "cpu") ->
             f"(config, safetensors weights, tokenizer, feature extractor), but loading failed: "
             f"{_first_line(error)}; download or save it again"
         ) from error
-    model.eval().to(device)
+    model.eval().to(where)
     model.requires_grad_(False)
     return SpeechModel(model=model, processor=processor, family=family, source=str(base))
 
@@ -131,6 +142,7 @@ def load_for_serving(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     *,
     int8: bool = False,
+    device: str | torch.device | None = None,
 ) -> SpeechModel:
     """Load a base, quantize it on request, and load adapters that stay unmerged.
 
@@ -142,6 +154,9 @@ def load_for_serving(
         PEFT folder per adapter name.
     int8 : bool
         Quantize the linears to INT8 (dynamic activations).
+    device : str or torch.device, optional
+        Where the model runs: "auto", "cpu", "cuda" or "cuda:N", see `devices.choose_device`. None
+        leaves a loaded model where it is, and takes the CPU for others.
 
     Returns
     -------
@@ -151,11 +166,14 @@ def load_for_serving(
     """
     import lora_kernels as lk
 
+    where = None if device is None else choose_device(device)
     speech_model = base if isinstance(base, SpeechModel) else load_base(base)
     if int8 and not speech_model.int8:
         lk.quantize(speech_model.model, lk.Int8Dynamic(), modules=quantized_names(speech_model))
         speech_model.int8 = True
     lk.swap(speech_model.model)
+    if where is not None:  # weights are packed on the host, banks made where the weights are
+        speech_model.model.to(where)
     for name, folder in (adapters or {}).items():
         lk.load_adapter(speech_model.model, folder, name=name)
         if name not in speech_model.adapters:
