@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 check = runpy.run_path(str(ROOT / "tools" / "cuda_check.py"), run_name="cuda_check")
 RECORDED = json.loads((ROOT / "csrc" / "cuda" / "resources.json").read_text())
 GEMM = "gemm<__half, LargeShape, kForward>"
+STORAGE = ["__half", "__nv_bfloat16", "float"]
 
 REPORT = """
 ptxas info    : Compiling entry function '_Z3oneP' for 'sm_80'
@@ -97,6 +98,24 @@ def test_a_tile_of_wgmma_has_room_beside_two_blocks_that_make_its_t(kind: str) -
     threads, blocks = 256, [tile, of_t, of_t]
     assert sum(-(-block["registers"] // 8) * 8 * threads for block in blocks) <= 65536
     assert sum(block["shared"] + 1024 for block in blocks) <= 228 << 10
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"int8_wgmma<{kind}, Int8WgmmaShape<128> >" for kind in STORAGE),
+        *(
+            f"gemm_wgmma<{kind}, WgmmaShape<128>, {product}>"
+            for kind in STORAGE[:2]
+            for product in ("kForward", "kInputGradient")
+        ),
+    ],
+)
+def test_two_narrow_tiles_of_wgmma_share_a_multiprocessor(name: str) -> None:
+    """What the plans count on (HopperTile::together), by the same account."""
+    tile = RECORDED["sm_90"][name]
+    assert 2 * -(-tile["registers"] // 8) * 8 * 256 <= 65536
+    assert 2 * (tile["shared"] + 1024) <= 228 << 10
 
 
 @pytest.mark.parametrize(

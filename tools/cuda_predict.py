@@ -124,6 +124,22 @@ class Peer:
         self.us += 2 * elements / self._bytes * 1e6 + LAUNCH_US
 
 
+def many_rows_predicted(
+    device: raw.DeviceInfo, m: int, k: int, n: int, gelu: bool
+) -> tuple[float, float, float, float]:
+    """µs of INT8 with a live adapter of rank 16. Of that: the part of the INT8 peak, the adapter's
+    share, how often it goes into a library's product in bf16 of merged weights, activation free.
+    """
+    more = {"activation": raw.Activation.gelu} if gelu else {}
+    us = microseconds(device, int8_linear(m, k, n, 16, **more))
+    base = microseconds(device, int8_linear(m, k, n, 0, **more))
+    cuda = device.cuda
+    peak = 2 * PEAK[cuda.arch] * cuda.multiprocessors * cuda.clock_hz
+    merged = Peer(device)
+    merged.product(m, n, k)
+    return us, 2 * m * n * k / peak / (us * 1e-6), 1 - base / us, merged.us / us
+
+
 def peft_predicted(
     device: raw.DeviceInfo, m: int, k: int, n: int, rank: int, compiled: bool
 ) -> float:
@@ -195,6 +211,9 @@ def step_predicted(device: raw.DeviceInfo, batch: int) -> tuple[float, float]:
 
 TRAINING = [(4096, 1280, 1280), (12000, 1280, 5120)]
 INT8_SHAPES = [(1, 1280, 1280), (1, 1280, 5120), (16, 1280, 5120), (4096, 1280, 5120)]
+# Of many rows, and whether GELU follows.
+INT8_MANY = [((4096, 1280, 5120), gelu) for gelu in (False, True)]
+INT8_MANY += [((4096, 5120, 1280), False), ((12000, 5120, 1280), False)]
 # Utterances, beams, positions, INT8.
 KV_STEPS = [(1, 1, 448, False), (16, 1, 448, False), (1, 1, 1500, True), (16, 1, 1500, False)]
 KV_STEPS += [(16, 1, 1500, True), (16, 5, 1500, True)]
@@ -245,6 +264,20 @@ def main() -> None:
     for name, device in devices.items():
         found = [int8_predicted(device, *shape) for shape in INT8_SHAPES]
         print(f"{name:12}" + "".join(f"{us:>8.1f} us {100 * part:>3.0f} %  " for us, part in found))
+    print(
+        "\npredicted: int8_lora_linear of many rows; part of the INT8 peak, the adapter's share, "
+        "a merged bf16 product over it"
+    )
+    print(
+        f"{'':12}"
+        + "".join(f"{'x'.join(map(str, s)) + ' gelu' * gelu:>34}" for s, gelu in INT8_MANY)
+    )
+    for name, device in devices.items():
+        cells = []
+        for shape, gelu in INT8_MANY:
+            us, peak, share, merged = many_rows_predicted(device, *shape, gelu)
+            cells.append(f"{us:.1f} us {100 * peak:.0f} % {100 * share:.1f} % x{merged:.2f}")
+        print(f"{name:12}" + "".join(f"{cell:>34}" for cell in cells))
     print("\npredicted: kv_attention_step, 20 heads of 64, by utterances, beams and positions")
     print(
         f"{'':12}"

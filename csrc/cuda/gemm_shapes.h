@@ -60,10 +60,7 @@ struct GemmLayout {
 template <class TileB, int kThreads>
 __device__ inline void load_up(char* tile, const Factor& up, int n, int columns, int begin, int chunk, int rank) {
   using T = typename TileB::T;
-  constexpr DType kType = std::is_same_v<T, float>    ? DType::kFloat32
-                          : std::is_same_v<T, __half> ? DType::kFloat16
-                                                      : DType::kBFloat16;
-  if (up.type == kType && up.stride_rank == 1) {  // PEFT's own layout
+  if (up.type == kDTypeOf<T> && up.stride_rank == 1) {  // PEFT's own layout
     const T* first = static_cast<const T*>(up.data) + begin;
     const bool aligned = reinterpret_cast<uintptr_t>(first) % 16 == 0 && up.stride_out * sizeof(T) % 16 == 0;
     load_tile<TileB, kThreads>(tile, {first, up.stride_out, columns, rank, aligned}, n, chunk);

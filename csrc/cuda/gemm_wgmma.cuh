@@ -6,22 +6,29 @@
 //   kMaskedGradient  dx = dy W + mask (u A)                   with dropout: apart, the branch has to come first
 //
 // Two warpgroups make 128 x 256 of the result (or 128 x 128), 64 rows each, in steps of 64 of depth. Operands come into
-// tiles in the 128-byte swizzle that wgmma reads, four (six) steps of 48 (32) KB: two (four) steps are in flight from
-// memory while one is multiplied and one is being finished. a and b come by TMA, one thread asking for their boxes;
-// where their alignment allows no tensor map, by cp.async, of which 256 threads issue twelve (eight) each in the 1,024
-// (512) clocks that a step multiplies. The depth of b in gradients lies across its rows, as W and A lie in memory:
-// wgmma reads 16-bit operands either way, and nothing is transposed. t beside x and B beside W (u beside dy and A
-// beside W) are more steps on the same sums, of which only as many ranks as there are, in sixteens, are multiplied;
-// they come by cp.async, since which rows of t count their adapters say. Sums leave through shared memory.
+// tiles in the 128-byte swizzle that wgmma reads. A tile of 128 x 256 is alone on its multiprocessor and has places for
+// four steps of 48 KB: two are in flight from memory while one is multiplied and one is being finished. Of tiles of
+// 128 x 128 two share a multiprocessor, so that one's end runs beside the other's products: three places of 32 KB, of
+// which two are on their way, since a block lets its products run dry between steps. (The mask of dropout does not fit
+// 128 registers: there a tile is alone, with six places.)
+//
+// a and b come by TMA, one thread asking for their boxes; where their alignment allows no tensor map, by cp.async, of
+// which 256 threads issue twelve (eight) each in the 1,024 (512) clocks that a step multiplies. The depth of b in
+// gradients lies across its rows, as W and A lie in memory: wgmma reads 16-bit operands either way, and nothing is
+// transposed. t beside x and B beside W (u beside dy and A beside W) are more steps on the same sums, of which only as
+// many ranks as there are, in sixteens, are multiplied; they come by cp.async, since which rows of t count their
+// adapters say. Sums leave through shared memory.
 //
 // The branch comes last, so that a kernel that starts early does the base while t is still being made, if it finds room
 // (128 columns of y beside down_beside of skinny.cuh do). Under dropout the mask is of the branch alone: it comes
 // first, its sums are masked in registers, and the base is added to them; the bits of the mask are drawn before u is
 // waited for.
 //
-// FLOPs 2 M N (K + r); a step reads 48 KB for 2 * 128 * 256 * 64 FLOPs: 85 to a byte of L2. Bound by arithmetic. Not
-// measured: no GPU has run this. Not tried: a warpgroup that asks for boxes alone, stores beside the next tile's
-// products, clusters that share boxes of W.
+// FLOPs 2 M N (K + r); a step reads 48 (32) KB for 2 * 128 * 256 (128) * 64 FLOPs: 85 (64) to a byte of L2, which
+// bounds it as int8_wgmma.cuh says: 1,404 (936) clocks for 1,024 (512) at the peak. Two tiles of 128 columns take more
+// from L2 than one of 256, and hide ends of 4,400 clocks, with GELU 12,100, where the wide one adds twice as much to
+// its steps: which is better the plan says by depth and activation. Not measured: no GPU has run this. Not tried: a
+// warpgroup that asks for boxes alone, clusters that share boxes.
 #pragma once
 
 #include "cuda/gemm.cuh"
@@ -33,8 +40,11 @@ namespace lora_kernels::cuda {
 template <int kColumns_>
 struct WgmmaShape {
   static constexpr int kRows = 128, kColumns = kColumns_, kThreads = 256, kDepth = 64;
-  static constexpr int kStages = kColumns == 256 ? 4 : 6;
 };
+
+// Blocks of a multiprocessor. Two leave a thread 128 registers: too few for the mask beside the sums of 128 columns.
+template <class Shape, Product kProduct>
+constexpr int kWgmmaTogether = Shape::kColumns == 128 && kProduct != Product::kMaskedGradient ? 2 : 1;
 
 template <class T, class Shape, Product kProduct>
 struct WgmmaLayout {
@@ -47,13 +57,15 @@ struct WgmmaLayout {
   static constexpr int kBTiles = kAcross ? Shape::kColumns / 64 : 1;
   static_assert(!kAcross || B::kBytes == static_cast<int>(kWgmmaAcrossBytes), "as the descriptor says");
   using Adapters = TileAdapters<Shape::kRows, Shape::kThreads>;
+  static constexpr bool kTwo = kWgmmaTogether<Shape, kProduct> == 2;
+  static constexpr int kStages = kTwo ? 3 : Shape::kColumns == 256 ? 4 : 6;
   static constexpr int kStageBytes = A::kBytes + kBTiles * B::kBytes;
   // Sums on their way out: eight words more than a row has, so that the eight rows of a store lie in different banks.
   static constexpr int kSumsStride = Shape::kColumns + 8;
-  static constexpr int kTileBytes = Shape::kStages * kStageBytes;
+  static constexpr int kTileBytes = kStages * kStageBytes;
   static_assert(Shape::kRows * kSumsStride * 4 <= kTileBytes, "sums take the place of the tiles");
   static constexpr size_t kSharedBytes =
-      static_cast<size_t>(kTileBytes) + (Shape::kStages * 8 + 15) / 16 * 16 + (Adapters::kWords * 4 + 15) / 16 * 16;
+      static_cast<size_t>(kTileBytes) + (kStages * 8 + 15) / 16 * 16 + (Adapters::kWords * 4 + 15) / 16 * 16;
 };
 
 struct WgmmaParams {
@@ -68,7 +80,11 @@ class WgmmaTile {
   using A = typename Layout::A;
   using B = typename Layout::B;
   using Adapters = typename Layout::Adapters;
-  static constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages, kAhead = kStages - 2;
+  static constexpr int kThreads = Shape::kThreads, kStages = Layout::kStages;
+  // Beside another block products may run dry between steps: the step before is then done when its place is filled. A
+  // block alone keeps them going, and a place for the step that is being finished.
+  static constexpr bool kDry = Layout::kTwo;
+  static constexpr int kAhead = kStages - (kDry ? 1 : 2);
   static constexpr bool kAcross = Layout::kAcross, kMasked = Layout::kMasked;
   // Columns whose bits fill two words of a thread.
   static constexpr int kMaskColumns = 128, kMaskParts = Shape::kColumns / kMaskColumns;
@@ -103,7 +119,8 @@ class WgmmaTile {
       wait_copies<kAhead - 1>();
       if (all_.boxes && is_base(k)) wait_for_bytes(landed_ + k % kStages, (k - base_begin_) / kStages & 1);
       fence_proxy();
-      __syncthreads();  // step k has landed for all, and all are done with step k - 2, whose place is filled next
+      if (kDry) wait_products<0>();
+      __syncthreads();  // step k has landed for all, and all are done with step k - 1 (k - 2): its place is filled next
       if (kMasked && k == base_begin_ && k > 0) mask();
       const char* a = tiles_ + k % kStages * Layout::kStageBytes;
       if (is_base(k))
@@ -111,7 +128,7 @@ class WgmmaTile {
       else
         multiply_ranks(a, multiplied.next(p_.routing, adapters));
       fetch(k + kAhead, steps, adapters, false);
-      wait_products<1>();  // step k - 1
+      if (!kDry) wait_products<1>();  // step k - 1
     }
     wait_products<0>();
     tie(c_);
@@ -291,12 +308,8 @@ class WgmmaTile {
   float c_[Shape::kColumns / 8][4] = {};
 };
 
-// In 128 registers y of 128 columns leaves room for two blocks of the kernel that makes its t (down_beside).
-template <class Shape, Product kProduct>
-constexpr int kWgmmaBlocks = Shape::kColumns == 128 && kProduct == Product::kForward ? 2 : 1;
-
 template <class T, class Shape, Product kProduct>
-__global__ void __launch_bounds__(Shape::kThreads, kWgmmaBlocks<Shape, kProduct>)
+__global__ void __launch_bounds__(Shape::kThreads, kWgmmaTogether<Shape, kProduct>)
     gemm_wgmma(const __grid_constant__ WgmmaParams p) {
   if constexpr (kWgmma) {
     int m = 0, n = 0;

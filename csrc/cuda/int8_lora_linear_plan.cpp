@@ -2,12 +2,13 @@
 // of itself. Times are predicted from bytes and operations, in microseconds; they order the paths, and nothing has
 // measured them.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <sstream>
 
 #include "cuda/int8_lora_linear.h"
 #include "cuda/int8_shapes.h"
-#include "cuda/machine.h"
+#include "cuda/machine_hopper.h"
 #include "cuda/refusals.h"
 
 namespace lora_kernels::cuda {
@@ -28,6 +29,12 @@ double operations_per_clock(int arch) {
     default: return 2048;  // 75, 86, 89, 120
   }
 }
+
+// Tiles of int8_wgmma.cuh. Of a step two warpgroups read its 16 KB of q for each 64 channels, and lanes w once.
+constexpr HopperTile kWideByWgmma = {256, 1, 2, (4 + 2) * 16384.0}, kNarrowByWgmma = {128, 2, 2, (2 + 1) * 16384.0};
+// Instructions of a tile's end for each value, by the machine code for 16 bits: conversion 5, by way of shared memory
+// to y 10, what a step of the branch takes besides its products 5.
+constexpr double kEndInstructions = 20;
 
 // Where memory is the bound of both, tiles have to gain more than predictions err by.
 constexpr double kWorthwhile = 0.97;
@@ -110,7 +117,12 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   const double launch_us = machine.next_launch_us();
   // The branch's products have half of the rate, or in fp32 three products at an eighth, in steps of 64 bytes.
   const double branch = static_cast<double>(round_up(static_cast<int64_t>(rank), 64 / size)) * (size == 4 ? 24 : 2);
-  const TiledTime tiles = tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + branch; });
+  HopperWork work{p.rows, p.out_features, base_bytes, std::ceil(K / 128),
+                  kEndInstructions + activation_instructions(p.activation)};
+  const auto branch_clocks = [&](double depth) { return 2 * 128 * depth / operations_per_clock(device.cuda.arch); };
+  work.branch = branch_clocks(branch);
+  const TiledTime tiles = by_mma_on_hopper(
+      device.cuda, tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + branch; }), 1, work);
   c.large_tiles = tiles.large;
   c.predicted_us = tiles.us + rows_us + launch_us;
 
@@ -149,11 +161,11 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   }
   // A choice among outputs is made for few rows; the kernel by wgmma has no fp32 y beside another x.
   if (device.cuda.wgmma && p.in_features > 0 && !p.top_k) {
-    // The branch stays with mma.sync.
-    const Machine products(device.cuda, kWgmmaInt8PerClock);
-    const WgmmaTime wgmma = wgmma_tiles(products, p.rows, p.out_features, base_bytes,
-                                        K + branch * products.operations / machine.operations);
-    if (wgmma.us + rows_us + launch_us < kClearlyBetter * c.predicted_us) {
+    // The branch stays with mma.sync, in halves of its steps.
+    const double halves = static_cast<double>(round_up(static_cast<int64_t>(rank), 32 / size)) * (size == 4 ? 24 : 2);
+    work.branch = branch_clocks(halves);
+    const HopperTime wgmma = hopper_tiles(device.cuda, {kWideByWgmma, kNarrowByWgmma}, work);
+    if (wgmma.us + rows_us + launch_us < c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kTiled;
       c.large_tiles = true;
       c.wgmma_columns = wgmma.columns;

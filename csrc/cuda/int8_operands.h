@@ -42,6 +42,13 @@ struct UpFactor {
     return r * stride_rank + n / 64 * stride_block + n % 64 * stride_out;
   }
   __device__ float at(int64_t r, int n) const { return load_as_float(data, offset(r, n), type); }
+  // Elements (r, n) and behind it in depth, so many, as T: without a look at the type for each of them where it is T.
+  template <class T>
+  __device__ Vector chunk(int64_t r, int n, int count) const {
+    if (type != kDTypeOf<T>) return gather16<T>(count, [&](int j) { return from_float<T>(at(r + j, n)); });
+    const T* from = static_cast<const T*>(data) + offset(r, n);
+    return gather16<T>(count, [&](int j) { return from[j * stride_rank]; });
+  }
 };
 
 struct Int8Epilogue {

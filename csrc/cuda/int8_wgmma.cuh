@@ -3,28 +3,39 @@
 // no other layout: wgmma takes its left operand from registers, in the fragments of mma.sync, and that is the weight;
 // its right one from shared memory by rows, and that is q.
 //
-// Two warpgroups make 128 rows x 256 (or 128) channels of y, 128 (64) channels each, in steps of 128 k. Both operands
-// come by TMA into the 128-byte swizzle, one thread asking for two boxes: 16 KB of q, rows of 128 bytes, and 32 (16) KB
-// of w, the packed steps of 256 bytes of four (two) blocks as rows of 128 bytes. There are places for four (six) steps:
-// two (four) are on their way while one is multiplied and one is being finished. w does not wait for the kernel that
+// Two warpgroups make 128 rows x 128 (or 256) channels of y, 64 (128) channels each, in steps of 128 k. Both operands
+// come by TMA into the 128-byte swizzle, one thread asking for two boxes: 16 KB of q, rows of 128 bytes, and 16 (32) KB
+// of w, the packed steps of 256 bytes of two (four) blocks as rows of 128 bytes. w does not wait for the kernel that
 // makes q.
+//
+// Of tiles of 128 channels two blocks share a multiprocessor, in 128 registers a thread and three places for steps, so
+// that one block's end runs beside the other's products. Between its own steps a block lets the products run dry: then
+// the place of the step before is free, and two steps are on their way while one is multiplied. (To free it in the
+// middle of the next step, products in flight, ptxas puts them one after another.) A tile of 256 channels is alone, has
+// four places and keeps products in flight. It takes a quarter less from L2, but nothing runs beside its end: plans
+// take it for much depth without an activation.
 //
 // Channels of a tile may be taken in any order: of the sixteen bytes that a lane reads of w (a word of four k of four
 // neighbouring channels) two words go to each of two instructions, rows g and g + 8 of their fragments, and the four
 // words of k behind them complete both. (At 128 channels there is one instruction, and lanes read eight bytes.) Eight
 // (sixteen) lanes read 128 bytes from 32 different banks, as the swizzle has it: the four words t lie 256 bytes apart.
-// Afterwards a lane holds four (two) neighbouring channels of each of its 32 rows, which it stores at once; activations
-// go by way of shared memory, in a loop. The registers of w are taken in turns, as wgmma reads them while it
-// multiplies.
+// Afterwards a lane holds four (two) neighbouring channels of each of its 32 rows. The registers of w are taken in
+// turns, as wgmma reads them while it multiplies.
 //
 // The LoRA branch follows on the same sums, then fp32, by mma.sync, whose fragments of a warp are wgmma's: B by
 // channels as the left operand, t by rows as the right one, r / 32 steps (r / 16 in fp32) fetched by cp.async into
-// places of the ring while the last integers are multiplied. Integer operations 2 M N K, exact; a step brings 48 KB for
-// 2 * 128 * 256 * 128 of them: 170 to a byte of L2. Bound by arithmetic, and nearly by shared memory, which at 128
-// bytes per clock takes 1,152 clocks for what a step writes and reads, and multiplies in 1,024 at the peak.
+// places of the ring while the last integers are multiplied; of the last step only the half that has ranks. y leaves
+// through shared memory, in one loop with bias, activation and residual.
+//
+// Integer operations 2 M N K, exact; a step brings 32 (48) KB for 2 * 128 * 128 (256) * 128 of them: 128 (170) to a
+// byte of L2, which is what bounds it: as far as others have got (machine_hopper.h) L2 takes 936 (1,404) clocks for a
+// step that is multiplied in 512 (1,024) at the peak, and for which shared memory, at 128 bytes per clock, takes 640
+// (1,152). By its instructions the end of 128 channels takes 3,800 clocks, with GELU 11,400, in which L2 brings the
+// other block's steps. That both blocks of a multiprocessor are out of step nothing but chance brings about.
 //
 // Where the driver knows no tensor maps int8_gemm.cuh takes its place. Not measured: no GPU has run this. Not tried:
-// 256 rows for each read of w, clusters that share boxes, the end of a tile beside the next one's products.
+// clusters whose blocks share the boxes of q, so that L2 brings a quarter less and shared memory is the bound; blocks
+// of a multiprocessor that begin half a tile apart; 256 rows for each read of w.
 #pragma once
 
 #include "cuda/int8_gemm.cuh"
@@ -36,9 +47,10 @@ namespace lora_kernels::cuda {
 template <int kColumns_>
 struct Int8WgmmaShape {
   static constexpr int kRows = 128, kColumns = kColumns_, kThreads = 256, kDepth = 128;
-  static constexpr int kStages = kColumns == 256 ? 4 : 6;
-  static constexpr int kProducts = kColumns / 128;  // of 64 channels, by each warpgroup
-  static constexpr int kBlocks = kColumns / 64;     // of the packed weight
+  static constexpr int kStages = kColumns == 256 ? 4 : 3;
+  static constexpr int kTogether = kColumns == 256 ? 1 : 2;  // blocks of a multiprocessor
+  static constexpr int kProducts = kColumns / 128;           // of 64 channels, by each warpgroup
+  static constexpr int kBlocks = kColumns / 64;              // of the packed weight
   static_assert(kRows == kWgmmaInt8Columns, "a product has all rows of the tile");
 };
 
@@ -79,7 +91,11 @@ class Int8WgmmaTile {
   using TileT = typename Layout::TileT;
   using TileB = typename Layout::TileB;
   using Adapters = typename Layout::Adapters;
-  static constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages, kAhead = kStages - 2;
+  static constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages;
+  // Beside another block products may run dry between steps: the step before is then done when a place is filled. A
+  // block alone keeps them going, and a place for the step that is being finished.
+  static constexpr bool kDry = Shape::kTogether > 1;
+  static constexpr int kAhead = kStages - (kDry ? 1 : 2);
   static constexpr int kProducts = Shape::kProducts, kEights = Shape::kRows / 8;
   static constexpr int kRun = 2 * kProducts;           // neighbouring channels of a lane
   static constexpr int kWarpColumns = 16 * kProducts;  // channels of a warp
@@ -120,7 +136,8 @@ class Int8WgmmaTile {
     int k = 0;
     do {  // There is a step, or there were no map. (If there might be none, ptxas would make products one by one.)
       wait_for_bytes(landed_ + k % kStages, k / kStages & 1);
-      __syncthreads();  // all are done with step k - 2, whose place is filled next
+      if (kDry) wait_products<0>();
+      __syncthreads();  // all are done with step k - 1 (k - 2), whose place is filled next
       fetch(k + kAhead, steps, adapters);
       multiply(place(k), w, sums);
     } while (++k < base_steps_);
@@ -128,11 +145,14 @@ class Int8WgmmaTile {
     tie(sums);
     float c[kProducts][kEights][4];
     scale(sums, c);
-    for (; k < steps; ++k) {
-      wait_copies<kAhead - 1>();
-      __syncthreads();  // step k has landed for all, and all are done with step k - 2
-      fetch(k + kAhead, steps, adapters);
-      add_branch(place(k), c);
+    for (int i = 0; i < adapters.count(); ++i) {
+      const int rank = p_.routing.rank(adapters.adapter(i));
+      for (int chunk = 0; chunk < rank; chunk += kStep<T>, ++k) {
+        wait_copies<kAhead - 1>();
+        __syncthreads();  // step k has landed for all, and all are done with step k - 1
+        fetch(k + kAhead, steps, adapters);
+        add_branch(place(k), rank - chunk, c);
+      }
     }
     wait_copies<0>();
     store(c);
@@ -173,10 +193,9 @@ class Int8WgmmaTile {
     for (int i = static_cast<int>(threadIdx.x); i < Shape::kColumns * 4; i += kThreads) {
       const int at = i % Shape::kColumns, part = i / Shape::kColumns, r = chunk_ + part * kPerChunk<T>;
       const int n = n_ + at / kWarpColumns * kWarpColumns + at % 8 * kRun + at % kWarpColumns / 8;
-      int count = n < p_.w.columns ? rank - r : 0;
-      count = count < 0 ? 0 : count > kPerChunk<T> ? kPerChunk<T> : count;
-      store16(factor + TileB::offset(at, part),
-              gather16<T>(count, [&](int j) { return from_float<T>(p_.up.at(begin + r + j, n)); }));
+      const int left = n < p_.w.columns ? rank - r : 0;
+      const int count = left < 0 ? 0 : left > kPerChunk<T> ? kPerChunk<T> : left;
+      store16(factor + TileB::offset(at, part), p_.up.chunk<T>(begin + r, n, count));
     }
     chunk_ += kStep<T>;
     if (chunk_ >= rank) {
@@ -256,9 +275,10 @@ class Int8WgmmaTile {
     }
   }
 
-  __device__ void add_branch(const char* stage, float (&c)[kProducts][kEights][4]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
+  // A step of the branch, of which so many ranks are left: a half that has none is left out.
+  __device__ void add_branch(const char* stage, int ranks, float (&c)[kProducts][kEights][4]) const {
+#pragma unroll 1
+    for (int half = 0; half < 2 && half * (kStep<T> / 2) < ranks; ++half) {
       uint32_t a[kProducts][4], b[4];
 #pragma unroll
       for (int i = 0; i < kProducts; ++i) load_a<TileB>(a[i], stage + Layout::kRowsBytes, warp_column_ + i * 16, half);
@@ -274,35 +294,10 @@ class Int8WgmmaTile {
     }
   }
 
+  // By way of shared memory, each warp its own part, since in registers a lane has 32 rows of a few channels, whose
+  // code would be as long as they are many: in a loop it has rows of the same four channels. Rows are padded for lanes
+  // that write or read together.
   __device__ void store(const float (&c)[kProducts][kEights][4]) const {
-    const Epilogue& end = p_.epilogue.e;
-    if (end.activation != Activation::kNone || !p_.epilogue.eights) {
-      store_in_turns(c);
-      return;
-    }
-    const int left = p_.rows - first_row();
-    float biases[kRun] = {};
-#pragma unroll
-    for (int i = 0; i < kRun; ++i)
-      if (end.bias && first_channel() + i < p_.w.columns) biases[i] = end.bias_at(first_channel() + i);
-#pragma unroll
-    for (int j = 0; j < kEights; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float run[kRun];
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          run[i] = c[i / 2][j][i % 2 * 2 + e];
-          if (end.bias) run[i] += biases[i];
-        }
-        if (j * 8 + e < left)
-          p_.epilogue.template store_run<T>(run, int64_t{first_row()} + j * 8 + e, first_channel(), true);
-      }
-  }
-
-  // Activations, and channels that are stored one by one: by way of shared memory, each warp its own part, in a loop.
-  // In registers a lane's 128 would have 128 times their code. Rows are padded for lanes that write or read together.
-  __device__ void store_in_turns(const float (&c)[kProducts][kEights][4]) const {
     constexpr int kStride = kWarpColumns + 4, kFours = kWarpColumns / 4;
     static_assert(Shape::kRows * kStride * 4 * (kThreads / 32) <= Layout::kTileBytes, "sums in the place of the tiles");
     __syncthreads();  // all are done with the tiles
@@ -320,18 +315,20 @@ class Int8WgmmaTile {
       }
     __syncwarp();
     const Epilogue& end = p_.epilogue.e;
+    const int of_warp = lane_of_warp() % kFours * 4, column = n_ + warp_column_ + of_warp;
+    float biases[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) biases[e] = end.bias && column + e < p_.w.columns ? end.bias_at(column + e) : 0.0f;
+    const int rows = p_.rows - m_ < Shape::kRows ? p_.rows - m_ : Shape::kRows;
 #pragma unroll 1
-    for (int i = lane_of_warp(); i < Shape::kRows * kFours; i += 32) {
-      const int row = i / kFours, column = n_ + warp_column_ + i % kFours * 4;
-      if (m_ + row >= p_.rows || column >= p_.w.columns) continue;
-      const Vector sums_of_row = load16(sums + row * kStride + i % kFours * 4);
+    for (int row = lane_of_warp() / kFours; row < rows; row += 32 / kFours) {
+      const Vector of_row = load16(sums + row * kStride + of_warp);
       float four[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        four[e] = __uint_as_float(sums_of_row.v[e]);
-        if (end.bias && column + e < p_.w.columns) four[e] += end.bias_at(column + e);
-        four[e] = activate(four[e], end.activation);
-      }
+      for (int e = 0; e < 4; ++e) four[e] = __uint_as_float(of_row.v[e]) + biases[e];
+      if (end.activation != Activation::kNone)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) four[e] = activate(four[e], end.activation);
       p_.epilogue.template store_run<T>(four, m_ + row, column, p_.epilogue.eights);
     }
   }
@@ -345,7 +342,8 @@ class Int8WgmmaTile {
 };
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) int8_wgmma(const __grid_constant__ Int8WgmmaParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kTogether)
+    int8_wgmma(const __grid_constant__ Int8WgmmaParams p) {
   if constexpr (kWgmma) {
     int m = 0, n = 0;
     tile_of_block<Shape>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.w.columns, &m, &n);

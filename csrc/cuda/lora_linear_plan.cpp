@@ -6,7 +6,7 @@
 #include <sstream>
 
 #include "cuda/lora_linear.h"
-#include "cuda/machine.h"
+#include "cuda/machine_hopper.h"
 #include "cuda/refusals.h"
 
 namespace lora_kernels::cuda {
@@ -37,12 +37,23 @@ Machine machine_of(const CudaDevice& d, DType type, bool allow_tf32) {
   return {d, flops_per_clock(d.arch) / slower};
 }
 
+// Tiles of gemm_wgmma.cuh. Of a step two warpgroups read 64 rows of a each and all of b.
+constexpr HopperTile kWideByWgmma = {256, 1, 2, 16384.0 + 2 * 32768}, kNarrowByWgmma = {128, 2, 2, 16384.0 + 2 * 16384};
+// Instructions of a tile's end for each value, by the machine code: by way of shared memory to y, with a bias.
+constexpr double kEndInstructions = 25;
+
+HopperWork work_on_hopper(int64_t rows, int64_t columns, double bytes, double depth, Activation activation) {
+  return {rows, columns, bytes, depth / 64, kEndInstructions + activation_instructions(activation)};
+}
+
 // Tiles by wgmma; none without it, or in fp32. What the mask of a gradient costs is in no prediction, by wgmma as
 // little as by mma.sync.
-WgmmaTime wgmma_of(const CudaDevice& device, DType type, int64_t rows, int64_t columns, double bytes, double depth,
-                   int widest = 256) {
+HopperTime wgmma_of(const CudaDevice& device, DType type, int64_t rows, int64_t columns, double bytes, double depth,
+                    Activation activation, bool narrow = false) {
   if (!device.wgmma || type == DType::kFloat32) return {0, 0};
-  return wgmma_tiles(Machine(device, kWgmmaFlopsPerClock), rows, columns, bytes, depth, widest);
+  const HopperWork work = work_on_hopper(rows, columns, bytes, depth, activation);
+  if (narrow) return hopper_tiles(device, {kNarrowByWgmma}, work);
+  return hopper_tiles(device, {kWideByWgmma, kNarrowByWgmma}, work);
 }
 
 int parts_of_rows(const Machine& machine, int64_t blocks, int64_t rows) {
@@ -153,12 +164,19 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   const double down_bytes = (M * K + total * K) * size;
   const double down_us = lora ? machine.memory_us(down_bytes) + machine.next_launch_us() + convert_us : 0;
 
-  const TiledTime two = tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + rank; });
+  // Two large tiles share a multiprocessor, but for those that make t.
+  const auto on_hopper = [&](TiledTime time, int together, double bytes, double depth) {
+    if (p.dtype == DType::kFloat32) return time;
+    return by_mma_on_hopper(device.cuda, time, together,
+                            work_on_hopper(p.rows, p.out_features, bytes, depth, p.activation));
+  };
+  const TiledTime two = on_hopper(tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + rank; }), 2,
+                                  base_bytes, K + rank);
   c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
   c.large_tiles = two.large;
   c.predicted_us = two.us + down_us;
   const double wgmma_depth = K + (lora ? static_cast<double>(round_up(p.lora.max_rank, 16)) : 0);
-  WgmmaTime wgmma = wgmma_of(device.cuda, p.dtype, p.rows, p.out_features, base_bytes, wgmma_depth);
+  HopperTime wgmma = wgmma_of(device.cuda, p.dtype, p.rows, p.out_features, base_bytes, wgmma_depth, p.activation);
   wgmma.us += down_us;
   // Two blocks of the kernel that makes t leave a multiprocessor room for a tile of 128 columns, which starts beside
   // them: both share the memory's time, and the tile's arithmetic goes on under it.
@@ -166,8 +184,8 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   // Few rows with many adapters: the kernel apart gives each of them blocks of its own.
   const bool shared_out = p.lora.groups > 0 && p.rows <= 8 * 16;
   if (lora && !shared_out && p.lora.max_rank <= kMostRankBeside && p.dropout_p == 0) {
-    WgmmaTime beside =
-        wgmma_of(device.cuda, p.dtype, p.rows, p.out_features, base_bytes + down_bytes, wgmma_depth, 128);
+    HopperTime beside = wgmma_of(device.cuda, p.dtype, p.rows, p.out_features, base_bytes + down_bytes, wgmma_depth,
+                                 p.activation, true);
     beside.us += machine.next_launch_us() + convert_us;
     if (beside.columns && beside.us < wgmma.us) {
       wgmma = beside;
@@ -178,8 +196,10 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   if (lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostInTileRank && p.dropout_p == 0 && !c.convert_a &&
       !p.keeps_t) {
     const double made = rank <= 16 ? 16 : 32;
-    const TiledTime in_tile = tiled(machine, p.rows, p.out_features, base_bytes + total * K * size,
-                                    [&](int tile) { return K * (1 + made / tile) + rank; });
+    const double bytes = base_bytes + total * K * size;
+    const auto depth_of = [&](int tile) { return K * (1 + made / tile) + rank; };
+    const TiledTime in_tile =
+        on_hopper(tiled(machine, p.rows, p.out_features, bytes, depth_of), 1, bytes, depth_of(128));
     if (in_tile.us < c.predicted_us) {
       c.path = CudaLoraLinearPath::kInTile;
       c.large_tiles = in_tile.large;
@@ -205,7 +225,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
       c.predicted_us = us;
     }
   }
-  if (wgmma.columns && wgmma.us < kClearlyBetter * c.predicted_us) {
+  if (wgmma.columns && wgmma.us < c.predicted_us) {
     c.path = lora ? CudaLoraLinearPath::kTwoSteps : CudaLoraLinearPath::kBase;
     c.wgmma_columns = wgmma.columns;
     c.t_blocks = t_blocks;
@@ -241,10 +261,14 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   const bool lora = p.lora.present();
   const double rank = lora ? static_cast<double>(p.lora.max_rank) : 0;
   const double dx_bytes = (N * K + M * (K + N)) * size;
-  const TiledTime dx = tiled(machine, p.rows, p.in_features, dx_bytes, [&](int) { return N + rank; });
+  TiledTime dx = tiled(machine, p.rows, p.in_features, dx_bytes, [&](int) { return N + rank; });
+  if (p.dtype != DType::kFloat32)
+    dx = by_mma_on_hopper(device.cuda, dx, 2,
+                          work_on_hopper(p.rows, p.in_features, dx_bytes, N + rank, Activation::kNone));
   const double wgmma_depth = N + (lora ? static_cast<double>(round_up(p.lora.max_rank, 16)) : 0);
-  const WgmmaTime wgmma = wgmma_of(device.cuda, p.dtype, p.rows, p.in_features, dx_bytes, wgmma_depth);
-  const bool by_wgmma = b.needs_dx && wgmma.columns && wgmma.us < kClearlyBetter * dx.us;
+  const HopperTime wgmma =
+      wgmma_of(device.cuda, p.dtype, p.rows, p.in_features, dx_bytes, wgmma_depth, Activation::kNone);
+  const bool by_wgmma = b.needs_dx && wgmma.columns && wgmma.us < dx.us;
   c.wgmma_columns = by_wgmma ? wgmma.columns : 0;
   c.large_tiles = by_wgmma || dx.large;
   const int64_t small_a = (p.in_features + 63) / 64, small_b = (p.out_features + 63) / 64;

@@ -19,22 +19,21 @@ constexpr double kL2 = 2.5, kL2BytesPerClock = 48;
 
 // The part of the tensor cores' peak that tiles of these shapes are expected to reach.
 constexpr double kLargeTiles = 0.75, kSmallTiles = 0.5;
-// Of wgmma: operations of one multiprocessor per clock, of which tiles are expected to reach this, whether TMA fills
-// them or cp.async, which hangs on addresses that no plan knows; vendors' libraries reach about 0.8. Since nothing has
-// been measured, it is taken only where it is predicted to need no more than this part of the time by mma.sync.
-constexpr double kWgmmaFlopsPerClock = 4096, kWgmmaInt8PerClock = 8192, kWgmmaTiles = 0.65, kClearlyBetter = 0.85;
+// Of wgmma: operations of one multiprocessor per clock.
+constexpr double kWgmmaFlopsPerClock = 4096, kWgmmaInt8PerClock = 8192;
 
 // A device as predictions see it: what it does not say of itself is taken from a T4.
 struct Machine {
-  double multiprocessors, operations, bytes;  // of one multiprocessor, and of the memory, per second
-  double l2_bytes;                            // of one multiprocessor, per second
+  double multiprocessors, clock, operations, bytes;  // of one multiprocessor, and of the memory, per second
+  double l2_bytes;                                   // of one multiprocessor, per second
   bool early;
 
   // Operations of one multiprocessor per clock.
   Machine(const CudaDevice& d, double operations_per_clock) {
     multiprocessors = d.multiprocessors > 0 ? d.multiprocessors : 40;
-    operations = operations_per_clock * (d.clock_hz > 0 ? d.clock_hz : 1.4e9);
-    l2_bytes = kL2BytesPerClock * (d.clock_hz > 0 ? d.clock_hz : 1.4e9);
+    clock = d.clock_hz > 0 ? d.clock_hz : 1.4e9;
+    operations = operations_per_clock * clock;
+    l2_bytes = kL2BytesPerClock * clock;
     bytes = kMemory * (d.memory_bytes_per_second > 0 ? d.memory_bytes_per_second : 320e9);
     early = d.arch >= 90;
   }
@@ -81,28 +80,6 @@ TiledTime tiled(const Machine& machine, int64_t rows, int64_t columns, double by
 inline DeviceInfo without_wgmma(DeviceInfo device) {
   device.cuda.wgmma = false;
   return device;
-}
-
-struct WgmmaTime {
-  int columns;
-  double us;
-};
-
-// Tiles of 128 x 128 or 128 x 256 by wgmma, one at a time on a multiprocessor: the better width, and 256, which brings
-// less from L2, if they are alike. `machine` has wgmma's operations per clock. Two (256) or four (128) steps of 128
-// bytes of depth are on their way to a tile at a time.
-inline WgmmaTime wgmma_tiles(const Machine& machine, int64_t rows, int64_t columns, double bytes, double depth,
-                             int widest = 256) {
-  WgmmaTime best{0, 0};
-  for (int width = widest; width >= 128; width /= 2) {
-    const double tiles = static_cast<double>((rows + 127) / 128) * static_cast<double>((columns + width - 1) / width);
-    const double products = machine.turns(tiles) * 2.0 * 128 * width * depth / (machine.operations * kWgmmaTiles) * 1e6;
-    const double in_flight = width == 256 ? 2 * 49152 : 4 * 32768;
-    const double busy = std::min(1.0, tiles * in_flight / (machine.bytes * kLatencySeconds));
-    const double us = std::max(products, machine.memory_us(bytes) / busy) + kLaunchUs;
-    if (best.columns == 0 || us < best.us) best = {width, us};
-  }
-  return best;
 }
 
 // Into how many parts few rows split K, so many bytes of it: enough for memory to be busy, where that gains more than

@@ -1,6 +1,8 @@
 // Storage types on the device: conversions, products on tensor cores at the precision asked for, activations, dropout.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/primitives/copy.h"
 #include "cuda/primitives/matrix.h"
 #include "lora_kernels/philox.h"
@@ -65,6 +67,11 @@ __device__ inline T from_bits(uint32_t bits) {
 
 __device__ inline float negative_infinity() { return __uint_as_float(0xFF800000u); }
 __device__ inline float not_a_number() { return __uint_as_float(0x7FFFFFFFu); }
+
+template <class T>
+constexpr DType kDTypeOf = std::is_same_v<T, float>    ? DType::kFloat32
+                           : std::is_same_v<T, __half> ? DType::kFloat16
+                                                       : DType::kBFloat16;
 
 // Element `at` of an array whose type is known at run time only: factors and biases.
 __device__ inline float load_as_float(const void* p, int64_t at, DType type) {

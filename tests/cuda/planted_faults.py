@@ -117,6 +117,13 @@ FAULTS = [
         ("wgmma",),
     ),
     Fault(
+        "operands replaced beside another block while products read them",
+        "gemm_wgmma.cuh",
+        "      if (kDry) wait_products<0>();\n",
+        "",
+        ("wgmma",),
+    ),
+    Fault(
         "boxes that are not waited for",
         "gemm_wgmma.cuh",
         "wait_for_bytes(landed_ + k % kStages, (k - base_begin_) / kStages & 1);",
@@ -260,8 +267,15 @@ FAULTS = [
     Fault(
         "places filled while products read them",
         "int8_wgmma.cuh",
-        "kAhead = kStages - 2;",
-        "kAhead = kStages - 1;",
+        "kAhead = kStages - (kDry ? 1 : 2);",
+        "kAhead = kStages - (kDry ? 0 : 1);",
+        ("int8 tiled wgmma",),
+    ),
+    Fault(
+        "places filled while the step before them is multiplied",
+        "int8_wgmma.cuh",
+        "      if (kDry) wait_products<0>();\n",
+        "",
         ("int8 tiled wgmma",),
     ),
     Fault(
