@@ -29,11 +29,10 @@ int64_t element_size(DType type) { return static_cast<int64_t>(size_of(type)); }
 
 int64_t units_of(const KvAttentionStepProblem& p, bool grouped) { return grouped ? p.cache_rows : p.rows; }
 
-// Blocks share a multiprocessor by their registers: about 150 of a thread, 120 over blocked caches, more than 200 where
-// products are tf32 or heads have more than 64 channels.
+// Blocks share a multiprocessor by their registers: up to 168 of a thread, more than 200 where products are tf32 or
+// heads have more than 64 channels.
 double resident(const KvAttentionStepProblem& p) {
-  if (p.head_size > 64 || (p.dtype == DType::kFloat32 && p.layout == KvLayout::kRowMajor)) return 2;
-  return p.layout == KvLayout::kBlocked ? 4 : 3;
+  return p.head_size > 64 || (p.dtype == DType::kFloat32 && p.layout == KvLayout::kRowMajor) ? 2 : 3;
 }
 
 // Of K and V in the tiles that the warps of a block have at a time.

@@ -273,7 +273,7 @@ class KvBlocked {
 };
 
 template <class Q, int kGroups>
-__global__ void __launch_bounds__(kKvThreads, kGroups == 1 ? 4 : 2) kv_blocked(const KvBlockedParams p) {
+__global__ void __launch_bounds__(kKvThreads, kGroups == 1 ? 3 : 2) kv_blocked(const KvBlockedParams p) {
   let_next_kernel_start();
   KvBlocked<Q, kGroups> block(p);
   block.ask_first();
