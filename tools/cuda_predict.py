@@ -177,11 +177,44 @@ def mixed_predicted(device: raw.DeviceInfo, k: int, n: int) -> float:
     return microseconds(device, mixed) / microseconds(device, one)
 
 
+# Whisper large-v3.
+WIDTH, INNER, LAYERS, VOCABULARY = 1280, 5120, 32, 51866
+
+
+def step_of_transformers(device: raw.DeviceInfo, batch: int, peft: bool) -> float:
+    """µs of the same step in 16 bits by transformers, each kernel after the one before.
+
+    With PEFT, eager: three norms, eight linears of five kernels each (base, A, B, times the scale,
+    plus), a cache that is copied as it grows, two attentions, GELU, three residual sums. Without,
+    a static cache under torch.compile: pointwise kernels merge with each other. What the host
+    takes for a kernel, often longer than the kernel, is not counted.
+    """
+    peer = Peer(device)
+    d, one = WIDTH, batch * WIDTH
+    for k, n in [(d, d)] * 6 + [(d, INNER), (INNER, d)]:
+        peer.product(batch, n, k)
+        if peft:
+            peer.product(batch, 16, k)
+            peer.product(batch, n, 16)
+            peer.pointwise(batch * n)
+            peer.pointwise(batch * n)
+    own, cross = 448 * one, 1500 * one  # elements of K, and of V
+    for elements in (one,) * 3 + ((one,) * 3 + (batch * INNER, own, own) if peft else (one,)):
+        peer.pointwise(elements)
+    for read in (own, cross):
+        peer.pointwise(read)  # K and V, once
+    us = LAYERS * peer.us
+    choice = Peer(device)
+    choice.product(batch, VOCABULARY, d)
+    choice.pointwise(batch * VOCABULARY)
+    return us + choice.us
+
+
 def step_predicted(device: raw.DeviceInfo, batch: int) -> tuple[float, float]:
     """µs of a greedy step of Whisper large-v3 in INT8, adapters of rank 16 live on all projections,
     and over what its bytes take; at the end of its positions, kernel after kernel.
     """
-    d, ffn, layers, vocabulary = 1280, 5120, 32, 51866
+    d, ffn = WIDTH, INNER
 
     def product(n: int, k: int, rank: int, **more: object) -> tuple[float, float]:
         problem = int8_linear(batch, k, n, rank, has_bias=True, **more)
@@ -192,7 +225,8 @@ def step_predicted(device: raw.DeviceInfo, batch: int) -> tuple[float, float]:
         return us, 2 * batch * d * positions * (1 if int8 else 2)
 
     layer = [
-        product(3 * d, d, 48, has_norm=True),
+        # q, k and v in one launch, whose blocks make t for their own 16 ranks.
+        product(3 * d, d, 16, has_norm=True),
         attention(448, int8=False),
         product(d, d, 16, has_residual=True),
         product(d, d, 16, has_norm=True),
@@ -201,9 +235,9 @@ def step_predicted(device: raw.DeviceInfo, batch: int) -> tuple[float, float]:
         product(ffn, d, 16, has_norm=True, activation=raw.Activation.gelu),
         product(d, ffn, 16, has_residual=True),
     ]
-    choice = product(vocabulary, d, 0, has_norm=True, top_k=1)
+    choice = product(VOCABULARY, d, 0, has_norm=True, top_k=1)
     us, moved = (
-        layers * sum(of_layer) + of_choice
+        LAYERS * sum(of_layer) + of_choice
         for of_layer, of_choice in zip(zip(*layer, strict=True), choice, strict=True)
     )
     return us, us / (moved / (MEMORY * device.cuda.memory_bytes_per_second) * 1e6)
@@ -254,11 +288,18 @@ def main() -> None:
     for name, device in devices.items():
         found = [mixed_predicted(device, k, n) for k, n in ((1280, 1280), (1280, 5120))]
         print(f"{name:12}" + "".join(f"x{ratio:.2f}  " for ratio in found))
-    print("\npredicted: a step of Whisper large-v3 by batch, and over what its bytes take")
-    print(f"{'':12}" + "".join(f"{batch:>20}" for batch in (1, 4, 16)))
+    print(
+        "\npredicted: a step of Whisper large-v3 by batch, over what its bytes take; "
+        "transformers with PEFT, and static and compiled, over it"
+    )
+    print(f"{'':12}" + "".join(f"{batch:>34}" for batch in (1, 4, 16)))
     for name, device in devices.items():
-        found = [step_predicted(device, batch) for batch in (1, 4, 16)]
-        print(f"{name:12}" + "".join(f"{us:>11.0f} us x{over:.2f}" for us, over in found))
+        cells = []
+        for batch in (1, 4, 16):
+            us, over = step_predicted(device, batch)
+            eager, compiled = (step_of_transformers(device, batch, peft) for peft in (True, False))
+            cells.append(f"{us:.0f} us x{over:.2f}; x{eager / us:.1f} x{compiled / us:.1f}")
+        print(f"{name:12}" + "".join(f"{cell:>34}" for cell in cells))
     print("\npredicted: int8_lora_linear, and the part of the memory's peak that this is")
     print(f"{'':12}" + "".join(f"{'x'.join(map(str, shape)):>18}" for shape in INT8_SHAPES))
     for name, device in devices.items():
