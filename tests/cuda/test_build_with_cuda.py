@@ -41,3 +41,9 @@ def test_the_library_loads_without_a_gpu(built: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "loaded" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_library_knows_what_it_was_built_for(built: Path) -> None:
+    """What a launch that finds no machine code says (test_runtime_refusals.py)."""
+    assert b"built with CMAKE_CUDA_ARCHITECTURES=80-real\0" in (built / "_torch.so").read_bytes()
