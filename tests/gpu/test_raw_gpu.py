@@ -7,7 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=str(MODULE))
 
 
 @pytest.fixture(params=["default stream", "a stream"])
-def raw(request: pytest.FixtureRequest) -> Raw:
+def raw(request: pytest.FixtureRequest) -> Iterator[Raw]:
     stream = torch.cuda.Stream() if request.param == "a stream" else torch.cuda.default_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
