@@ -61,7 +61,7 @@ def on_numpy() -> None:
 
 def on_pycuda() -> None:
     try:
-        import pycuda.autoinit  # noqa: F401
+        import pycuda.autoprimaryctx  # noqa: F401 - the context that the runtime launches into
         import pycuda.driver as driver
         from pycuda import gpuarray
     except Exception as cause:  # its import fails in several ways where there is no driver

@@ -18,23 +18,28 @@ Status cuda_device(int index, DeviceInfo* device) {
   if (!d.arch) {
     CudaDevice found;
     int major = 0, minor = 0, shared = 0, l2 = 0, clock = 0, memory_clock = 0, width = 0;
+    // Without the first four there is no plan. The others order paths, and not every device says them (a part of one
+    // under virtualisation, a module whose memory is the CPU's): a plan takes 0 for unknown.
     struct {
       int* value;
       cudaDeviceAttr attribute;
+      bool needed;
     } const wanted[] = {
-        {&major, cudaDevAttrComputeCapabilityMajor},
-        {&minor, cudaDevAttrComputeCapabilityMinor},
-        {&found.multiprocessors, cudaDevAttrMultiProcessorCount},
-        {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-        {&l2, cudaDevAttrL2CacheSize},
-        {&clock, cudaDevAttrClockRate},
-        {&memory_clock, cudaDevAttrMemoryClockRate},
-        {&width, cudaDevAttrGlobalMemoryBusWidth},
+        {&major, cudaDevAttrComputeCapabilityMajor, true},
+        {&minor, cudaDevAttrComputeCapabilityMinor, true},
+        {&found.multiprocessors, cudaDevAttrMultiProcessorCount, true},
+        {&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, true},
+        {&l2, cudaDevAttrL2CacheSize, false},
+        {&clock, cudaDevAttrClockRate, false},
+        {&memory_clock, cudaDevAttrMemoryClockRate, false},
+        {&width, cudaDevAttrGlobalMemoryBusWidth, false},
     };
     for (const auto& w : wanted) {
       const cudaError_t error = cudaDeviceGetAttribute(w.value, w.attribute, index);
       if (error == cudaSuccess) continue;
       cudaGetLastError();
+      *w.value = 0;
+      if (!w.needed) continue;
       return Status::unsupported("cuda_device: device " + std::to_string(index) +
                                  " could not be asked: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
     }

@@ -96,7 +96,7 @@ Readings readings_of_dy(const Machine& machine, const LoraLinearProblem& p, int6
   const int64_t column_splits = std::max<int64_t>(1, std::min(columns, wanted));
   const double parts = (static_cast<double>(column_splits) * M * width + static_cast<double>(row_splits) * R * N) * 4;
   const double us = std::max(dy_us + machine.memory_us(2 * parts), products_us) + 2 * kLaunchUs;
-  if (us >= r.us) return r;
+  if (us >= r.us || row_splits > kMostGridY) return r;
   return {true, static_cast<int>(tiles), static_cast<int>(row_splits), static_cast<int>(column_splits), us};
 }
 

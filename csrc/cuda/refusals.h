@@ -11,7 +11,9 @@
 
 namespace lora_kernels::cuda {
 
-constexpr int64_t kMostAdapters = 4096;  // times splits, a dimension of the grid
+constexpr int64_t kMostGridY = 65535;               // blocks along y and z of a grid
+constexpr int64_t kMostRankRows = kMostGridY * 32;  // convert_factor's tiles are its y
+constexpr int64_t kMostAdapters = 4096;             // times splits, a dimension of the grid
 
 class Refusals {
  public:
@@ -39,8 +41,8 @@ class Refusals {
     expect_at_most("rows of x", INT_MAX / 2, rows);
     expect_at_most("in_features", INT_MAX / 2, in_features);
     expect_at_most("out_features", INT_MAX / 2, out_features);
-    if (lora.total_rank > INT_MAX / 2 || lora.max_rank > lora.total_rank)
-      add("rank: expected ranks that sum to at most " + std::to_string(INT_MAX / 2) + ", the largest " +
+    if (lora.total_rank > kMostRankRows || lora.max_rank > lora.total_rank)
+      add("rank: expected ranks that sum to at most " + std::to_string(kMostRankRows) + ", the largest " +
           std::to_string(lora.max_rank) + ", got a sum of " + std::to_string(lora.total_rank));
     expect_at_most("adapters", kMostAdapters, lora.adapters);
   }

@@ -135,6 +135,10 @@ void test_one_reading_of_dy() {
     check(given.cuda.predicted_us < made.cuda.predicted_us && contains(to_string(given), "from t"), to_string(given));
   }
   check(!plan_of_gradients(problem_of(4096, 1280, 1280, 64), kH100, false).cuda.dy_once, "not with many ranks");
+  const auto most = plan_of_gradients(problem_of(65535 * 512, 1280, 1280, 16), kH100, false);
+  check(most.cuda.dy_once && most.cuda.row_splits == 65535,
+        "as many rows as a grid has blocks for: " + to_string(most));
+  check(!plan_of_gradients(problem_of(65535 * 512 + 1, 1280, 1280, 16), kH100, false).cuda.dy_once, "and no more");
   check(!plan_of_gradients(problem_of(4096, 1280, 1280, 16, 3), kH100, false).cuda.dy_once, "nor with a bank");
   CudaDevice cached = kA10;
   cached.l2_bytes = 50 << 20;
@@ -271,6 +275,13 @@ void test_refusals() {
   for (const char* part : {"architecture: expected sm_75", "rows of x: expected at most",
                            "adapters: expected at most 4096", "move them to the CPU", "lora_kernels.reference"})
     check(contains(s.text, part), std::string("every reason is listed, and the way out (") + part + "): " + s.text);
+  p = problem_of(4, 8, 8, 2);
+  p.lora.max_rank = p.lora.total_rank = 65535 * 32;
+  check(plan(p, on_cuda(kH100), &chosen).ok(), "as many rank rows as a grid has tiles of");
+  p.lora.max_rank = p.lora.total_rank = 65535 * 32 + 1;
+  s = plan(p, on_cuda(kH100), &chosen);
+  check(s.code == StatusCode::kUnsupported && contains(s.text, "sum to at most 2097120") && contains(s.text, "2097121"),
+        s.text);
   p = problem_of(4, 8, 8, 2);
   p.dropout_p = 2;
   check(contains(plan(p, on_cuda(kH100), &chosen).text, "dropout_p"), "what is wrong anywhere is wrong on CUDA");

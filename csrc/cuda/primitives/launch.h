@@ -68,6 +68,37 @@ class Launches {
 #endif
 };
 
+#if !defined(LORA_KERNELS_EMULATION)
+// CMAKE_CUDA_ARCHITECTURES of this library, slashes in the place of its semicolons.
+#if !defined(LORA_KERNELS_CUDA_ARCHITECTURES)
+#define LORA_KERNELS_CUDA_ARCHITECTURES "unknown"
+#endif
+
+// Where no machine code fits the device: what this library has, and the two ways out.
+inline std::string no_machine_code() {
+  constexpr const char* kBuiltFor =
+      "this library was built with CMAKE_CUDA_ARCHITECTURES=" LORA_KERNELS_CUDA_ARCHITECTURES;
+  int device = 0, major = 0, minor = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  std::string arch = known ? std::to_string(major * 10 + minor) : "<the device's>";
+  if (arch == "90") arch += "a";  // wgmma is of no other
+  return std::string("; ") + kBuiltFor + ": rebuild with -DCMAKE_CUDA_ARCHITECTURES=" + arch +
+         ", or move the operands to the CPU";
+}
+
+inline Status not_launched(const Launch& l, cudaError_t error) {
+  std::string text = std::string("kernel ") + l.kernel + " could not be launched with " + std::to_string(l.grid.x) +
+                     "x" + std::to_string(l.grid.y) + "x" + std::to_string(l.grid.z) + " blocks of " +
+                     std::to_string(l.block.x) + " threads and " + std::to_string(l.shared_bytes) +
+                     " bytes of shared memory: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) text += no_machine_code();
+  cudaGetLastError();  // it is reported here: later calls should not meet it again
+  return Status::failed(text);
+}
+#endif
+
 // Runs kKernel, which takes one structure. Never synchronises or allocates. A template of the kernel itself, so that
 // what is remembered of it is its own.
 template <auto kKernel, class Params>
@@ -123,12 +154,7 @@ Status launch(const Launch& l, const Params& params) {
     config.numAttrs = l.early ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kKernel, params);
   }
-  if (error == cudaSuccess) return {};
-  cudaGetLastError();  // it is reported here: later calls should not meet it again
-  return Status::failed(std::string("kernel ") + l.kernel + " could not be launched with " + std::to_string(l.grid.x) +
-                        "x" + std::to_string(l.grid.y) + "x" + std::to_string(l.grid.z) + " blocks of " +
-                        std::to_string(l.block.x) + " threads and " + std::to_string(l.shared_bytes) +
-                        " bytes of shared memory: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  return error == cudaSuccess ? Status{} : not_launched(l, error);
 #endif
 }
 
