@@ -198,11 +198,11 @@ def step_of_transformers(device: raw.DeviceInfo, batch: int, peft: bool) -> floa
             peer.product(batch, n, 16)
             peer.pointwise(batch * n)
             peer.pointwise(batch * n)
-    own, cross = 448 * one, 1500 * one  # elements of K, and of V
+    own, cross = 2 * 448 * one, 2 * 1500 * one  # elements of K and V
     for elements in (one,) * 3 + ((one,) * 3 + (batch * INNER, own, own) if peft else (one,)):
         peer.pointwise(elements)
     for read in (own, cross):
-        peer.pointwise(read)  # K and V, once
+        peer.pointwise(read)
     us = LAYERS * peer.us
     choice = Peer(device)
     choice.product(batch, VOCABULARY, d)
