@@ -122,17 +122,17 @@ void test_int8_wgmma() {
 // Two hundred adapters of rank 16, of which the caller knows the largest rank, or only the sum.
 void test_int8_banks() {
   using Path = CudaInt8LoraLinearPath;
-  const auto plans = [](int64_t rows, const CudaDevice& device) {
-    Int8LoraLinearProblem p = int8_problem(rows, 1280, 1280, 16, 200);
-    const Int8LoraLinearPlan known = int8_plan(p, device);
+  const auto plans = [](int64_t rows) {
+    Int8LoraLinearProblem p = int8_problem(rows, 5120, 1280, 16, 200);
+    const Int8LoraLinearPlan known = int8_plan(p, kA100);
     p.lora.max_rank = p.lora.total_rank;
-    return std::pair{known, int8_plan(p, device)};
+    return std::pair{known, int8_plan(p, kA100)};
   };
-  const auto [one, one_of_sum] = plans(1, kL4);
+  const auto [one, one_of_sum] = plans(1);
   check(
       one.cuda.path == Path::kFused && one_of_sum.cuda.path != Path::kFused,
       "rows of t as wide as all ranks leave fused no shared memory: " + to_string(one) + ", " + to_string(one_of_sum));
-  const auto [many, many_of_sum] = plans(4096, kL4);
+  const auto [many, many_of_sum] = plans(4096);
   check(workspace_bytes(many_of_sum) - workspace_bytes(many) == 4096 * (3200 - 16) * 2,
         "and they are what memory holds: " + to_string(many_of_sum));
   check(many.cuda.predicted_us < many_of_sum.cuda.predicted_us, "tiles are predicted with one rank's depth");
