@@ -63,6 +63,9 @@ class AdapterBank:
         The ranks as Python integers; 0 where an adapter leaves this layer alone.
     out_features
         N.
+    max_rank
+        The largest of the ranks. Operators on a CUDA device, which cannot wait for ``offsets``, are
+        planned for it.
     """
 
     lora_a: torch.Tensor
@@ -72,6 +75,11 @@ class AdapterBank:
     ranks: tuple[int, ...]
     out_features: int
     _store: _Store | None = field(default=None, repr=False)
+    max_rank: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Once: it goes with every call.
+        object.__setattr__(self, "max_rank", max(self.ranks, default=0))
 
     @classmethod
     def pack(

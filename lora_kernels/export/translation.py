@@ -89,6 +89,7 @@ def _linear(
     activation: str,
     dropout_p: float,
     dropout_seed: Any = None,
+    max_rank: int = 0,
 ) -> Any:
     if dropout_p:
         raise UnsupportedError(
@@ -126,6 +127,7 @@ def _int8_linear(
     norm_weight: Any = None,
     norm_bias: Any = None,
     norm_eps: float = 1e-5,
+    max_rank: int = 0,
 ) -> Any:
     op = _standard()
     inputs, dtype = _size(x, -1, "x"), int(x.dtype)

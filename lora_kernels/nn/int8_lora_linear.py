@@ -141,6 +141,7 @@ class Int8LoraLinear(AdapterHost):
             scales=bank.scales,
             offsets=bank.offsets,
             adapter_ids=ids,
+            max_rank=bank.max_rank,
             residual=residual,
             activation=self.activation,
             x_scale=self.x_scale,

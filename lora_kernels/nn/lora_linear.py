@@ -86,6 +86,7 @@ class LoraLinear(AdapterHost, nn.Linear):
             scales=bank.scales,
             offsets=bank.offsets,
             adapter_ids=ids,
+            max_rank=bank.max_rank,
             residual=residual,
             activation=self.activation,
         )
@@ -139,6 +140,7 @@ class LoraPointwiseConv1d(AdapterHost, nn.Conv1d):
             scales=bank.scales,
             offsets=bank.offsets,
             adapter_ids=ids,
+            max_rank=bank.max_rank,
         )
         return y.transpose(-1, -2)
 

@@ -72,6 +72,7 @@ class Composite:
         activation: str = "none",
         x_scale: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+        max_rank: int = 0,
     ) -> None:
         """Record :func:`lora_kernels.ops.int8_lora_linear`.
 
@@ -100,6 +101,7 @@ class Composite:
             norm_bias,
             norm_eps,
             out,
+            max_rank,
         )
 
     def int8_lora_topk(
@@ -120,6 +122,7 @@ class Composite:
         x_scale: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
         screen: torch.Tensor | None = None,
+        max_rank: int = 0,
     ) -> None:
         """Record :func:`lora_kernels.ops.int8_lora_topk`.
 
@@ -149,6 +152,7 @@ class Composite:
             columns,
             log_sum,
             screen,
+            max_rank,
         )
 
     def kv_attention_step(

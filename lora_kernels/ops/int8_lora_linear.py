@@ -38,6 +38,7 @@ def int8_lora_linear(
     activation: str = "none",
     x_scale: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    max_rank: int = 0,
 ) -> torch.Tensor:
     """Compute ``act((q_x q_wt) (s_x s_w) + bias + s (x At) B) + residual``.
 
@@ -85,6 +86,11 @@ def int8_lora_linear(
     norm
         Weight [K], bias [K] (both fp32 or of the dtype of ``x``) and epsilon of a LayerNorm that
         ``x`` goes through first, in fp32; quantization and LoRA see its result.
+    max_rank
+        The largest of the ranks that ``offsets`` tells, as ``AdapterBank.max_rank`` has it; 0: not
+        known. On a CUDA device, where ``offsets`` are not waited for, kernels are planned for this
+        rank instead of the sum of all, and a larger one is cut to it (gradients of the rank rows
+        that are cut off are undefined). The CPU refuses one that is smaller than a rank.
 
     Returns
     -------
@@ -115,6 +121,7 @@ def int8_lora_linear(
         norm_weight,
         norm_bias,
         norm_eps,
+        max_rank,
     )
 
 
@@ -260,6 +267,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     )
     ctx.out_features = out_features
     ctx.activation = activation
+    ctx.max_rank = inputs[15]
     ctx.normed = norm_weight is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -282,7 +290,8 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dz = dy
     if ctx.activation != "none":
         lora = (lora_a, lora_b, scales, offsets, ids)
-        z = _op(x, packed_weight, ctx.out_features, bias, *lora, None, "none", x_scale)
+        rest = (None, "none", x_scale, None, None, 0.0, ctx.max_rank)
+        z = _op(x, packed_weight, ctx.out_features, bias, *lora, *rest)
         dz = through_activation(ctx.activation, dy, z)
     needs_lora = lora_a is not None and (needs[4] or needs[5])
     by_rank_row = lora_b
@@ -308,6 +317,8 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         False,
         needs[3],
         needs_lora,
+        None,
+        ctx.max_rank,
     )
     return (
         dx if needs[0] else None,
@@ -320,7 +331,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         None,
         None,
         dy if needs[9] else None,
-        *[None] * 5,
+        *[None] * 6,
     )
 
 

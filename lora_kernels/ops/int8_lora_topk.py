@@ -28,6 +28,7 @@ def int8_lora_topk(
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     log_sum: bool = False,
     screen: torch.Tensor | None = None,
+    max_rank: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the ``k`` largest of ``y = int8_lora_linear(x, ...)`` per row, largest first.
 
@@ -38,7 +39,7 @@ def int8_lora_topk(
     ----------
     x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets, adapter_ids
         As :func:`int8_lora_linear` has them. A bias of minus infinity takes a column out.
-    x_scale, norm
+    x_scale, norm, max_rank
         The same.
     k
         How many, at most 256 and ``out_features``.
@@ -85,6 +86,7 @@ def int8_lora_topk(
         norm_eps,
         log_sum,
         screen,
+        max_rank,
     )
     return values, columns, log_sums if log_sum else None
 
@@ -107,6 +109,7 @@ def _fake(
     norm_eps: float,
     log_sum: bool,
     screen: torch.Tensor | None = None,
+    max_rank: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = x.shape[:-1]
     return (

@@ -33,6 +33,7 @@ def lora_linear(
     activation: str = "none",
     dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
+    max_rank: int = 0,
 ) -> torch.Tensor:
     """Compute ``act(x Wt + bias + s (dropout(x) At) B) + residual``.
 
@@ -69,6 +70,11 @@ def lora_linear(
         Dropout on the LoRA branch's input, with the mask of a counter-based generator
         (Philox4x32-10) seeded by ``dropout_seed``, int64 [1]: the same seed gives the same mask,
         so none is stored for the backward pass.
+    max_rank
+        The largest of the ranks that ``offsets`` tells, as ``AdapterBank.max_rank`` has it; 0: not
+        known. On a CUDA device, where ``offsets`` are not waited for, kernels are planned for this
+        rank instead of the sum of all, and a larger one is cut to it (gradients of the rank rows
+        that are cut off are undefined). The CPU refuses one that is smaller than a rank.
 
     Returns
     -------
@@ -99,6 +105,7 @@ def lora_linear(
         activation,
         dropout_p,
         dropout_seed,
+        max_rank,
     )
     kernel = _straight(x)
     if kernel is not None and not torch.is_grad_enabled():
@@ -182,6 +189,7 @@ def _fake_backward(
     needs_dbias: bool,
     needs_dlora: bool,
     t: torch.Tensor | None = None,
+    max_rank: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     def fp32(*shape: int) -> torch.Tensor:
         return x.new_empty(shape, dtype=torch.float32)
@@ -211,7 +219,7 @@ def _setup_context_keeping_t(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], t: torch.Tensor | None) -> None:
     x, weight, bias, lora_a, lora_b, scales, offsets, ids = inputs[:8]
-    activation, dropout_p, seed = inputs[9:]
+    activation, dropout_p, seed, max_rank = inputs[9:]
     # The bias matters to the gradient only through an activation.
     kept_bias = bias if activation != "none" else None
     # An x that its maker can make again is not kept beside what it was made from.
@@ -221,6 +229,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], t: torch.Tensor | None) -> None:
     ctx.save_for_backward(kept_x, weight, kept_bias, lora_a, lora_b, scales, offsets, ids, seed, t)
     ctx.activation = activation
     ctx.dropout_p = dropout_p
+    ctx.max_rank = max_rank
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -239,7 +248,8 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.activation != "none":
         # Recomputing what went into the activation costs one forward pass and saves keeping it.
         lora = (lora_a, lora_b, scales, offsets, ids)
-        z, t = _keeping_t_op(x, weight, bias, *lora, None, "none", ctx.dropout_p, seed)
+        rest = (None, "none", ctx.dropout_p, seed, ctx.max_rank)
+        z, t = _keeping_t_op(x, weight, bias, *lora, *rest)
         dz = through_activation(ctx.activation, dy, z)
     needs = ctx.needs_input_grad
     needs_lora = lora_a is not None and (needs[3] or needs[4])
@@ -259,6 +269,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs[2],
         needs_lora,
         t if needs_lora else None,
+        ctx.max_rank,
     )
     return (
         dx if needs[0] else None,
@@ -270,6 +281,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         None,
         None,
         dy if needs[8] else None,
+        None,
         None,
         None,
         None,
@@ -285,7 +297,7 @@ def _backward_keeping_t(
     ctx: Any, dy: torch.Tensor | None, dt: None
 ) -> tuple[torch.Tensor | None, ...]:
     # Gradients that are not there are not made of zeros, for the sake of t, which has none.
-    return (None,) * 12 if dy is None else _backward(ctx, dy)
+    return (None,) * 13 if dy is None else _backward(ctx, dy)
 
 
 torch.library.register_autograd(

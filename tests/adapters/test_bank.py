@@ -73,6 +73,7 @@ def test_appending_is_packing_and_changes_no_bank_before(first, more, k, n, bloc
     for i, grown in enumerate(banks):
         packed = lk.AdapterBank.pack(layers[: len(first) + i], k, n, **kwargs)
         assert grown.ranks == packed.ranks
+        assert grown.max_rank == packed.max_rank == max(grown.ranks, default=0)
         for name in ("lora_a", "lora_b", "offsets", "scales"):
             assert torch.equal(getattr(grown, name), getattr(packed, name)), name
 

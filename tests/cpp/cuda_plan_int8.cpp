@@ -1,5 +1,6 @@
 // int8_lora_linear's CUDA plans.
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "cuda_devices.h"
@@ -168,10 +169,30 @@ void test_int8_together() {
   check(contains(run(plans, args, 2, serial_executor()).text, "LORA_KERNELS_CUDA=ON"), "launched as one is");
 }
 
+// Two hundred adapters of rank 16, of which the caller knows the largest rank, or only the sum.
+void test_int8_banks() {
+  using Path = CudaInt8LoraLinearPath;
+  const auto plans = [](int64_t rows) {
+    Int8LoraLinearProblem p = int8_problem(rows, 5120, 1280, 16, 200);
+    const Int8LoraLinearPlan known = int8_plan(p, kA100);
+    p.lora.max_rank = p.lora.total_rank;
+    return std::pair{known, int8_plan(p, kA100)};
+  };
+  const auto [one, one_of_sum] = plans(1);
+  check(
+      one.cuda.path == Path::kFused && one_of_sum.cuda.path != Path::kFused,
+      "rows of t as wide as all ranks leave fused no shared memory: " + to_string(one) + ", " + to_string(one_of_sum));
+  const auto [many, many_of_sum] = plans(4096);
+  check(workspace_bytes(many_of_sum) - workspace_bytes(many) == 4096 * (3200 - 16) * 2,
+        "and they are what memory holds: " + to_string(many_of_sum));
+  check(many.cuda.predicted_us < many_of_sum.cuda.predicted_us, "tiles are predicted with one rank's depth");
+}
+
 }  // namespace
 
 void test_int8_plans() {
   test_int8_together();
   test_int8_paths();
+  test_int8_banks();
   test_int8_wgmma();
 }

@@ -35,7 +35,7 @@ class Call(ctypes.Structure):
 class EmulatedInt8:
     """The kernels in one order of threads; ``path=None``: the plan that the heuristic takes.
 
-    ``large`` 128 or 256: tiles by wgmma, so wide.
+    ``large`` 128 or 256: tiles by wgmma, so wide. ``max_rank`` 0: the largest rank of the bank.
 
     After a call ``q`` and ``row_scales`` are the quantized rows and their scales, where the path
     keeps them in memory, and ``plan`` says what ran.
@@ -44,12 +44,12 @@ class EmulatedInt8:
     def __init__(
         self, order: str = "forward", seed: int = 1, *, path: str | None = None,
         large: int = False, splits: int = 1, staged: bool = True, arch: int = 90,
-        shared_bytes: int = 0,
+        shared_bytes: int = 0, max_rank: int = 0,
     ) -> None:  # fmt: skip
         self.lib = library()
         self.order, self.seed = ORDERS[order], seed
         self.path, self.large, self.splits, self.staged = path, large, splits, staged
-        self.arch, self.shared_bytes = arch, shared_bytes
+        self.arch, self.shared_bytes, self.max_rank = arch, shared_bytes, max_rank
         self.plan = ""
         self._together: list[Call] | None = None
 
@@ -78,7 +78,7 @@ class EmulatedInt8:
             call.adapters = 1 if offsets is None else offsets.numel() - 1
             call.total_rank = lora_a.shape[0]
             ranks = [call.total_rank] if offsets is None else offsets.diff().tolist()
-            call.max_rank = max(0, min(max(ranks), call.total_rank))
+            call.max_rank = self.max_rank or max(0, min(max(ranks), call.total_rank))
             call.groups = 0 if adapter_ids is None else adapter_ids.numel()
             call.lora_dtype = DTYPES[lora_a.dtype]
             call.a_stride = lora_a.stride(0)

@@ -87,6 +87,17 @@ def test_topk_is_the_cpu_s() -> None:
         assert torch.allclose(mine.cpu().double(), cpu.double(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("max_rank", "seen"), [(40, 40), (0, 61)])
+def test_plans_see_the_largest_rank_of_a_bank(max_rank: int, seen: int) -> None:
+    """Offsets on the device are not waited for: else it is the sum of the ranks."""
+    _, _, packed = weight_of(256, 256)
+    x, step = torch.randn(8, 256).half().cuda(), ops.Composite()
+    operands = there(bank("bank", 8, 256, 256, torch.float16))
+    out = torch.empty_like(x)
+    step.int8_lora_linear(x, packed.cuda(), 256, out=out, max_rank=max_rank, **operands)
+    assert f"rank=61 (largest {seen})" in repr(step)
+
+
 def test_a_captured_graph_follows_its_ids() -> None:
     for rows in (8, 24, 300):
         _, _, packed = weight_of(256, 256)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_calls import OperatorCalls
 from torch import nn
 
 import lora_kernels as lk
@@ -128,6 +129,24 @@ def test_a_mixed_batch_equals_each_sequence_alone(names, beams, kind):
             with lk.use_adapters(names[row // beams]):
                 alone = module(x[row : row + 1])
             torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "int8", "int8 conv"])
+def test_the_operator_hears_of_the_largest_rank(kind):
+    """A CUDA device cannot ask the offsets in time."""
+    module = nn.Conv1d(K, N, 1) if "conv" in kind else nn.Linear(K, N)
+    if kind.startswith("int8"):
+        cls = Int8LoraPointwiseConv1d if "conv" in kind else lk.Int8LoraLinear
+        module = cls.from_linear(module)
+    else:
+        specialise(module)
+    _bank(module, ranks=(3, 7, 5))
+    x = torch.randn(2, *((K, 3) if "conv" in kind else (3, K)))
+    for on_another in (module, copy.deepcopy(module).to(torch.float64).float()):
+        with lk.use_adapters(["0", None]), torch.no_grad(), OperatorCalls() as calls:
+            on_another(x)
+        name = "int8_lora_linear" if kind.startswith("int8") else "lora_linear"
+        assert calls.values("max_rank") == [(name, 7)]
 
 
 def test_pointwise_convolution_without_a_batch_dimension():

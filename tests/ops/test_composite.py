@@ -35,6 +35,7 @@ class Layer:
             "scales": torch.tensor([0.5, 1.5]),
             "offsets": torch.tensor([0, 3, 7], dtype=torch.int32),
             "adapter_ids": torch.arange(rows, dtype=torch.int32) % 3 - 1,
+            "max_rank": 4,
         }
         self.caches = torch.zeros(2, rows, HEADS, CAPACITY, WIDTH // HEADS)
         self.lengths = torch.zeros(rows, dtype=torch.int32)
@@ -174,6 +175,19 @@ def test_operands_that_would_be_copied_are_refused() -> None:
     with pytest.raises(RuntimeError, match="columns: expected the 4 elements"):
         step.int8_lora_topk(
             torch.ones(2, 4), packed, 8, values=torch.empty(2, 2), columns=torch.empty(2, 2)
+        )
+
+
+def test_ranks_beyond_the_largest_are_refused() -> None:
+    layer, x = Layer(2), torch.ones(2, WIDTH)
+    lora, step = layer.lora | {"max_rank": 3}, ops.Composite()
+    text = "max_rank: expected at least 4, the largest rank of offsets, got 3"
+    with pytest.raises(RuntimeError, match=f"int8_lora_linear: {text}"):
+        step.int8_lora_linear(x, layer.weights["q"], WIDTH, out=torch.empty(2, WIDTH), **lora)
+    best = torch.empty(2, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=f"int8_lora_topk: {text}"):
+        step.int8_lora_topk(
+            x, layer.weights["q"], WIDTH, values=torch.empty(2, 1), columns=best, **lora
         )
 
 

@@ -51,6 +51,8 @@ from lora_kernels import ops
             ["adapter_ids", "divide", "(6)", "got 4"],
         ),
         ({"adapter_ids": torch.zeros(6)}, ["adapter_ids", "expected int32"]),
+        ({"max_rank": -3}, ["max_rank", "largest rank", "got -3", "leave it out"]),
+        ({"max_rank": 16}, ["max_rank", "at least 17", "of offsets", "got 16", "or 0"]),
         ({"activation": "relu"}, ["activation", "'gelu'", "got 'relu'"]),
         ({"x_scale": torch.tensor([0.0])}, ["x_scale", "positive finite", "got 0.0"]),
         ({"x_scale": torch.tensor([float("nan")])}, ["x_scale", "positive finite", "nan"]),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from int8_operands import quantized, ragged_bank
+from operator_calls import OperatorCalls
 from tolerances import assert_close
 
 from lora_kernels import ops, reference
@@ -130,6 +131,21 @@ def test_gradients_compile_and_pass_opcheck() -> None:
     a = torch.randn(2, 16, requires_grad=True)
     b = torch.randn(2, 8, requires_grad=True)
     arguments = (x, packed, 8, None, a, b, None, None, None, None, "gelu", None)
+    torch.library.opcheck(torch.ops.lora_kernels.int8_lora_linear.default, arguments)
+
+
+def test_the_largest_rank_goes_on_to_the_gradients() -> None:
+    packed, _, _ = quantized(8, 16)
+    operands = ragged_bank(6, 16, 8, torch.float32)
+    leaf = operands["lora_a"].requires_grad_()
+    x = torch.randn(6, 16)
+    with OperatorCalls() as calls:
+        y = ops.int8_lora_linear(x, packed, 8, activation="gelu", max_rank=18, **operands)
+        torch.autograd.grad(y.sum(), leaf)
+    names = ["int8_lora_linear", "int8_lora_linear", "lora_linear_backward"]
+    assert calls.values("max_rank") == [(name, 18) for name in names]
+    bank = [operands[name] for name in ("lora_a", "lora_b", "scales", "offsets", "adapter_ids")]
+    arguments = (x, packed, 8, None, *bank, None, "gelu", None, None, None, 0.0, 18)
     torch.library.opcheck(torch.ops.lora_kernels.int8_lora_linear.default, arguments)
 
 

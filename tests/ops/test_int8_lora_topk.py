@@ -122,6 +122,7 @@ def test_log_sum_of_suppressed_columns_leaves_them_out() -> None:
     [
         ("topk", {"k": 0}, "k: expected at least 1"),
         ("topk", {"k": 9}, "top_k: expected 1 to 8"),
+        ("topk", {"max_rank": -1}, "int8_lora_topk: max_rank: expected the largest rank .*got -1"),
         ("linear", {"norm": (torch.ones(5), torch.ones(4), 1e-5)}, "norm_weight: expected a cont"),
         ("topk", {"norm": (torch.ones(5), torch.ones(4), 1e-5)}, "int8_lora_topk: norm_weight"),
         ("linear", {"norm": (torch.ones(4), torch.ones(4).half(), 1e-5)}, "norm_bias: expected fl"),
@@ -140,7 +141,7 @@ def test_opcheck_and_compile() -> None:
     arguments = (x, packed, 24, *[None] * 7, "none", None, *norm)
     torch.library.opcheck(torch.ops.lora_kernels.int8_lora_linear.default, arguments)
     for log_sum in (False, True):
-        arguments = (x, packed, 24, 2, *[None] * 7, *norm, log_sum)
+        arguments = (x, packed, 24, 2, *[None] * 7, *norm, log_sum, None, 3)
         torch.library.opcheck(torch.ops.lora_kernels.int8_lora_topk.default, arguments)
 
     def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_operands import bank, base
+from operator_calls import OperatorCalls
 
 from lora_kernels import ops
 
@@ -17,15 +18,16 @@ def test_opcheck(rows: int) -> None:
     rest = (operands["scales"], operands["offsets"], operands["adapter_ids"])
     torch.library.opcheck(
         torch.ops.lora_kernels.lora_linear.default,
-        (x, weight, bias, a, b, *rest, residual, "gelu", 0.0, None),
+        (x, weight, bias, a, b, *rest, residual, "gelu", 0.0, None, 17),
     )
     torch.library.opcheck(
         torch.ops.lora_kernels.lora_linear_keeping_t.default,
-        (x, weight, bias, a, b, *rest, residual, "none", 0.0, None),
+        (x, weight, bias, a, b, *rest, residual, "none", 0.0, None, 17),
     )
     torch.library.opcheck(
         torch.ops.lora_kernels.lora_linear_backward.default,
         (residual, x, weight, a.detach(), b.detach(), *rest, 0.0, None, True, True, True, True),
+        {"max_rank": 17},
     )
 
 
@@ -113,6 +115,12 @@ def _valid() -> dict:
             {"adapter_ids": torch.tensor([0, 1, 1], dtype=torch.int32)},
             ["adapter_ids", "divide", "got 3"],
         ),
+        ({"max_rank": -1}, ["max_rank", "largest rank", "got -1", "leave it out"]),
+        ({"max_rank": 2}, ["max_rank", "at least 3", "of offsets", "got 2", "or 0"]),
+        (
+            {"max_rank": 4, "offsets": None, "scales": None, "adapter_ids": None},
+            ["max_rank", "at least 5", "of lora_a", "got 4"],
+        ),
         ({"residual": torch.randn(4, 7)}, ["residual", "6 columns", r"\[4, 7\]"]),
         ({"activation": "relu"}, ["activation", "'gelu'", "'relu'"]),
         ({"dropout_p": 0.1}, ["dropout_seed", "int64", "None"]),
@@ -129,6 +137,27 @@ def test_bad_input_is_named(change: dict, words: list[str]) -> None:
     for word in words:
         error.match(word)
     assert "Exception raised from" not in str(error.value)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_the_largest_rank_goes_on_to_the_gradients(activation: str) -> None:
+    x, weight, bias, dy = base(20, 16, 12, torch.float32)
+    operands = bank("bank", 20, 16, 12, torch.float32)
+    leaf = operands["lora_a"].requires_grad_()
+    call = {"activation": activation} | operands
+    (want,) = torch.autograd.grad(ops.lora_linear(x, weight, bias, **call), leaf, dy)
+    # Straight to the kernels, and through the dispatcher; a bound on the rank is enough.
+    (got,) = torch.autograd.grad(ops.lora_linear(x, weight, bias, **call, max_rank=19), leaf, dy)
+    assert torch.equal(got, want)
+    with OperatorCalls() as calls:
+        y = ops.lora_linear(x, weight, bias, **call, max_rank=19)
+        (got,) = torch.autograd.grad(y, leaf, dy)
+    assert torch.equal(got, want)
+    forward = ["lora_linear_keeping_t"]
+    if activation != "none":
+        forward = ["lora_linear", "lora_linear_keeping_t"]
+    names = [*forward, "lora_linear_backward"]
+    assert calls.values("max_rank") == [(name, 19) for name in names]
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "lora_a", "lora_b", "scales", "adapter_ids"])

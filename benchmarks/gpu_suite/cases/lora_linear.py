@@ -272,7 +272,9 @@ def mixed_adapters(case: Case, device: str) -> dict[str, Contestant]:
     ids = torch.randperm(rows).to(torch.int32).to(device)
 
     def each() -> torch.Tensor:
-        return ops.lora_linear(x, weight, None, a, b, offsets=offsets, adapter_ids=ids)
+        return ops.lora_linear(
+            x, weight, None, a, b, offsets=offsets, adapter_ids=ids, max_rank=max(ranks)
+        )
 
     return {
         "ours": Contestant(lambda: each),

@@ -18,6 +18,7 @@ struct Int8LoraLinearTensors {
   const std::string& activation;
   const OptionalTensor &x_scale, &norm_weight, &norm_bias;
   double norm_eps;
+  int64_t max_rank;
 };
 struct Int8LoraLinearCall {
   Int8LoraLinearProblem problem;

@@ -117,8 +117,13 @@ RowView rows_of(const char* op, const char* argument, const Tensor& t) {
 
 LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
                            const OptionalTensor& scales, const OptionalTensor& offsets,
-                           const OptionalTensor& adapter_ids, int64_t in_features, int64_t out_features) {
+                           const OptionalTensor& adapter_ids, int64_t max_rank, int64_t in_features,
+                           int64_t out_features) {
   LoraOperands out;
+  if (max_rank < 0)
+    refuse(op, "max_rank",
+           "expected the largest rank of the bank, or 0 where it is not known, got " + std::to_string(max_rank) +
+               "; leave it out");
   if (lora_a.has_value() != lora_b.has_value())
     refuse(op, lora_a ? "lora_b" : "lora_a", "expected both factors or none, got None for this one");
   if (!lora_a) {
@@ -161,15 +166,21 @@ LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const O
              "expected a contiguous tensor of one entry more than there are adapters, got " + shape_of(*offsets));
     out.bank.offsets = static_cast<const int32_t*>(offsets->data_ptr());
     out.shape.adapters = offsets->size(0) - 1;
-    // Offsets on a CUDA device are not waited for: the largest rank is then only known to be at most their sum.
+    // Offsets on a CUDA device are not waited for. The kernels then cut ranks to what the caller knows (Routing::rank),
+    // or to their sum.
     const bool readable = offsets->is_cpu();
-    out.shape.max_rank = readable ? 0 : out.shape.total_rank;
+    out.shape.max_rank = readable ? 0 : max_rank > 0 ? max_rank : out.shape.total_rank;
     for (int64_t i = 0; readable && i < out.shape.adapters; ++i) {
       const int64_t rank = out.bank.offsets[i + 1] - static_cast<int64_t>(out.bank.offsets[i]);
       if (rank > out.shape.max_rank) out.shape.max_rank = rank;
     }
     if (out.shape.max_rank > out.shape.total_rank) out.shape.max_rank = out.shape.total_rank;
   }
+  if (max_rank > 0 && max_rank < out.shape.max_rank)
+    refuse(op, "max_rank",
+           "expected at least " + std::to_string(out.shape.max_rank) + ", the largest rank of " +
+               (offsets ? "offsets" : "lora_a") + ", got " + std::to_string(max_rank) +
+               "; pass the largest rank of the bank, or 0 where it is not known");
   if (scales) {
     expect_tensor(op, "scales", *scales, ScalarType::Float, {out.shape.adapters});
     if (!scales->is_contiguous()) refuse(op, "scales", "expected a contiguous tensor");

@@ -52,7 +52,8 @@ struct RowView {
 };
 RowView rows_of(const char* op, const char* argument, const Tensor& t);
 
-// The LoRA operands of the linear operators, checked against K = in_features and N = out_features.
+// The LoRA operands of the linear operators, checked against K = in_features and N = out_features. max_rank as the
+// schemas have it; 0: not known.
 struct LoraOperands {
   LoraShape shape;
   LoraBank bank;
@@ -60,7 +61,8 @@ struct LoraOperands {
 };
 LoraOperands lora_operands(const char* op, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
                            const OptionalTensor& scales, const OptionalTensor& offsets,
-                           const OptionalTensor& adapter_ids, int64_t in_features, int64_t out_features);
+                           const OptionalTensor& adapter_ids, int64_t max_rank, int64_t in_features,
+                           int64_t out_features);
 
 // Bias [N] and residual [..., N] of the linear operators, checked.
 struct BiasAndResidual {

@@ -131,11 +131,11 @@ void record_int8_lora_linear(int64_t handle, const Tensor& x, const Tensor& pack
                              const OptionalTensor& adapter_ids, const OptionalTensor& residual,
                              const std::string activation, const OptionalTensor& x_scale,
                              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
-                             const Tensor& out) {
+                             const Tensor& out, int64_t max_rank) {
   const CallDevice device("composite", x);
   Int8LoraLinearCall call =
       call_in_place({"int8_lora_linear", x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets,
-                     adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps});
+                     adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps, max_rank});
   expect_output("out", out, x.scalar_type(), call.problem.rows * out_features);
   expect_apart("out", out, "x", x);
   call.args.y = out.data_ptr();
@@ -150,7 +150,7 @@ void record_int8_lora_topk(int64_t handle, const Tensor& x, const Tensor& packed
                            const OptionalTensor& adapter_ids, const OptionalTensor& x_scale,
                            const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
                            const Tensor& values, const Tensor& columns, const OptionalTensor& log_sum,
-                           const OptionalTensor& screen) {
+                           const OptionalTensor& screen, int64_t max_rank) {
   const CallDevice device("composite", x);
   Int8LoraLinearCall call = call_in_place({"int8_lora_topk",
                                            x,
@@ -167,7 +167,8 @@ void record_int8_lora_topk(int64_t handle, const Tensor& x, const Tensor& packed
                                            x_scale,
                                            norm_weight,
                                            norm_bias,
-                                           norm_eps});
+                                           norm_eps,
+                                           max_rank});
   expect_output("values", values, ScalarType::Float, call.problem.rows * k);
   expect_output("columns", columns, ScalarType::Long, call.problem.rows * k);
   if (log_sum) expect_output("log_sum", *log_sum, ScalarType::Float, call.problem.rows);

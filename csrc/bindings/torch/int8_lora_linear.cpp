@@ -48,11 +48,12 @@ Tensor int8_lora_linear(const Tensor& x, const Tensor& packed_weight, int64_t ou
                         const OptionalTensor& lora_a, const OptionalTensor& lora_b, const OptionalTensor& scales,
                         const OptionalTensor& offsets, const OptionalTensor& adapter_ids,
                         const OptionalTensor& residual, const std::string activation, const OptionalTensor& x_scale,
-                        const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps) {
+                        const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                        int64_t max_rank) {
   CallDevice device("int8_lora_linear", x);
   Int8LoraLinearCall call =
       int8_lora_linear_call({"int8_lora_linear", x, packed_weight, out_features, bias, lora_a, lora_b, scales, offsets,
-                             adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps});
+                             adapter_ids, residual, activation, x_scale, norm_weight, norm_bias, norm_eps, max_rank});
   Tensor y = new_tensor(x, output_sizes(x, out_features));
   call.args.y = y.data_ptr();
   plan_and_run(&call, &device);
@@ -65,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> int8_lora_topk(const Tensor& x, const Tensor&
                                                   const OptionalTensor& offsets, const OptionalTensor& adapter_ids,
                                                   const OptionalTensor& x_scale, const OptionalTensor& norm_weight,
                                                   const OptionalTensor& norm_bias, double norm_eps, bool log_sum,
-                                                  const OptionalTensor& screen) {
+                                                  const OptionalTensor& screen, int64_t max_rank) {
   CallDevice device("int8_lora_topk", x);
   Int8LoraLinearCall call = int8_lora_linear_call({"int8_lora_topk",
                                                    x,
@@ -82,7 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> int8_lora_topk(const Tensor& x, const Tensor&
                                                    x_scale,
                                                    norm_weight,
                                                    norm_bias,
-                                                   norm_eps});
+                                                   norm_eps,
+                                                   max_rank});
   if (k < 1) refuse("int8_lora_topk", "k", "expected at least 1, got " + std::to_string(k));
   const Tensor values = new_tensor(x, output_sizes(x, k), ScalarType::Float);
   const Tensor columns = new_tensor(x, output_sizes(x, k), ScalarType::Long);
@@ -158,8 +160,8 @@ Int8LoraLinearCall int8_lora_linear_call(const Int8LoraLinearTensors& t) {
   problem.dtype = dtype_of(op, "x", t.x);
   const RowView rows = rows_of(op, "x", t.x);
   const Tensor packed = packed_weight_of(op, t.packed_weight, t.out_features, rows.columns);
-  LoraOperands lora =
-      lora_operands(op, t.lora_a, t.lora_b, t.scales, t.offsets, t.adapter_ids, rows.columns, t.out_features);
+  LoraOperands lora = lora_operands(op, t.lora_a, t.lora_b, t.scales, t.offsets, t.adapter_ids, t.max_rank,
+                                    rows.columns, t.out_features);
   BiasAndResidual extra = bias_and_residual(op, t.bias, t.residual, t.x, t.out_features);
   problem.rows = rows.rows;
   problem.in_features = rows.columns;

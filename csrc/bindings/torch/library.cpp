@@ -32,29 +32,33 @@ std::string describe() {
 }  // namespace lora_kernels
 
 STABLE_TORCH_LIBRARY(lora_kernels, m) {
+  // max_rank: the largest of the ranks that offsets tells, 0: not known. On a CUDA device, where offsets are not waited
+  // for, plans otherwise reckon with the sum of the ranks.
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
       "Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, float dropout_p, "
-      "Tensor? dropout_seed) -> Tensor");
+      "Tensor? dropout_seed, int max_rank=0) -> Tensor");
   // The same, and t = s (dropout(x) At), which lora_linear_backward takes. Its rows and their type are the device's
   // own.
   m.def(
       "lora_linear_keeping_t(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
       "Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, float dropout_p, "
-      "Tensor? dropout_seed) -> (Tensor, Tensor)");
+      "Tensor? dropout_seed, int max_rank=0) -> (Tensor, Tensor)");
   m.def(
       "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? scales, "
       "Tensor? offsets, Tensor? adapter_ids, float dropout_p, Tensor? dropout_seed, bool needs_dx, "
-      "bool needs_dweight, bool needs_dbias, bool needs_dlora, Tensor? t=None) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "bool needs_dweight, bool needs_dbias, bool needs_dlora, Tensor? t=None, int max_rank=0) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def(
       "int8_lora_linear(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? lora_a, "
       "Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? residual, str activation, "
-      "Tensor? x_scale, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-05) -> Tensor");
+      "Tensor? x_scale, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-05, int max_rank=0) "
+      "-> Tensor");
   m.def(
       "int8_lora_topk(Tensor x, Tensor packed_weight, int out_features, int k, Tensor? bias, Tensor? lora_a, "
       "Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? x_scale, Tensor? norm_weight, "
-      "Tensor? norm_bias, float norm_eps, bool log_sum, Tensor? screen=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor? norm_bias, float norm_eps, bool log_sum, Tensor? screen=None, int max_rank=0) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("int8_pack(Tensor weight, Tensor scales) -> Tensor");
   m.def("int8_pack_screen(Tensor packed_weight, int out_features, int in_features) -> Tensor");
   m.def("int8_unpack(Tensor packed_weight, int out_features, int in_features) -> (Tensor, Tensor)");
@@ -69,13 +73,13 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
   m.def(
       "composite_int8_lora_linear(int composite, Tensor x, Tensor packed_weight, int out_features, Tensor? bias, "
       "Tensor? lora_a, Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? residual, "
-      "str activation, Tensor? x_scale, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor(a!) out) "
-      "-> ()");
+      "str activation, Tensor? x_scale, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor(a!) out, "
+      "int max_rank=0) -> ()");
   m.def(
       "composite_int8_lora_topk(int composite, Tensor x, Tensor packed_weight, int out_features, int k, Tensor? bias, "
       "Tensor? lora_a, Tensor? lora_b, Tensor? scales, Tensor? offsets, Tensor? adapter_ids, Tensor? x_scale, "
       "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor(a!) values, Tensor(b!) columns, "
-      "Tensor(c!)? log_sum, Tensor? screen=None) -> ()");
+      "Tensor(c!)? log_sum, Tensor? screen=None, int max_rank=0) -> ()");
   m.def(
       "composite_kv_pack(int composite, Tensor k, Tensor v, int heads, Tensor(a!) packed_k, Tensor(b!) packed_v, "
       "Tensor(c!) k_scales, Tensor(d!) v_scales) -> ()");

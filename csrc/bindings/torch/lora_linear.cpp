@@ -19,7 +19,8 @@ struct Operands {
 
 Operands operands(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& lora_a,
                   const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
-                  const OptionalTensor& adapter_ids, double dropout_p, const OptionalTensor& dropout_seed) {
+                  const OptionalTensor& adapter_ids, double dropout_p, const OptionalTensor& dropout_seed,
+                  int64_t max_rank) {
   Operands o;
   o.x = rows_of(op, "x", x);
   if (!(weight.dim() == 2 && weight.size(1) == o.x.columns))
@@ -33,7 +34,7 @@ Operands operands(const char* op, const Tensor& x, const Tensor& weight, const O
            std::string("expected the dtype of x, ") + name_of(o.problem.dtype) + ", got " + name_of(weight_dtype) +
                "; convert one of them with .to(...)");
   o.weight = rows_of(op, "weight", weight);
-  o.lora = lora_operands(op, lora_a, lora_b, scales, offsets, adapter_ids, o.x.columns, weight.size(0));
+  o.lora = lora_operands(op, lora_a, lora_b, scales, offsets, adapter_ids, max_rank, o.x.columns, weight.size(0));
   o.problem.rows = o.x.rows;
   o.problem.in_features = o.x.columns;
   o.problem.out_features = weight.size(0);
@@ -66,9 +67,10 @@ ScalarType kept_t_type(const Tensor& x, const LoraLinearProblem& problem, const 
 Tensor forward(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                const OptionalTensor& lora_a, const OptionalTensor& lora_b, const OptionalTensor& scales,
                const OptionalTensor& offsets, const OptionalTensor& adapter_ids, const OptionalTensor& residual,
-               const std::string& activation, double dropout_p, const OptionalTensor& dropout_seed, Tensor* t) {
+               const std::string& activation, double dropout_p, const OptionalTensor& dropout_seed, int64_t max_rank,
+               Tensor* t) {
   CallDevice device(op, x);
-  Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
+  Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed, max_rank);
   o.problem.activation = activation_of(op, activation);
   LoraLinearArgs args;
   const BiasAndResidual extra = bias_and_residual(op, bias, residual, x, o.problem.out_features);
@@ -102,9 +104,9 @@ Tensor forward(const char* op, const Tensor& x, const Tensor& weight, const Opti
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& lora_a,
                    const OptionalTensor& lora_b, const OptionalTensor& scales, const OptionalTensor& offsets,
                    const OptionalTensor& adapter_ids, const OptionalTensor& residual, const std::string activation,
-                   double dropout_p, const OptionalTensor& dropout_seed) {
+                   double dropout_p, const OptionalTensor& dropout_seed, int64_t max_rank) {
   return forward("lora_linear", x, weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual, activation,
-                 dropout_p, dropout_seed, nullptr);
+                 dropout_p, dropout_seed, max_rank, nullptr);
 }
 
 std::tuple<Tensor, Tensor> lora_linear_keeping_t(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -112,10 +114,10 @@ std::tuple<Tensor, Tensor> lora_linear_keeping_t(const Tensor& x, const Tensor& 
                                                  const OptionalTensor& scales, const OptionalTensor& offsets,
                                                  const OptionalTensor& adapter_ids, const OptionalTensor& residual,
                                                  const std::string activation, double dropout_p,
-                                                 const OptionalTensor& dropout_seed) {
+                                                 const OptionalTensor& dropout_seed, int64_t max_rank) {
   Tensor t;
   Tensor y = forward("lora_linear_keeping_t", x, weight, bias, lora_a, lora_b, scales, offsets, adapter_ids, residual,
-                     activation, dropout_p, dropout_seed, &t);
+                     activation, dropout_p, dropout_seed, max_rank, &t);
   return std::make_tuple(y, t);
 }
 
@@ -124,10 +126,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
     const OptionalTensor& scales, const OptionalTensor& offsets, const OptionalTensor& adapter_ids, double dropout_p,
     const OptionalTensor& dropout_seed, bool needs_dx, bool needs_dweight, bool needs_dbias, bool needs_dlora,
-    const OptionalTensor& t) {
+    const OptionalTensor& t, int64_t max_rank) {
   const char* op = "lora_linear_backward";
   CallDevice device(op, x);
-  Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed);
+  Operands o = operands(op, x, weight, lora_a, lora_b, scales, offsets, adapter_ids, dropout_p, dropout_seed, max_rank);
   const int64_t M = o.problem.rows, N = o.problem.out_features, K = o.problem.in_features;
   expect_same_device(op, "dy", dy);
   const Tensor g = dy.is_contiguous() ? dy : torch::stable::contiguous(dy);

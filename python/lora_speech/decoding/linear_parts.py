@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,6 +42,8 @@ class LinearParts:
         Whether each row chooses among the adapters; otherwise all rows use the only one.
     x_scale : Tensor or None
         Static scale of an INT8 linear's input.
+    max_rank : int
+        The largest rank of the adapters; 0 where there are none, or A itself tells.
     """
 
     weight: torch.Tensor
@@ -50,6 +53,7 @@ class LinearParts:
     lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
     routed: bool = False
     x_scale: torch.Tensor | None = None
+    max_rank: int = 0
 
     def lora_of(self, ids: torch.Tensor | None) -> dict[str, Any]:
         """LoRA arguments of an operator for rows of these adapters; None: the base only."""
@@ -63,6 +67,7 @@ class LinearParts:
             "scales": scales,
             "offsets": offsets,
             "adapter_ids": adapter_ids,
+            "max_rank": self.max_rank,
         }
 
 
@@ -80,14 +85,15 @@ def linear_parts(module: Any) -> LinearParts | None:
             return None
         selection = ACTIVE_SELECTION.get()
         bank = module.bank if selection is None else module.bank_for(selection)
-        lora = None
+        lora, max_rank = None, 0
         if bank is not None and bank.total_rank:
             lora = (bank.lora_a, bank.lora_b, bank.scales, bank.offsets)
+            max_rank = bank.max_rank
         packed = isinstance(module, Int8LoraLinear)
         weight: Any = module.packed_weight if packed else module.weight
         x_scale: Any = module.x_scale if packed else None
         return LinearParts(
-            weight, packed, module.out_features, module.bias, lora, routed=True, x_scale=x_scale
+            weight, packed, module.out_features, module.bias, lora, True, x_scale, max_rank
         )
     if type(module) is torch.nn.Linear and may_be_read(module):
         return LinearParts(module.weight, False, module.out_features, module.bias)
@@ -119,13 +125,15 @@ def join_parts(modules: Sequence[Any], parts: list[LinearParts]) -> LinearParts 
         weight = _join_packed(modules, parts)
     else:
         weight = torch.cat([p.weight for p in parts])
+    lora, max_rank = _join_lora(parts)
     return LinearParts(
         weight,
         first.packed,
         first.out_features * len(parts),
         biases,
-        _join_lora(parts),
+        lora,
         first.routed,
+        max_rank=max_rank,
     )
 
 
@@ -183,8 +191,11 @@ def _join_packed(modules: Sequence[Any], parts: list[LinearParts]) -> torch.Tens
     return packed
 
 
-def _join_lora(parts: list[LinearParts]) -> Any:
-    """Banks of several linears as one: A rows adapter by adapter, B block-diagonal, scales in B."""
+def _join_lora(parts: list[LinearParts]) -> tuple[Any, int]:
+    """Banks of several linears as one, and its largest rank.
+
+    A rows adapter by adapter, B block-diagonal, scales in B.
+    """
     from lora_kernels.adapters.bank import by_rank
 
     width = parts[0].out_features
@@ -196,7 +207,7 @@ def _join_lora(parts: list[LinearParts]) -> Any:
         for part in parts
     ]
     if not any(banks):
-        return None
+        return None, 0
     found = next(bank for bank in banks if bank)
     counts = max(bank[2].numel() for bank in banks if bank)
     a_rows, b_rows, offsets = [], [], [0]
@@ -219,7 +230,8 @@ def _join_lora(parts: list[LinearParts]) -> Any:
             b_rows.append(rows)
         offsets.append(sum(a.shape[0] for a in a_rows))
     if not a_rows:
-        return None
+        return None, 0
     one = torch.ones(counts, dtype=torch.float32, device=found[0].device)
     bounds_tensor = torch.tensor(offsets, dtype=torch.int32, device=found[0].device)
-    return torch.cat(a_rows), torch.cat(b_rows), one, bounds_tensor
+    max_rank = max(end - begin for begin, end in pairwise(offsets))
+    return (torch.cat(a_rows), torch.cat(b_rows), one, bounds_tensor), max_rank

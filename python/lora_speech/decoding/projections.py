@@ -94,7 +94,7 @@ def joint_projection(
 def _operator_call(parts: LinearParts, rows: AdapterRows, activation: str) -> Projection:
     weight, bias, count, x_scale = parts.weight, parts.bias, parts.out_features, parts.x_scale
     a, b, scales, offsets = parts.lora or (None, None, None, None)
-    routed = parts.routed
+    routed, max_rank = parts.routed, parts.max_rank
     if parts.packed:
         int8 = torch.ops.lora_kernels.int8_lora_linear.default
 
@@ -106,8 +106,9 @@ def _operator_call(parts: LinearParts, rows: AdapterRows, activation: str) -> Pr
                     x_scale,
                 )  # fmt: skip
             return int8(
-                x, weight, count, bias, a, b, scales, offsets, ids, residual, activation, x_scale
-            )
+                x, weight, count, bias, a, b, scales, offsets, ids, residual, activation, x_scale,
+                None, None, 0.0, max_rank,
+            )  # fmt: skip
 
         return int8_call
 
@@ -121,7 +122,9 @@ def _operator_call(parts: LinearParts, rows: AdapterRows, activation: str) -> Pr
             return fused(
                 x, weight, bias, None, None, None, None, None, residual, activation, 0.0, None
             )
-        return fused(x, weight, bias, a, b, scales, offsets, ids, residual, activation, 0.0, None)
+        return fused(
+            x, weight, bias, a, b, scales, offsets, ids, residual, activation, 0.0, None, max_rank
+        )
 
     return call
 
