@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/team.h"
+#include "cuda/int8_shapes.h"
 
 namespace lora_kernels {
 namespace {
@@ -26,7 +27,7 @@ Status run_stage(const StagePlan& plan, const StageArgs& args, void* workspace, 
 
 // The products that stand in a row from `first` on.
 struct Products {
-  static constexpr size_t kMost = 8;
+  static constexpr size_t kMost = cuda::kInt8MostTogether;
   const Int8LoraLinearPlan* plans[kMost];
   const Int8LoraLinearArgs* args[kMost];
   int count = 0;

@@ -17,7 +17,8 @@ void configure_mma(const DeviceInfo& device, Int8LoraLinearPlan* plan);
 
 Status launch(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor);
 
-// Whether one launch may make both calls: they are alike in size, read the same x and nothing that the other writes.
+// Whether one launch may make both calls: they are alike in size, and neither y is the x or the y of the other. That no
+// y is another operand of the other call (a bias, a factor) is the caller's to know.
 bool together(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Int8LoraLinearPlan& other,
               const Int8LoraLinearArgs& other_args);
 // Up to kInt8MostTogether calls of which each pair may be made so.

@@ -11,6 +11,7 @@
 // every block: bound by memory. x is read from there once: where sixteen rows fit they wait in shared memory between
 // the passes (maximum, or mean and variance before it; t; q), elsewhere in L2. Few rows share the warps: all eight work
 // on one row. A device function, so that few_rows (int8_skinny.cuh) can do the same inside its own blocks.
+// It may start before the kernel before it has finished, and waits for it before it loads anything.
 //
 // Not measured: no GPU has run this.
 #pragma once

@@ -1,6 +1,7 @@
 // int8_lora_linear for up to 32 rows: w streams from memory straight into registers.
 //
 //   few_rows  y [M, N]: 32 channels by a block, whose eight warps take eight parts of depth
+//   together  few_rows of up to three calls that need nothing of each other
 //   combine   integer sums of the parts into which few_rows was split, then what follows them
 //
 // w is read once, as it is packed: four steps of 128 bytes by a warp at a time; N K bytes over the bandwidth is the
@@ -78,13 +79,14 @@ __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
     if constexpr (kFused) prefetch_factor<T>(p.rows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
     wait_for_kernel_before();
 
+    // Plain loads: those of the read-only path a compiler moves over the wait, as what nothing ever writes.
     const auto load_weight = [&](int s) {
       Int8Fragment f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = s * 16 + t * 4 + i;
         const Vector zero = {{0, 0, 0, 0}};
-        f.v[i] = s < last && at < p.w.steps ? load16_constant(p.w.at(column + g * 4, at)) : zero;
+        f.v[i] = s < last && at < p.w.steps ? load16(p.w.at(column + g * 4, at)) : zero;
       }
       return f;
     };
@@ -167,6 +169,7 @@ __global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRo
 struct Int8Together {
   Int8FewRowsParams of[kInt8MostTogether];
 };
+static_assert(sizeof(Int8Together) <= 4096, "a kernel has no more parameters everywhere");
 
 // Grid (N / 32, 1, calls).
 template <class T>

@@ -16,6 +16,9 @@
 // positions its queries are multiplied one by one. Weights are rounded to the type of the products, as in
 // FlashAttention; with INT8 caches scaled K stays exact, V with a scale per position is rounded to that type.
 //
+// It may start before the kernel before it has finished, and waits for it before it loads anything; then warps ask for
+// K and V some tiles ahead to come to L2, so that few blocks keep memory busy.
+//
 // Not measured: no GPU has run this.
 #pragma once
 

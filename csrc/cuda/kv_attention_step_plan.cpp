@@ -41,7 +41,7 @@ double bytes_of_tiles(const KvAttentionStepProblem& p) {
   return 2.0 * kKvWarps * tile * static_cast<double>(p.head_size * element_size(p.cache_dtype));
 }
 
-// Blocks of a launch, and how many of them there is room for.
+// Blocks of a launch.
 double blocks_of(const KvAttentionStepProblem& p, const CudaKvAttentionStepPlan& c, int splits) {
   return static_cast<double>(std::min(units_of(p, c.grouped), p.rows) * p.heads * c.chunks * splits);
 }
@@ -49,7 +49,7 @@ double blocks_of(const KvAttentionStepProblem& p, const CudaKvAttentionStepPlan&
 // Tiles that each warp asks for ahead: of what all may ask for, and no more than a block has.
 int asked_ahead(const Machine& machine, const KvAttentionStepProblem& p, const CudaKvAttentionStepPlan& c, int splits) {
   const double at_once = std::min(blocks_of(p, c, splits), resident(p) * machine.multiprocessors);
-  const int64_t step = bytes_of_tiles(p) > 0 ? static_cast<int64_t>(kKvMostAsked / (at_once * bytes_of_tiles(p))) : 0;
+  const auto step = static_cast<int64_t>(kKvMostAsked / (std::max(1.0, at_once) * bytes_of_tiles(p)));
   const int64_t trips = p.capacity / splits / (kKvWarps * (p.layout == KvLayout::kBlocked ? kKvBlockedTile : kKvTile));
   return static_cast<int>(std::min(step, trips));
 }

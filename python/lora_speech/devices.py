@@ -18,8 +18,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     Parameters
     ----------
     device : str or torch.device
-        "auto" (the current CUDA device where torch sees one that this build's kernels run on, else
-        the CPU), "cpu", "cuda" (the current one) or "cuda:N".
+        "auto" (the current CUDA device where torch sees one of compute capability 8.0 or more and
+        the build has CUDA kernels, else the CPU), "cpu", "cuda" (the current one) or "cuda:N".
 
     Returns
     -------
@@ -31,7 +31,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     SpeechError
         The name is another, or that CUDA device cannot be used: the text says why, and what to do.
     """
-    name = str(device)
+    # torch numbers CPUs as well: cpu:0.
+    name = device.type if getattr(device, "type", None) == "cpu" else str(device)
     if name == "auto":
         return _cuda(None) if not why_not_cuda() else torch.device("cpu")
     named = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)

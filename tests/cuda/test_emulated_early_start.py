@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from attention_steps import int32
@@ -54,7 +56,8 @@ class Layer:
             return keep(int8.forward(x, self.weights[name], WIDTH, **self.lora, **more))
 
         shape = (ROWS, 1, HEADS, WIDTH // HEADS)
-        q, k, v = (linear(self.x, name, norm=self.norm).view(shape) for name in "qkv")
+        with int8.together() if int8.path == "fused" else nullcontext():
+            q, k, v = (linear(self.x, name, norm=self.norm).view(shape) for name in "qkv")
         caches = keep(tuple(torch.zeros(2, ROWS, HEADS, 20, WIDTH // HEADS, dtype=cache)))
         scales = {}
         if cache == torch.int8:

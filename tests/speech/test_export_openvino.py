@@ -23,6 +23,11 @@ pytestmark = [
 ]
 
 
+CPU_INFO = Path("/proc/cpuinfo")
+# Without VNNI OpenVINO multiplies INT8 another way, and a word more is heard otherwise.
+MOST_WRONG = 0.05 if CPU_INFO.is_file() and "vnni" in CPU_INFO.read_text() else 0.1
+
+
 @pytest.fixture(scope="module")
 def live(
     tiny_whisper_folder: Path,
@@ -37,7 +42,8 @@ def live(
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     spoken(1, seed=1)  # skips where nothing can speak
-    return export_model("shipped", "openvino", tmp_path_factory.mktemp("int8") / "out", int8=True)
+    output = tmp_path_factory.mktemp("int8") / "out"
+    return export_model("shipped", "openvino", output, int8=True, max_wer=MOST_WRONG)
 
 
 def test_live_adapters_give_the_tokens_of_torch(live: ExportReport) -> None:
@@ -89,7 +95,7 @@ def test_int8_hears_what_torch_hears(int8: ExportReport) -> None:
     """On sentences and voices that did not calibrate it."""
     found = compare(int8, spoken(8, seed=7))
     assert sum(len(c.expected.split()) for c in found.comparisons) > 30
-    assert found.wer <= 0.05
+    assert found.wer <= MOST_WRONG
     assert int8.bytes["encode.bin"] + int8.bytes["decode.bin"] < 2_500_000  # of 6.9 MB in fp32
 
 

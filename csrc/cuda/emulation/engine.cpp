@@ -208,6 +208,7 @@ void enter() {
     b->thrown = std::current_exception();
     go(*b->current, b->caller);
   }
+  if (b->early) refuse("started early and ended without wait_for_kernel_before()");
   land_copies();
   // Not what enter() acquires: threads that start later are not ordered behind those that are done.
   TSAN(__tsan_release(&b->grid.arg);)
@@ -378,7 +379,7 @@ void close_blocks(Block* block) {
   std::free(block->shared);
 }
 
-bool start_block(Block* block, size_t index, bool early) {
+void start_block(Block* block, size_t index, bool early) {
   use(block);
   const dim3 grid = b->grid.size;
   const uint3 at = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
@@ -395,7 +396,6 @@ bool start_block(Block* block, size_t index, bool early) {
   for (int i = 0; i < b->threads; ++i) prepare(i, at, b->grid.block, grid);
   wake(b->fibers, b->threads, [](const Fiber&) { return true; });
   go_on();
-  return b->live > 0;
 }
 
 void finish_block(Block* block) {

@@ -22,9 +22,9 @@ struct Block;
 Block* open_blocks(const Grid& grid, int place);
 void close_blocks(Block* block);
 
-// Runs block `index`. With `early` it comes no further than to wait_for_kernel_before(): then true, and
-// finish_block() runs the rest.
-bool start_block(Block* block, size_t index, bool early);
+// Runs block `index`. With `early` it comes no further than to wait_for_kernel_before(), which every thread has to come
+// to, and finish_block() runs the rest.
+void start_block(Block* block, size_t index, bool early);
 void finish_block(Block* block);
 
 }  // namespace lora_kernels::emulation

@@ -114,9 +114,10 @@ Status launch(const Launch& l, const Params& params) {
 #else
   // More than 48 KB, and the division, have to be asked for, once on each device. All that there is is asked for: a
   // kernel's launches differ in what they need. So two threads may ask at the same time.
-  static std::atomic<uint64_t> allowed{0}, divided{0};
+  static std::atomic<uint64_t> allowed{0}, divided{0}, asked{0}, waits{0};
   cudaError_t error = cudaSuccess;
-  if (l.shared_bytes > 48 << 10 || l.most_shared) {
+  bool early = false;
+  if (l.shared_bytes > 48 << 10 || l.most_shared || l.early) {
     int device = 0;
     error = cudaGetDevice(&device);
     const uint64_t bit = uint64_t{1} << (device & 63);
@@ -135,6 +136,16 @@ Status launch(const Launch& l, const Params& params) {
         return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     most - static_cast<int>(kernel.sharedSizeBytes));
       });
+    // Machine code made from another architecture's, which a device of sm_90 on may run too, has no wait.
+    if (l.early && device < 64) {
+      once(&asked, [&] {
+        cudaFuncAttributes kernel{};
+        const cudaError_t known = cudaFuncGetAttributes(&kernel, kKernel);
+        if (known == cudaSuccess && kernel.ptxVersion >= 90) waits.fetch_or(bit, std::memory_order_relaxed);
+        return known;
+      });
+      early = waits.load(std::memory_order_relaxed) & bit;
+    }
     if (l.most_shared)
       once(&divided, [&] {
         return cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -142,16 +153,16 @@ Status launch(const Launch& l, const Params& params) {
       });
   }
   if (error == cudaSuccess) {
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute starts_early{};
+    starts_early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    starts_early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = l.grid;
     config.blockDim = l.block;
     config.dynamicSmemBytes = l.shared_bytes;
     config.stream = static_cast<cudaStream_t>(l.stream);
-    config.attrs = &early;
-    config.numAttrs = l.early ? 1 : 0;
+    config.attrs = &starts_early;
+    config.numAttrs = early ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kKernel, params);
   }
   return error == cudaSuccess ? Status{} : not_launched(l, error);

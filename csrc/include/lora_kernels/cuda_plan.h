@@ -58,8 +58,8 @@ struct CudaInt8LoraLinearPlan {
   bool large_tiles = false;  // kTiled: 128 x 128, or 64 x 64
   int wgmma_columns = 0;     // kTiled: 128 or 256, of tiles of 128 rows by wgmma; 0: by mma.sync
   int splits = 1;            // kFewRows: of K among blocks; integer parts go to the workspace
-  // kTiled: the product may start before the kernel that makes its rows has finished. The others: every kernel before
-  // the one before it has, whichever operator that belongs to.
+  // kTiled: the product may start before the kernel that makes its rows has finished. kFewRows, kFused: every kernel
+  // may start before the one before it has, whichever operator that is of; so may the choice among outputs.
   bool early_start = false;
   bool convert_a = false;   // A is of another type than x: a kernel converts it first
   int staged_bytes = 0;     // of shared memory for each row of x while it is quantized; 0: it is read again from L2

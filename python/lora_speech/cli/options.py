@@ -26,8 +26,8 @@ Int8 = Annotated[bool, typer.Option("--int8", help="Quantize the base to INT8.")
 Device = Annotated[
     str,
     typer.Option(
-        help="Where the model runs: auto (an NVIDIA GPU, where there is one that the kernels were "
-        "built for, else the CPU), cpu, cuda, or cuda:N.",
+        help="Where the model runs: auto (an NVIDIA GPU, where there is one and the build has CUDA "
+        "kernels, else the CPU), cpu, cuda, or cuda:N.",
         metavar="auto|cpu|cuda[:N]",
     ),
 ]

@@ -69,6 +69,7 @@ class GraphedSteps(RecordedSteps):
         self.tokens = torch.zeros(batch * beams, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.left: torch.Tensor | None = None
+        self._left_behind: torch.cuda.Event | None = None
         self._places: list[int] = []
         self._per_utterance = state, self.recorded
         self._per_beam: tuple[DecoderState, dict[Any, RecordedStep]] | None = None
@@ -88,6 +89,8 @@ class GraphedSteps(RecordedSteps):
     def restart(self, decoder: WhisperDecoder, encoded: torch.Tensor) -> None:
         """Begin with other utterances, and other adapters for them."""
         assert decoder.parts is not None
+        if self._left_behind is not None:
+            torch.cuda.current_stream(self.tokens.device).wait_event(self._left_behind)
         self.state, self.recorded = self._per_utterance
         made = pack_cross_attention(decoder.parts, encoded, decoder.rows)
         for ours, theirs in zip(self.state.cross_cache, made, strict=True):
@@ -130,6 +133,8 @@ class GraphedSteps(RecordedSteps):
 
     def close(self) -> None:
         """Wait for the next call; those that have waited longest go."""
+        if self.tokens.device.type == "cuda":  # the next one may be on another stream
+            self._left_behind = torch.cuda.current_stream(self.tokens.device).record_event()
         with self._pool.lock:
             self._pool.idle.append(self)
             del self._pool.idle[:-_KEPT]
