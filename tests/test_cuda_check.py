@@ -135,6 +135,18 @@ def test_products_that_wait_for_themselves_are_found_in_what_ptxas_says(
     assert check["serialized"](said) == found
 
 
+def test_what_is_loaded_before_the_wait_is_found() -> None:
+    """In the order of machine code; of kernels that may start while any other runs."""
+    symbol = "_ZN12lora_kernels4cuda12int8_combineI6__halfEEvNS0_17Int8FewRowsParamsE"
+    other = symbol.replace("12int8_combine", "9int8_gemm")
+    section = f'\t.section\t.text.{symbol},"ax",@progbits\n'
+    load, wait = "  LDG.E.128.CONSTANT R4, [R2] ;\n", "  ACQBULK ;\n"
+    assert check["too_soon"](section + load + wait) == ["int8_combine<__half>"]
+    assert check["too_soon"](section + load) == ["int8_combine<__half>"]
+    assert not check["too_soon"](section + "  UTMALDG.2D [UR8], [UR4] ;\n" + wait + load)
+    assert not check["too_soon"](section.replace(symbol, other) + load + wait)
+
+
 def test_a_kernel_without_a_record_is_a_fault() -> None:
     assert "not in resources.json" in faults(kernel(), budget=None)
 

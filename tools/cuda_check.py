@@ -79,6 +79,7 @@ template <class T, class S, Product P> void gemm_of(const char* name) {
   SIZE("int8_few_rows<" #T ", 2, false>", int8_part_bytes(2))             \\
   SIZE("int8_few_rows<" #T ", 1, true>",                                  \\
        int8_fused_bytes(1280, 16, sizeof(T)))                             \\
+  SIZE("int8_together<" #T ">", int8_fused_bytes(1280, 16, sizeof(T)))    \\
   INT8_GEMM(T, LargeShape) INT8_GEMM(T, SmallShape)
 #define INT8_GEMM(T, S)                                                   \\
   SIZE("int8_gemm<" #T ", " #S ">", (Int8GemmLayout<T, S>::kSharedBytes))
@@ -180,12 +181,11 @@ INTERESTING = re.compile(
 )
 
 
-def instructions(cubin: Path, nvdisasm: str) -> dict[str, dict[str, int]]:
+def instructions(code: str) -> dict[str, dict[str, int]]:
     """How often each interesting instruction stands in each kernel's code."""
-    code = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)
     counts: dict[str, dict[str, int]] = {}
     current: dict[str, int] = {}
-    for line in code.stdout.splitlines():
+    for line in code.splitlines():
         section = re.match(r"\s*\.section\s+\.text\.(\S+?),", line)
         if section:
             current = counts.setdefault(section[1], {})
@@ -194,6 +194,27 @@ def instructions(cubin: Path, nvdisasm: str) -> dict[str, dict[str, int]]:
             name = found[0] if "MMA" in found[0] else found[0].split(".")[0]
             current[name] = current.get(name, 0) + 1
     return counts
+
+
+# Kernels that may start before the kernel before them has finished, whatever that writes.
+START_EARLY = ("int8_few_rows<", "int8_together<", "int8_rows<", "int8_combine<", "top_", "kv_a")
+START_EARLY += ("kv_blocked<", "kv_combine<", "kv_weights<")
+
+
+def too_soon(code: str) -> list[str]:
+    """The kernels of those that load or store, by the order of their code, before they wait.
+
+    A compiler may move a load of the read-only path over the wait, and nothing but this shows it.
+    """
+    found, name, waited = [], "", False
+    for line in code.splitlines():
+        section = re.match(r"\s*\.section\s+\.text\.(\S+?),", line)
+        if section:
+            name, waited = short(section[1]), False
+        waited = waited or "ACQBULK" in line
+        if not waited and name.startswith(START_EARLY) and re.search(r"\b(LDG|STG|LDGSTS)\b", line):
+            found.append(name)
+    return sorted(set(found))
 
 
 def compile_one(
@@ -219,7 +240,15 @@ def compile_one(
         sys.exit(f"cuda-check: {operator} of {kind} does not compile for sm_{arch}:\n{run.stderr}")
     if serialized(run.stderr):
         sys.exit(f"cuda-check: {operator} of {kind}: wgmma waits for itself:\n{run.stderr}")
-    found = instructions(cubin, nvdisasm)
+    code = subprocess.run(
+        [nvdisasm, "-c", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    if arch >= 90 and too_soon(code):
+        sys.exit(
+            f"cuda-check: {operator} of {kind} for sm_{arch}: {', '.join(too_soon(code))}: "
+            "a load or store before wait_for_kernel_before()"
+        )
+    found = instructions(code)
     kernels = {}
     for symbol, kernel in parse(run.stderr).items():
         seen = found.get(symbol, {})
@@ -235,7 +264,7 @@ def serialized(said: str) -> bool:
 
 GEMM_LIKE = (
     *("gemm<", "down<", "down_beside<", "few_rows<", "dy_once<"),
-    *("int8_gemm<", "int8_few", "int8_rows<", "kv_attend<", "kv_relative<"),
+    *("int8_gemm<", "int8_few", "int8_together<", "int8_rows<", "kv_attend<", "kv_relative<"),
 )
 
 OF_HOPPER = ("gemm_wgmma<", "int8_wgmma<", "down_beside<")  # empty elsewhere
@@ -257,7 +286,7 @@ def expected(name: str, kind: str, arch: int) -> list[str]:
         return ["IGMMA.64x128x32", "UTMALDG", "LDSM", "LDGSTS", *wanted]
     if not name.startswith(GEMM_LIKE):
         return []
-    if name.startswith(("int8_gemm<", "int8_few")):
+    if name.startswith(("int8_gemm<", "int8_few", "int8_together<")):
         wanted = ["IMMA.8816" if arch < 80 else "IMMA.16832", *(wanted if "gemm" in name else [])]
     if "gemm<" in name or name.startswith("dy_once<"):
         wanted += ["LDSM"] if not (kind == "f32" and "kRowSums" in name) else []

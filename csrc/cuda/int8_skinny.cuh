@@ -171,9 +171,10 @@ struct Int8Together {
 };
 static_assert(sizeof(Int8Together) <= 4096, "a kernel has no more parameters everywhere");
 
-// Grid (N / 32, 1, calls).
+// Grid (N / 32, 1, calls). Parameters that are found by an index want registers beyond the 128 of two blocks; there are
+// hardly more blocks than multiprocessors.
 template <class T>
-__global__ void __launch_bounds__(kInt8Threads, 2) int8_together(const __grid_constant__ Int8Together p) {
+__global__ void __launch_bounds__(kInt8Threads, 1) int8_together(const __grid_constant__ Int8Together p) {
   int8_few_rows_of<T, 1, true>(p.of[blockIdx.z]);
 }
 
