@@ -32,7 +32,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         The name is another, or that CUDA device cannot be used: the text says why, and what to do.
     """
     # torch numbers CPUs as well: cpu:0.
-    name = device.type if getattr(device, "type", None) == "cpu" else str(device)
+    on_cpu = isinstance(device, torch.device) and device.type == "cpu"
+    name = "cpu" if on_cpu else str(device)
     if name == "auto":
         return _cuda(None) if not why_not_cuda() else torch.device("cpu")
     named = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
