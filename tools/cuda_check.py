@@ -322,7 +322,7 @@ def shared_sizes(folder: Path) -> dict[str, int]:
     command = ["g++", "-std=c++17", "-O0", "-w", "-DLORA_KERNELS_EMULATION", f"-I{CSRC}"]
     command += [f"-I{CSRC / 'include'}", f"-I{home}/include", str(source), "-o", str(program)]
     emulation = CSRC / "cuda" / "emulation"
-    command += [str(emulation / f"{part}.cpp") for part in ("engine", "asynchronous", "warp")]
+    command += [str(part) for part in emulation.glob("*.cpp")]
     subprocess.run(command, check=True)
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     return {name: int(size) for name, size in (line.split("\t") for line in lines.splitlines())}

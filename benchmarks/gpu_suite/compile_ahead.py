@@ -38,7 +38,7 @@ def compile_all(cases: list[Case], device: str) -> Iterator[dict[str, Any]]:
                     begin = time.perf_counter()
                     try:
                         contestant.prepare()()
-                    except Exception as error:
+                    except Exception as error:  # the measurement meets it again, and keeps it
                         print(f"{case.name}: {name}: {error}", file=sys.stderr)
                         continue
                     yield {"compiled": name, "seconds": time.perf_counter() - begin}

@@ -25,42 +25,33 @@ Status run_stage(const StagePlan& plan, const StageArgs& args, void* workspace, 
   return run(std::get<I>(plan), own, executor);
 }
 
-// The products that stand in a row from `first` on.
-struct Products {
-  static constexpr size_t kMost = cuda::kInt8MostTogether;
+// What stands at stage `first` and, where that is a product on a device, the products behind it that one launch makes
+// with it.
+struct Together {
+  static constexpr int kMost = cuda::kInt8MostTogether;
   const Int8LoraLinearPlan* plans[kMost];
   const Int8LoraLinearArgs* args[kMost];
-  int count = 0;
+  int count = 1;
 
-  Products(const CompositePlan& plan, const CompositeArgs& all, size_t first) {
-    for (size_t i = first; i < plan.stages.size() && i - first < kMost; ++i, ++count) {
-      plans[count] = std::get_if<Int8LoraLinearPlan>(&plan.stages[i]);
-      args[count] = std::get_if<Int8LoraLinearArgs>(&all.stages[i]);
-      if (!plans[count] || !args[count]) return;
+  Together(const CompositePlan& plan, const CompositeArgs& all, size_t first) {
+    int products = 0;
+    for (size_t i = first; i < plan.stages.size() && products < kMost; ++i, ++products) {
+      plans[products] = std::get_if<Int8LoraLinearPlan>(&plan.stages[i]);
+      if (!plans[products] || !plans[products]->cuda.arch) break;
+      args[products] = std::get_if<Int8LoraLinearArgs>(&all.stages[i]);
     }
+    if (products > 1) count = together(plans, args, products);
   }
 };
 
-// How many stages from `first` on one launch makes.
-int stages_together(const CompositePlan& plan, const CompositeArgs& args, size_t first) {
-  const Products products(plan, args, first);
-  return products.count > 1 ? together(products.plans, products.args, products.count) : 1;
-}
-
-// These need no workspace.
-Status run_together(const CompositePlan& plan, const CompositeArgs& args, size_t first, int count,
-                    const Executor& executor) {
-  const Products products(plan, args, first);
-  return run(products.plans, products.args, count, executor);
-}
-
 Status run_stages(const CompositePlan& plan, const CompositeArgs& args, const Executor& executor) {
   for (size_t i = 0; i < plan.stages.size();) {
-    const int count = stages_together(plan, args, i);
-    Status status = count > 1 ? run_together(plan, args, i, count, executor)
-                              : run_stage(plan.stages[i], args.stages[i], args.workspace, executor);
+    const Together stage(plan, args, i);
+    // Several need no workspace.
+    Status status = stage.count > 1 ? run(stage.plans, stage.args, stage.count, executor)
+                                    : run_stage(plan.stages[i], args.stages[i], args.workspace, executor);
     if (!status.ok()) return status;
-    i += static_cast<size_t>(count);
+    i += static_cast<size_t>(stage.count);
   }
   return {};
 }

@@ -59,16 +59,18 @@ inline PackedWeight packed_weight(const Int8LoraLinearProblem& p, const Int8Lora
           static_cast<int>(int8_padded_depth(p.in_features) / kInt8StepDepth), static_cast<int>(p.out_features)};
 }
 
-// Of a call whose blocks make the rows for themselves, and its shared memory.
-template <class T>
-Int8FewRowsParams fused_params(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args,
-                               const Int8RowsParams& rows, float* y) {
+// Of few rows; where blocks make these for themselves, they lie in shared memory.
+inline Int8FewRowsParams few_rows_params(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args,
+                                         const Int8RowsParams& rows, const Int8Workspace& w) {
   const Int8LoraLinearProblem& p = plan.problem;
   Int8FewRowsParams out{rows,
                         packed_weight(p, args),
                         {rows.t, rows.t_stride, up_factor(p.lora, args.lora), rows.routing},
-                        int8_epilogue(p, args, y)};
-  out.rows.q_stride = int8_shared_row(round_up(p.in_features, kInt8Step));
+                        int8_epilogue(p, args, w.y),
+                        plan.cuda.splits,
+                        w.sums};
+  if (plan.cuda.path == CudaInt8LoraLinearPath::kFused)
+    out.rows.q_stride = int8_shared_row(round_up(p.in_features, kInt8Step));
   return out;
 }
 template <class T>
@@ -139,9 +141,6 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
     s.run<&convert_factor<T>>("convert_factor", dim3(tiles(K, 32), tiles(R, 32), 1), 256, 32 * 33 * 4, p);
     rows.a = matrix<T>(w.a, K, R, K);
   }
-  const PackedWeight weight = packed_weight(problem, args);
-  const UpFactor up = up_factor(problem.lora, args.lora);
-  const Int8Epilogue epilogue = int8_epilogue(problem, args, w.y);
 
   if (chosen.path == Path::kTiled) {
     rows.staged_bytes = chosen.staged_bytes;
@@ -151,12 +150,12 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
     p.q = w.q;
     p.q_stride = w.q_stride;
     p.scales = w.scales;
-    p.w = weight;
+    p.w = packed_weight(problem, args);
     p.rows = static_cast<int>(M);
     p.t = matrix<T>(w.t, rows.t_stride, M, problem.lora.max_rank);
-    p.up = up;
+    p.up = up_factor(problem.lora, args.lora);
     p.routing = rows.routing;
-    p.epilogue = epilogue;
+    p.epilogue = int8_epilogue(problem, args, w.y);
     const auto tiled = [&](auto shape, auto kernel, const char* name) {
       using Shape = decltype(shape);
       const dim3 grid(tiles(M, Shape::kRows) * tiles(N, Shape::kColumns), 1, 1);
@@ -174,10 +173,10 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
             "int8_gemm<64x64>");
   } else {
     const dim3 grid(tiles(N, kInt8FewColumns), static_cast<unsigned>(chosen.splits), 1);
-    Int8FewRowsParams p{rows, weight, {w.t, rows.t_stride, up, rows.routing}, epilogue, chosen.splits, w.sums};
+    const Int8FewRowsParams p = few_rows_params(plan, args, rows, w);
     if (chosen.path == Path::kFused) {
-      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, fused_bytes<T>(problem),
-                                        fused_params<T>(plan, args, rows, w.y), chosen.early_start);
+      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, fused_bytes<T>(problem), p,
+                                        chosen.early_start);
     } else {
       rows.staged_bytes = chosen.staged_bytes;
       int8_rows_all<T>(&s, rows, chosen.early_start);
@@ -204,8 +203,8 @@ Status Int8LoraLinearKernels<T>::forward_together(const Int8LoraLinearPlan* cons
   size_t shared = 0;
   for (int i = 0; i < count; ++i) {
     Workspace none;
-    const Int8RowsParams rows = rows_params<T>(*plans[i], *args[i], Int8Workspace(none, *plans[i]));
-    p.of[i] = fused_params<T>(*plans[i], *args[i], rows, nullptr);
+    const Int8Workspace w(none, *plans[i]);
+    p.of[i] = few_rows_params(*plans[i], *args[i], rows_params<T>(*plans[i], *args[i], w), w);
     shared = std::max(shared, fused_bytes<T>(plans[i]->problem));
   }
   const dim3 grid(tiles(plans[0]->problem.out_features, kInt8FewColumns), 1, static_cast<unsigned>(count));

@@ -36,9 +36,6 @@ constexpr HopperTile kWideByWgmma = {256, 1, 2, (4 + 2) * 16384.0}, kNarrowByWgm
 // to y 10, what a step of the branch takes besides its products 5.
 constexpr double kEndInstructions = 20;
 
-// Where memory is the bound of both, tiles have to gain more than predictions err by.
-constexpr double kWorthwhile = 0.97;
-
 // Few rows. Blocks of 32 channels ask for their part of w at once, as many as there is room for, and read it from L2
 // when the rows are there.
 struct Stream {

@@ -20,8 +20,6 @@ constexpr double kEdgesUs = 2.0;
 constexpr double kOnItsWay = 0.5;
 // A warp's tiles follow one another: K and V from L2 at best, then two products and a softmax between them.
 constexpr double kTripUs = 0.5;
-// More splits have to gain a little more than predictions err by.
-constexpr double kWorthwhile = 0.97;
 // A growing cache of at most so many positions is not split: decoders want one launch for append and attention.
 constexpr int64_t kMostUnsplit = 512;
 

@@ -12,6 +12,8 @@ namespace lora_kernels::cuda {
 constexpr double kLaunchUs = 2.5, kEarlyLaunchUs = 1.0;
 // The part of the memory's peak that streams are expected to reach.
 constexpr double kMemory = 0.85;
+// What the first choice has to be beaten by: a little more than predictions err by.
+constexpr double kWorthwhile = 0.97;
 // From a load to its data on a busy device: bandwidth times this must be in flight, or memory idles.
 constexpr double kLatencySeconds = 0.8e-6;
 // How much faster than memory L2 is taken to be, and what one multiprocessor gets of it: bytes per clock, at best 64.

@@ -65,8 +65,7 @@ def compiled(folder: Path, *, device: bool) -> ctypes.CDLL:
         emulation = ROOT / "csrc" / "cuda" / "emulation"
         command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DLORA_KERNELS_EMULATION"]
         command += [*includes, f"-I{TOOLKIT / 'include'}", "-o", str(out)]
-        parts = ("engine", "launches", "asynchronous", "warp")
-        command += [str(emulation / f"{part}.cpp") for part in parts]
+        command += [str(part) for part in emulation.glob("*.cpp")]
         command += ["-x", "c++", str(source)]
     subprocess.run(command, check=True, capture_output=True, env=os.environ)
     return ctypes.CDLL(str(out))

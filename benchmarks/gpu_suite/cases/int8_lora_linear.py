@@ -11,7 +11,7 @@ import lora_kernels as lk
 from lora_kernels import ops
 
 from ..case import Aim, Case, Contestant, Function, absent
-from .lora_linear import RANK, has_wgmma, sizes
+from .lora_linear import RANK, call_sizes, has_wgmma, sizes
 
 INT_MM_ROWS = 32  # torch._int_mm takes more than 16, and a library whole tiles the best
 WEIGHT_ONLY_ROWS = 16  # at most: where quantizing x gains nothing
@@ -189,13 +189,7 @@ def training(case: Case, device: str) -> dict[str, Contestant]:
 
 def every_kernel(dtypes: list[torch.dtype], device: str) -> None:
     """Few and many rows, with LayerNorm and a choice, and the gradients."""
-    large = (4000, 1000, 2570)  # on every device tiles of 128 x 128; by wgmma where that is
-    for dtype in dtypes:
-        for size in ((1, 512, 1024), (9, 101, 67), (32, 512, 520), (70, 136, 130), large):
-            call_each(size, dtype, device)
-        if has_wgmma(device):
-            with lk.force_implementation("cuda_mma"):
-                call_each(large, dtype, device)
+    call_sizes(call_each, (4000, 1000, 2570), dtypes, device)
 
 
 def call_each(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:

@@ -285,13 +285,22 @@ def mixed_adapters(case: Case, device: str) -> dict[str, Contestant]:
 
 def every_kernel(dtypes: list[torch.dtype], device: str) -> None:
     """The banks of the emulated tests, forward and backward, at few rows and many."""
-    large = (4000, 1000, 1290)  # on every device tiles of 128 x 128; by wgmma where that is
+    call_sizes(call_each, (4000, 1000, 1290), dtypes, device)
+
+
+def call_sizes(
+    call: Callable[[tuple[int, int, int], torch.dtype, str], object],
+    large: tuple[int, int, int],
+    dtypes: list[torch.dtype],
+    device: str,
+) -> None:
+    """Few rows and many, and a size that takes tiles of 128 x 128: by wgmma, and without."""
     for dtype in dtypes:
         for size in ((1, 512, 1024), (9, 101, 67), (32, 512, 520), (70, 136, 130), large):
-            call_each(size, dtype, device)
+            call(size, dtype, device)
         if has_wgmma(device):
             with lk.force_implementation("cuda_mma"):
-                call_each(large, dtype, device)
+                call(large, dtype, device)
 
 
 def call_each(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:

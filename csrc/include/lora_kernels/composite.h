@@ -3,7 +3,8 @@
 // between them the threads share out the next one's tasks where a fork and join would cost several microseconds.
 //
 // Stages read and write buffers that their Args name; a later stage sees all that an earlier one has written. They
-// share one workspace. What changes from run to run (token, lengths, adapters) changes in those buffers.
+// share one workspace. What changes from run to run (token, lengths, adapters) changes in those buffers. On a device,
+// products that need nothing of each other may be one launch of int8_lora_linear.
 #pragma once
 
 #include <string>
