@@ -23,6 +23,11 @@ template <class T>
 Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan&, const Int8LoraLinearArgs&, void*) {
   return left_out();
 }
+template <class T>
+Status Int8LoraLinearKernels<T>::forward_together(const Int8LoraLinearPlan* const*, const Int8LoraLinearArgs* const*,
+                                                  int, void*) {
+  return left_out();
+}
 
 template struct LoraLinearKernels<__nv_bfloat16>;
 template struct LoraLinearKernels<float>;
