@@ -135,7 +135,7 @@ class Int8WgmmaTile {
     tie(sums);
     int k = 0;
     do {  // There is a step, or there were no map. (If there might be none, ptxas would make products one by one.)
-      wait_for_bytes(landed_ + k % kStages, k / kStages & 1);
+      wait_for_phase(landed_ + k % kStages, k / kStages & 1);
       if (kDry) wait_products<0>();
       __syncthreads();  // all are done with step k - 1 (k - 2), whose place is filled next
       fetch(k + kAhead, steps, adapters);

@@ -173,7 +173,7 @@ __global__ void box(const __grid_constant__ BoxParams p) {
       load_box(to, p.map, 5, 8, landed);
   }
   __syncthreads();
-  wait_for_bytes(landed, 0);
+  wait_for_phase(landed, 0);
   for (int i = static_cast<int>(threadIdx.x); i < 256; i += 32) p.out[i] = to[i];
 }
 

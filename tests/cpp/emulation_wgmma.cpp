@@ -158,8 +158,8 @@ __global__ void box(const BoxParams p) {
     load_box(to, p.map, p.row, p.column, landed);
   }
   __syncthreads();
-  if (kFault != BoxFault::kNoWait) wait_for_bytes(landed, kFault == BoxFault::kOtherPhase ? 1 : 0);
-  if (kFault == BoxFault::kOtherPhase) wait_for_bytes(landed, 0), wait_for_bytes(landed, 1);
+  if (kFault != BoxFault::kNoWait) wait_for_phase(landed, kFault == BoxFault::kOtherPhase ? 1 : 0);
+  if (kFault == BoxFault::kOtherPhase) wait_for_phase(landed, 0), wait_for_phase(landed, 1);
   for (int i = static_cast<int>(threadIdx.x); i < 256; i += 32)
     p.out[i] = read_shared(reinterpret_cast<const uint32_t*>(to) + i);
 }

@@ -51,7 +51,7 @@ __global__ void integers(const Params p) {
     }
   }
   __syncthreads();
-  if (kFault != Fault::kNothingWritten) wait_for_bytes(landed, 0);
+  if (kFault != Fault::kNothingWritten) wait_for_phase(landed, 0);
   if (kFault == Fault::kOneLaneLess && thread == 37) return;
   uint32_t words[2][4];
   int32_t c[kRows / 8][4] = {};
@@ -138,7 +138,7 @@ __global__ void planes(const PlanesParams p) {
     load_planes(to, p.map, 2, 6, 16, landed);
   }
   __syncthreads();
-  wait_for_bytes(landed, 0);
+  wait_for_phase(landed, 0);
   for (int i = static_cast<int>(threadIdx.x); i < 2048; i += 32) p.out[i] = static_cast<int8_t>(to[i]);
 }
 

@@ -126,7 +126,7 @@ FAULTS = [
     Fault(
         "boxes that are not waited for",
         "gemm_wgmma.cuh",
-        "wait_for_bytes(landed_ + k % kStages, (k - base_begin_) / kStages & 1);",
+        "wait_for_phase(landed_ + k % kStages, (k - base_begin_) / kStages & 1);",
         "wait_copies<0>();",
         ("wgmma",),
     ),

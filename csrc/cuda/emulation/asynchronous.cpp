@@ -19,24 +19,23 @@ void land(const PendingCopy& c) {
 
 constexpr int kBoxWidth = 128;  // bytes
 
-void land(const PendingBox& p) {
+void land(const PendingBox& p, Memory& memory) {
   const Box& box = p.box;
-  const uint32_t begin = shared_offset(p.to);
   for (int r = 0; r < box.box_planes * box.box_rows; ++r)
     for (int chunk = 0; chunk < kBoxWidth / 16; ++chunk) {
-      uint32_t at = begin + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
+      uint32_t at = p.to + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
       at ^= (at >> 7 & 7) << 4;
       const int64_t plane = box.plane + r / box.box_rows, row = box.row + r % box.box_rows;
       const int64_t column = box.column + chunk * 16;
       int64_t inside = plane < box.planes && row < box.rows ? box.row_bytes - column : 0;
       inside = inside < 0 ? 0 : inside > 16 ? 16 : inside;
-      memset(running.shared + at, 0, 16);
+      memset(memory.shared + at, 0, 16);
       if (inside)
-        memcpy(running.shared + at, box.data + plane * box.plane_stride + row * box.stride + column,
+        memcpy(memory.shared + at, box.data + plane * box.plane_stride + row * box.stride + column,
                static_cast<size_t>(inside));
-      running.under_way->writers[at / 16] = 0;  // written through the proxy that wgmma reads by
+      memory.writers[at / 16] = 0;  // written through the proxy that wgmma reads by
     }
-  Arrivals& a = running.under_way->arrivals[p.barrier];
+  Arrivals& a = memory.arrivals[p.barrier];
   a.bytes -= box.box_planes * box.box_rows * kBoxWidth;
   a.look();
 }
@@ -87,19 +86,35 @@ void make(const PendingProduct& p) {
   p.multiply_registers(p.registers, row.words, p.b);
 }
 
-Arrivals& arrivals_at(uint32_t place) {
-  const auto found = running.under_way->arrivals.find(place);
-  if (found == running.under_way->arrivals.end()) refuse("a barrier of bytes that nobody has made");
+Arrivals& arrivals_at(Memory& memory, uint32_t place) {
+  if (memory.gone) refuse("uses shared memory of a block that has ended");
+  const auto found = memory.arrivals.find(place);
+  if (found == memory.arrivals.end()) refuse("a barrier of bytes that nobody has made");
   return found->second;
 }
 
-}  // namespace
-
-void begin_block() {
-  running.under_way->arrivals.clear();
-  running.under_way->boxes.clear();
-  running.under_way->writers.assign(running.shared_capacity / 16, 0);
+void load_box(const PendingBox& p, Memory& memory) {
+  arrivals_at(memory, p.barrier);
+  if (at_once())
+    land(p, memory);
+  else
+    memory.boxes.push_back(p);
 }
+
+PendingBox pending(void* to, const Box& box, const void* barrier) {
+  const PendingBox p{shared_offset(to), box, shared_offset(barrier)};
+  if (p.to % 128) refuse("a box to an address that is no multiple of 128");
+  ++boxes;
+  return p;
+}
+
+void arrive(Arrivals& a) {
+  if (a.arrived == a.expected) refuse("one arrival more in a phase of a barrier than it counts");
+  ++a.arrived;
+  a.look();
+}
+
+}  // namespace
 
 void land_copies() {
   for (const PendingCopy& c : running.started->copies) land(c);
@@ -124,23 +139,23 @@ void wait_copies(int newest) {
 
 void wrote(const void* chunk) {
   const char* at = static_cast<const char*>(chunk);
-  if (at < running.shared || at >= running.shared + running.shared_capacity) return;
-  const auto i = static_cast<uint32_t>((at - running.shared) / 16);
+  if (at < running.memory->shared || at >= running.memory->shared + running.memory->capacity) return;
+  const auto i = static_cast<uint32_t>((at - running.memory->shared) / 16);
   const auto me = static_cast<uint16_t>(running.thread + 1);
-  if (running.under_way->writers[i] == me) return;
-  running.under_way->writers[i] = me;
+  if (running.memory->writers[i] == me) return;
+  running.memory->writers[i] = me;
   running.started->unfenced.push_back(i);
 }
 
 void fence_proxy() {
   for (uint32_t i : running.started->unfenced)
-    if (running.under_way->writers[i] == running.thread + 1) running.under_way->writers[i] = 0;
+    if (running.memory->writers[i] == running.thread + 1) running.memory->writers[i] = 0;
   running.started->unfenced.clear();
 }
 
 void expect_visible(const void* chunk) {
   const int writer =
-      running.under_way->writers[static_cast<size_t>(static_cast<const char*>(chunk) - running.shared) / 16];
+      running.memory->writers[static_cast<size_t>(static_cast<const char*>(chunk) - running.memory->shared) / 16];
   if (writer)
     refuse("wgmma reads shared memory that thread " + std::to_string(writer - 1) +
            " wrote and has not fenced for its proxy");
@@ -148,14 +163,14 @@ void expect_visible(const void* chunk) {
 
 uint32_t shared_offset(const void* p) {
   const char* at = static_cast<const char*>(p);
-  if (at < running.shared || at >= running.shared + running.shared_capacity)
+  if (at < running.memory->shared || at >= running.memory->shared + running.memory->capacity)
     refuse("an operand of wgmma outside shared memory");
-  return static_cast<uint32_t>(at - running.shared);
+  return static_cast<uint32_t>(at - running.memory->shared);
 }
 
 const void* shared_at(uint32_t offset) {
-  if (offset + 16 > running.shared_capacity) refuse("wgmma reads beyond shared memory");
-  return running.shared + offset;
+  if (offset + 16 > running.memory->capacity) refuse("wgmma reads beyond shared memory");
+  return running.memory->shared + offset;
 }
 
 void fence_products() { running.started->registers_fenced = true; }
@@ -194,41 +209,72 @@ void wait_products(int newest) {
   started.products.erase(started.products.begin(), started.products.begin() + static_cast<ptrdiff_t>(i));
 }
 
-void init_arrivals(const void* barrier) { running.under_way->arrivals[shared_offset(barrier)] = {0, 0, 0}; }
+void init_arrivals(const void* barrier, int count) {
+  running.memory->arrivals[shared_offset(barrier)] = {count, 0, 0, 0};
+}
 
 void expect_bytes(const void* barrier, int bytes) {
-  Arrivals& a = arrivals_at(shared_offset(barrier));
-  if (a.arrived) refuse("a second arrival in one phase of a barrier of bytes");
-  a.arrived = 1;
+  Arrivals& a = arrivals_at(*running.memory, shared_offset(barrier));
   a.bytes += bytes;
-  a.look();
+  arrive(a);
 }
 
 void load_box(void* to, const Box& box, const void* barrier) {
-  const uint32_t place = shared_offset(barrier);
-  arrivals_at(place);
-  if (shared_offset(to) % 128) refuse("a box to an address that is no multiple of 128");
-  ++boxes;
-  const PendingBox p{to, box, place};
-  if (at_once())
-    land(p);
-  else
-    running.under_way->boxes.push_back(p);
+  load_box(pending(to, box, barrier), *running.memory);
 }
 
-void wait_for_bytes(const void* barrier, int parity) {
+void wait_for_phase(const void* barrier, int parity) {
   const uint32_t place = shared_offset(barrier);
-  Arrivals& a = arrivals_at(place);
-  for (size_t i = 0; i < running.under_way->boxes.size() && (a.phase & 1) == parity;) {
-    if (running.under_way->boxes[i].barrier != place) {
-      ++i;
-      continue;
+  Memory& memory = *running.memory;
+  Arrivals& a = arrivals_at(memory, place);
+  while (true) {
+    for (size_t i = 0; i < memory.boxes.size() && (a.phase & 1) == parity;) {
+      if (memory.boxes[i].barrier != place) {
+        ++i;
+        continue;
+      }
+      const PendingBox p = memory.boxes[i];
+      memory.boxes.erase(memory.boxes.begin() + static_cast<ptrdiff_t>(i));
+      land(p, memory);
     }
-    const PendingBox p = running.under_way->boxes[i];
-    running.under_way->boxes.erase(running.under_way->boxes.begin() + static_cast<ptrdiff_t>(i));
-    land(p);
+    if ((a.phase & 1) != parity) return;
+    if (running.cluster->count == 1) refuse("waits for bytes that nothing on its way brings");
+    wait_in_cluster({"wait_for_phase", __FILE__, __LINE__});
   }
-  if ((a.phase & 1) == parity) refuse("waits for bytes that nothing on its way brings");
+}
+
+void share_box(void* to, const Box& box, const void* barrier) {
+  const PendingBox p = pending(to, box, barrier);
+  for (int i = 0; i < running.cluster->count; ++i) load_box(p, *running.cluster->blocks[i]);
+  wake_cluster();
+}
+
+void arrive(const void* barrier, int block) {
+  if (block < 0 || block >= running.cluster->count) refuse("arrives in a block that is not of its cluster");
+  arrive(arrivals_at(*running.cluster->blocks[block], shared_offset(barrier)));
+  wake_cluster();
+}
+
+void arrive_in_cluster() {
+  Cluster& cluster = *running.cluster;
+  if (running.started->cluster_phase >= 0) refuse("arrives in its cluster again before it has waited");
+  running.started->cluster_phase = cluster.phase;
+  if (++cluster.arrived < cluster.threads) return;
+  ++cluster.phase;
+  cluster.arrived = 0;
+  wake_cluster();
+}
+
+void wait_for_cluster() {
+  const int phase = running.started->cluster_phase;
+  if (phase < 0) refuse("waits for its cluster before it has arrived");
+  while (running.cluster->phase == phase) wait_in_cluster({"wait_for_cluster", __FILE__, __LINE__});
+  running.started->cluster_phase = -1;
+}
+
+void end_block() {
+  if (!running.memory->boxes.empty()) refuse("ends while boxes are on their way to its shared memory");
+  running.memory->gone = true;
 }
 
 }  // namespace lora_kernels::emulation

@@ -1,6 +1,7 @@
-// Runs CUDA kernels on the CPU: one fiber per thread, the blocks of a grid one after the other. Fibers switch only
-// where CUDA threads may wait for each other (barriers, collectives of a warp), in an order that Options choose. What
-// CUDA leaves undefined is refused: an Error names the kernel's line and what the block's threads were doing.
+// Runs CUDA kernels on the CPU: one fiber per thread, the blocks of a grid one after the other, those of a cluster
+// together. Fibers switch only where CUDA threads may wait for each other (barriers, collectives of a warp), in an order
+// that Options choose. What CUDA leaves undefined is refused: an Error names the kernel's line and what the block's
+// threads were doing.
 //
 // This header is the engine's interface; names.h has CUDA's own names over it, and primitives/*.h what kernels use.
 #pragma once
@@ -95,25 +96,31 @@ void start_product(void* registers, const uint32_t (&a)[4], uint64_t b, Multiply
 void commit_products();
 void wait_products(int newest);
 
-// A box of planes of rows in global memory, in bytes but for planes and rows, and barriers that count its bytes. A box
-// lands when somebody waits for it, at once, or by chance. Who waits for a phase that nothing on its way can end is
-// refused.
+// A box of planes of rows in global memory, in bytes but for planes and rows, and barriers that count its bytes and the
+// arrivals of threads. A box lands when somebody waits for it, at once, or by chance. Who waits for a phase that nothing
+// on its way can end is refused; in a cluster, once no thread of it can go on.
 struct Box {
   const char* data;
   int64_t planes, rows, row_bytes, plane_stride, stride;
   int box_planes, box_rows, plane, row, column;
 };
 extern uint64_t boxes;  // that were loaded; counted until the caller sets it back
-void init_arrivals(const void* barrier);
+void init_arrivals(const void* barrier, int count);
 void expect_bytes(const void* barrier, int bytes);
 void load_box(void* to, const Box& box, const void* barrier);
-void wait_for_bytes(const void* barrier, int parity);
+void wait_for_phase(const void* barrier, int parity);
+// To the same places of all blocks of the cluster, each of which its own barrier tells.
+void share_box(void* to, const Box& box, const void* barrier);
+void arrive(const void* barrier, int block);  // at the barrier in the same place of a block of the cluster
+void arrive_in_cluster();
+void wait_for_cluster();  // until every thread of every block has arrived
 
 struct Launched {
   const char* kernel;
   dim3 grid, block;
   size_t shared_bytes;
   bool early;  // may start before the kernel before has finished
+  unsigned cluster;  // neighbouring blocks that run together
   void (*body)(const void*);
   const void* arg;
   size_t arg_bytes;

@@ -47,7 +47,7 @@ struct Context {
   size_t size;
   void* tsan;
 };
-enum class State { kReady, kBarrier, kWarp, kKernelBefore, kDone };
+enum class State { kReady, kBarrier, kWarp, kCluster, kKernelBefore, kDone };
 struct Fiber : Context {
   State state;
   Self self;
@@ -64,6 +64,7 @@ struct Warp {
 
 }  // namespace
 
+struct Together;
 struct Block {
   Fiber fibers[kMostThreads];
   Warp warps[kMostThreads / 32];
@@ -71,21 +72,27 @@ struct Block {
   int threads, ready_count, waiting, live;
   Fiber* current;
   const Fiber* first_at_barrier;
-  Context caller;
   char* stacks;
   Grid grid;
-  char* shared;
-  size_t shared_capacity;
-  UnderWay under_way;
+  Memory memory;
+  uint64_t random;
+  Together* together;
+  int rank;  // in its cluster
+};
+// What the blocks of a cluster have in common.
+struct Together {
+  Block blocks[kMostCluster];
+  Cluster cluster;
+  Context caller;
   bool early;  // the kernel before has not run
   std::string error;
   std::exception_ptr thrown;
-  uint64_t random;
 };
 
 namespace {
 
-// One block runs at a time, on one thread of the host; another may have been left where it waits for a kernel.
+// One block runs at a time, on one thread of the host; others of its cluster have been left where a thread could be,
+// and those of another launch where they wait for a kernel.
 Block* b = nullptr;
 
 void set_current(Fiber* f) {
@@ -96,10 +103,12 @@ void set_current(Fiber* f) {
 
 void use(Block* block) {
   b = block;
-  running.shared = block->shared;
-  running.shared_capacity = block->shared_capacity;
-  running.under_way = &block->under_way;
+  running.memory = &block->memory;
+  running.cluster = &block->together->cluster;
 }
+
+int blocks_together() { return b->together->cluster.count; }
+Block& of_cluster(int rank) { return b->together->blocks[rank]; }
 
 void go(Context& from, Context& to, [[maybe_unused]] bool dying = false) {
   ASAN(__sanitizer_start_switch_fiber(dying ? nullptr : &from.fake_stack, to.low, to.size);)
@@ -110,21 +119,21 @@ void go(Context& from, Context& to, [[maybe_unused]] bool dying = false) {
 
 // The last that is pushed runs first.
 template <class Which>
-void wake(Fiber* fibers, int count, Which which) {
+void wake(Block* block, Fiber* fibers, int count, Which which) {
   for (int i = 0; i < count; ++i) {
     Fiber& f = fibers[options.order == Order::kReverse ? i : count - 1 - i];
     if (!which(f)) continue;
     f.state = State::kReady;
-    b->ready[b->ready_count++] = &f;
+    block->ready[block->ready_count++] = &f;
   }
 }
 
-std::string what_threads_do() {
+std::string what_threads_do(const Block& block) {
   std::string text;
-  for (int i = 0, shown = 0; i < b->threads && shown < 8; ++i) {
-    const Fiber &f = b->fibers[i], &before = b->fibers[i ? i - 1 : 0];
+  for (int i = 0, shown = 0; i < block.threads && shown < 8; ++i) {
+    const Fiber &f = block.fibers[i], &before = block.fibers[i ? i - 1 : 0];
     if (i && f.state == before.state && f.call.line == before.call.line) continue;
-    text += "\n  from thread " + std::to_string(i) + " on: ";
+    text += "\n  from thread " + std::to_string(i) + (&block == b ? " on: " : " of the other block on: ");
     if (f.state == State::kDone)
       text += "exited";
     else if (f.state == State::kReady)
@@ -136,21 +145,44 @@ std::string what_threads_do() {
   return text;
 }
 
-bool some_wait_for_kernel() {
-  for (int i = 0; i < b->threads; ++i)
-    if (b->fibers[i].state == State::kKernelBefore) return true;
-  return false;
+// All have exited, or the others wait for the kernel before.
+bool done_for_now() {
+  bool live = false;
+  for (int rank = 0; rank < blocks_together(); ++rank) {
+    const Block& block = of_cluster(rank);
+    live = live || block.live;
+    for (int i = 0; i < block.threads; ++i)
+      if (block.fibers[i].state == State::kKernelBefore) return true;
+  }
+  return !live;
+}
+
+// Of those that can go on this block, or another of its cluster, as the order has it; or null.
+Block* next_block() {
+  Block* able[kMostCluster];
+  int count = 0;
+  for (int i = 0; i < blocks_together(); ++i) {
+    Block& block = of_cluster((b->rank + i) % blocks_together());
+    if (block.ready_count) able[count++] = &block;
+  }
+  if (count < 2 || options.order == Order::kForward) return count ? able[0] : nullptr;
+  return able[options.order == Order::kReverse ? count - 1 : static_cast<int>(draw(static_cast<uint32_t>(count)))];
 }
 
 void next(bool dying = false) {
+  Block* mine = b;
   Fiber* me = b->current;
-  if (!b->ready_count) {
-    if (!b->live || some_wait_for_kernel()) {
-      go(*me, b->caller, dying);
-      return set_current(me);  // the kernel before has run
-    }
-    refuse("deadlock");
+  const auto back = [=] {
+    use(mine);
+    set_current(me);
+  };
+  Block* block = next_block();
+  if (!block) {
+    if (!done_for_now()) refuse("deadlock");
+    go(*me, b->together->caller, dying);
+    return back();  // the kernel before has run
   }
+  use(block);
   const int i = options.order == Order::kShuffled ? static_cast<int>(draw(static_cast<uint32_t>(b->ready_count)))
                                                   : b->ready_count - 1;
   Fiber* f = b->ready[i];
@@ -158,31 +190,35 @@ void next(bool dying = false) {
   if (f == me) return;
   set_current(f);
   go(*me, *f, dying);
-  set_current(me);
+  back();
 }
 
 void open_barrier() {
   b->waiting = 0;
-  wake(b->fibers, b->threads, [](const Fiber& f) { return f.state == State::kBarrier; });
+  wake(b, b->fibers, b->threads, [](const Fiber& f) { return f.state == State::kBarrier; });
 }
 
 // The first code of a fiber, and its last.
 void enter() {
   ASAN(const void* low; size_t size; __sanitizer_finish_switch_fiber(nullptr, &low, &size);
-       if (!b->caller.low) b->caller.low = low, b->caller.size = size;)  // the first one comes from the caller
+       Context& caller = b->together->caller; if (!caller.low) caller.low = low,
+       caller.size = size;)  // the first one comes from the caller
   TSAN(__tsan_acquire(&b->grid.body);)
   try {
     b->grid.body(b->grid.arg);
   } catch (...) {
-    b->thrown = std::current_exception();
-    go(*b->current, b->caller);
+    b->together->thrown = std::current_exception();
+    go(*b->current, b->together->caller);
   }
-  if (b->early) refuse("started early and ended without wait_for_kernel_before()");
+  if (b->together->early) refuse("started early and ended without wait_for_kernel_before()");
   land_copies();
   // Not what enter() acquires: threads that start later are not ordered behind those that are done.
   TSAN(__tsan_release(&b->grid.arg);)
   b->current->state = State::kDone;
-  if (--b->live && b->waiting == b->live) open_barrier();  // threads that exited no longer count
+  if (--b->live == 0)
+    end_block();
+  else if (b->waiting == b->live)
+    open_barrier();  // threads that exited no longer count
   next(true);
   std::abort();
 }
@@ -213,18 +249,44 @@ void prepare(int i, uint3 block, dim3 size, dim3 grid) {
 }
 
 // Until nobody can go on: all have exited, or the others wait for the kernel before.
-void go_on() {
+void go_on(Together* together) {
+  use(next_block());
   set_current(b->ready[--b->ready_count]);
-  go(b->caller, *b->current);
-  TSAN(if (b->live) for (int i = 0; i < b->threads; ++i) {  // left early: let go of each thread on its behalf
-    __tsan_switch_to_fiber(b->fibers[i].tsan, __tsan_switch_to_fiber_no_sync);
-    __tsan_release(&b->grid.arg);
-    __tsan_switch_to_fiber(b->caller.tsan, __tsan_switch_to_fiber_no_sync);
-    __tsan_destroy_fiber(b->fibers[i].tsan);
-    b->fibers[i].tsan = nullptr;
-  } __tsan_acquire(&b->grid.arg);)  // blocks are ordered for the sanitizer
-  if (b->thrown) std::rethrow_exception(std::exchange(b->thrown, nullptr));
-  if (!b->error.empty()) throw Error(std::exchange(b->error, ""));
+  go(together->caller, *b->current);
+#if defined(LORA_KERNELS_EMULATION_TSAN)
+  for (int rank = 0; rank < blocks_together(); ++rank) {
+    Block& block = of_cluster(rank);
+    for (int i = 0; block.live && i < block.threads; ++i) {  // left early: let go of each thread on its behalf
+      __tsan_switch_to_fiber(block.fibers[i].tsan, __tsan_switch_to_fiber_no_sync);
+      __tsan_release(&block.grid.arg);
+      __tsan_switch_to_fiber(together->caller.tsan, __tsan_switch_to_fiber_no_sync);
+      __tsan_destroy_fiber(block.fibers[i].tsan);
+      block.fibers[i].tsan = nullptr;
+    }
+    __tsan_acquire(&block.grid.arg);  // blocks are ordered for the sanitizer, clusters at least
+  }
+#endif
+  if (together->thrown) std::rethrow_exception(std::exchange(together->thrown, nullptr));
+  if (!together->error.empty()) throw Error(std::exchange(together->error, ""));
+}
+
+// With shared memory as nothing has written it, and threads that can begin.
+void start(Block* block, size_t index) {
+  use(block);
+  const dim3 grid = b->grid.size;
+  const uint3 at = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
+                    static_cast<unsigned>(index / grid.x / grid.y)};
+  Memory& m = b->memory;
+  ASAN(__asan_unpoison_memory_region(m.shared, m.capacity);)
+  memset(m.shared, 0xFF, m.capacity);
+  ASAN(__asan_poison_memory_region(m.shared, m.capacity);)
+  memset(static_cast<void*>(b->warps), 0, sizeof(Warp) * static_cast<size_t>((b->threads + 31) / 32));
+  m.begin();
+  b->live = b->threads;
+  b->waiting = b->ready_count = 0;
+  TSAN(__tsan_release(&b->grid.body);)
+  for (int i = 0; i < b->threads; ++i) prepare(i, at, b->grid.block, grid);
+  wake(b, b->fibers, b->threads, [](const Fiber&) { return true; });
 }
 
 }  // namespace
@@ -240,10 +302,13 @@ const Self& self() { return b->current->self; }
 
 void refuse(const std::string& why) {
   const uint3& at = b->current->self.block;
-  b->error = std::string(b->grid.kernel) + ": " + why + ", by thread " + std::to_string(b->current->index) +
+  std::string& error = b->together->error;
+  error = std::string(b->grid.kernel) + ": " + why + ", by thread " + std::to_string(b->current->index) +
              " of block " + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) +
-             what_threads_do();
-  go(*b->current, b->caller);
+          what_threads_do(*b);
+  for (int rank = 0; rank < blocks_together(); ++rank)
+    if (rank != b->rank) error += what_threads_do(of_cluster(rank));
+  go(*b->current, b->together->caller);
   std::abort();
 }
 
@@ -288,7 +353,7 @@ Slot& collective(uint32_t mask, const Call& call, const void* in, size_t in_byte
     compute(w.slots, lanes);
     w.waiting &= ~lanes;
     const int first = f.index / 32 * 32, count = b->threads - first < 32 ? b->threads - first : 32;
-    wake(lanes_of_warp, count, [=](const Fiber& g) { return (lanes >> (g.index % 32) & 1) != 0; });
+    wake(b, lanes_of_warp, count, [=](const Fiber& g) { return (lanes >> (g.index % 32) & 1) != 0; });
   }
   next();
   TSAN(if (orders_memory) __tsan_acquire(&w.order);)
@@ -301,8 +366,9 @@ void* open_shared(size_t used, size_t gaps, size_t bytes, size_t* gap) {
     refuse("takes " + std::to_string(used + bytes) + " bytes of shared memory, launched with " +
            std::to_string(b->grid.shared_bytes));
   if (gaps + kGap > kGaps) refuse("shared memory is taken in more parts than the emulation guards");
-  ASAN(__asan_unpoison_memory_region(running.shared + used + gaps, bytes);)
-  return running.shared + used + gaps;
+  char* part = b->memory.shared + used + gaps;
+  ASAN(__asan_unpoison_memory_region(part, bytes);)
+  return part;
 }
 
 void expect_written(const void* word, const char* what) {
@@ -311,8 +377,21 @@ void expect_written(const void* word, const char* what) {
   if (bits == kUnwritten) refuse(std::string(what) + " reads shared memory that nothing has written");
 }
 
+void wait_in_cluster(const Call& call) {
+  b->current->call = call;
+  b->current->state = State::kCluster;
+  next();
+}
+
+void wake_cluster() {
+  for (int rank = 0; rank < blocks_together(); ++rank) {
+    Block& block = of_cluster(rank);
+    wake(&block, block.fibers, block.threads, [](const Fiber& f) { return f.state == State::kCluster; });
+  }
+}
+
 void wait_for_kernel_before(const Call& call) {
-  if (!b->early) return;
+  if (!b->together->early) return;
   b->current->call = call;
   b->current->state = State::kKernelBefore;
   next();
@@ -321,57 +400,64 @@ void wait_for_kernel_before(const Call& call) {
 void expect_valid(const Grid& g) {
   const size_t threads = size_t{g.block.x} * g.block.y * g.block.z, blocks = g.blocks();
   if (!threads || threads > kMostThreads || !blocks || g.size.y > 65535 || g.size.z > 65535 ||
-      g.shared_bytes > kMostShared)
+      g.shared_bytes > kMostShared || !g.cluster || g.cluster > kMostCluster || g.size.x % g.cluster)
     throw Error(std::string(g.kernel) + ": invalid configuration: " + std::to_string(blocks) + " blocks of " +
-                std::to_string(threads) + " threads, " + std::to_string(g.shared_bytes) + " bytes of shared memory");
+                std::to_string(threads) + " threads, " + std::to_string(g.shared_bytes) +
+                " bytes of shared memory, in clusters of " + std::to_string(g.cluster));
 }
 
 Block* open_blocks(const Grid& g, int place) {
-  static Block blocks[2];
-  Block* block = &blocks[place];
-  if (!block->stacks)
-    block->stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  block->grid = g;
-  block->threads = static_cast<int>(g.block.x * g.block.y * g.block.z);
-  block->shared_capacity = (g.shared_bytes + kGaps + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
-  block->shared = static_cast<char*>(std::aligned_alloc(kAlignment, block->shared_capacity));
-  block->random = options.seed * 0x9E3779B97F4A7C15ull | 1;
-  ASAN(block->caller.low = nullptr;)
-  TSAN(block->caller.tsan = __tsan_get_current_fiber();)
-  use(block);
-  return block;
+  static Together places[2];
+  Together* together = &places[place];
+  together->cluster.count = static_cast<int>(g.cluster);
+  together->cluster.threads = 0;
+  ASAN(together->caller.low = nullptr;)
+  TSAN(together->caller.tsan = __tsan_get_current_fiber();)
+  for (int rank = together->cluster.count - 1; rank >= 0; --rank) {
+    Block& block = together->blocks[rank];
+    if (!block.stacks)
+      block.stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    block.grid = g;
+    block.threads = static_cast<int>(g.block.x * g.block.y * g.block.z);
+    together->cluster.threads += block.threads;
+    together->cluster.blocks[rank] = &block.memory;
+    block.memory.capacity = (g.shared_bytes + kGaps + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
+    block.memory.shared = static_cast<char*>(std::aligned_alloc(kAlignment, block.memory.capacity));
+    block.random = options.seed * 0x9E3779B97F4A7C15ull | 1;
+    block.together = together;
+    block.rank = rank;
+    use(&block);
+  }
+  return b;
 }
 
-void close_blocks(Block* block) {
-  ASAN(__asan_unpoison_memory_region(block->shared, block->shared_capacity);)
-  std::free(block->shared);
+void close_blocks(Block* first) {
+  for (int rank = 0; rank < first->together->cluster.count; ++rank) {
+    Memory& m = first->together->blocks[rank].memory;
+    ASAN(__asan_unpoison_memory_region(m.shared, m.capacity);)
+    std::free(m.shared);
+  }
 }
 
-void start_block(Block* block, size_t index, bool early) {
-  use(block);
-  const dim3 grid = b->grid.size;
-  const uint3 at = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
-                    static_cast<unsigned>(index / grid.x / grid.y)};
-  ASAN(__asan_unpoison_memory_region(b->shared, b->shared_capacity);)
-  memset(b->shared, 0xFF, b->shared_capacity);
-  ASAN(__asan_poison_memory_region(b->shared, b->shared_capacity);)
-  memset(static_cast<void*>(b->warps), 0, sizeof(Warp) * static_cast<size_t>((b->threads + 31) / 32));
-  begin_block();
-  b->early = early;
-  b->live = b->threads;
-  b->waiting = b->ready_count = 0;
-  TSAN(__tsan_release(&b->grid.body);)
-  for (int i = 0; i < b->threads; ++i) prepare(i, at, b->grid.block, grid);
-  wake(b->fibers, b->threads, [](const Fiber&) { return true; });
-  go_on();
+void start_blocks(Block* first, size_t index, bool early) {
+  Together* together = first->together;
+  Cluster& cluster = together->cluster;
+  together->early = early;
+  cluster.arrived = cluster.phase = 0;
+  for (int rank = cluster.count - 1; rank >= 0; --rank)
+    start(&together->blocks[rank], index * static_cast<size_t>(cluster.count) + static_cast<size_t>(rank));
+  go_on(together);
 }
 
-void finish_block(Block* block) {
-  use(block);
-  b->early = false;
-  wake(b->fibers, b->threads, [](const Fiber& f) { return f.state == State::kKernelBefore; });
-  go_on();
+void finish_blocks(Block* first) {
+  Together* together = first->together;
+  together->early = false;
+  for (int rank = together->cluster.count - 1; rank >= 0; --rank) {
+    use(&together->blocks[rank]);
+    wake(b, b->fibers, b->threads, [](const Fiber& f) { return f.state == State::kKernelBefore; });
+  }
+  go_on(together);
 }
 
 }  // namespace lora_kernels::emulation

@@ -9,22 +9,25 @@ struct Grid {
   const char* kernel;
   dim3 size, block;
   size_t shared_bytes;  // what the launch asked for
+  unsigned cluster;
   void (*body)(const void*);
   const void* arg;
   size_t blocks() const { return size_t{size.x} * size.y * size.z; }
+  size_t clusters() const { return blocks() / cluster; }
 };
 
 // Throws where a device would refuse.
 void expect_valid(const Grid& grid);
 
-// Threads and shared memory for the blocks of a grid, one after another; there are two places for such.
+// Threads and shared memory for the blocks of a grid, one cluster after another; there are two places for such. What is
+// returned is the first block of the cluster.
 struct Block;
 Block* open_blocks(const Grid& grid, int place);
-void close_blocks(Block* block);
+void close_blocks(Block* first);
 
-// Runs block `index`. With `early` it comes no further than to wait_for_kernel_before(), which every thread has to come
-// to, and finish_block() runs the rest.
-void start_block(Block* block, size_t index, bool early);
-void finish_block(Block* block);
+// Runs the blocks of cluster `index`. With `early` they come no further than to wait_for_kernel_before(), which every
+// thread has to come to, and finish_blocks() runs the rest.
+void start_blocks(Block* first, size_t index, bool early);
+void finish_blocks(Block* first);
 
 }  // namespace lora_kernels::emulation

@@ -19,8 +19,8 @@ class Held {
     arg_ = std::aligned_alloc(128, (arg_bytes + 127) / 128 * 128);
     memcpy(arg_, grid.arg, arg_bytes);
     grid.arg = arg_;
-    block_ = open_blocks(grid, place);
-    order_.resize(grid.blocks());
+    first_ = open_blocks(grid, place);
+    order_.resize(grid.clusters());
     std::iota(order_.begin(), order_.end(), size_t{0});
     if (options.order == Order::kReverse) std::reverse(order_.begin(), order_.end());
     if (options.order == Order::kShuffled)
@@ -28,25 +28,25 @@ class Held {
   }
   Held(const Held&) = delete;
   ~Held() {
-    close_blocks(block_);
+    close_blocks(first_);
     std::free(arg_);
   }
 
   int place() const { return place_; }
-  // One block, as far as it comes before the kernel before has run.
+  // One cluster, as far as it comes before the kernel before has run.
   void start_early() {
-    start_block(block_, order_[0], true);
+    start_blocks(first_, order_[0], true);
     started_ = true;
   }
   void run() {
-    if (started_) finish_block(block_);
-    for (size_t i = started_ ? 1 : 0; i < order_.size(); ++i) start_block(block_, order_[i], false);
+    if (started_) finish_blocks(first_);
+    for (size_t i = started_ ? 1 : 0; i < order_.size(); ++i) start_blocks(first_, order_[i], false);
   }
 
  private:
   int place_;
   void* arg_;
-  Block* block_;
+  Block* first_;
   std::vector<size_t> order_;
   bool started_ = false;
 };
@@ -66,7 +66,7 @@ void run_last() {
 }  // namespace
 
 void launch(const Launched& l) {
-  const Grid grid{l.kernel, l.grid, l.block, l.shared_bytes, l.body, l.arg};
+  const Grid grid{l.kernel, l.grid, l.block, l.shared_bytes, l.cluster, l.body, l.arg};
   expect_valid(grid);
   auto next = std::make_unique<Held>(grid, l.arg_bytes, last ? 1 - last->place() : 0);
   if (last && l.early) next->start_early();

@@ -19,6 +19,7 @@ struct Launch {
   // Of a multiprocessor's L1 as much as there can be is shared memory while this runs. It is divided anew only when
   // nothing runs there: for kernels that are to run side by side, of which one takes much.
   bool most_shared = false;
+  unsigned cluster = 1;  // neighbouring blocks that run together (sm_90 on): cluster.h
 };
 
 // Returns once everything that kernels before this one have written can be read. Everything that only they write must
@@ -92,7 +93,7 @@ inline Status not_launched(const Launch& l, cudaError_t error) {
   std::string text = std::string("kernel ") + l.kernel + " could not be launched with " + std::to_string(l.grid.x) +
                      "x" + std::to_string(l.grid.y) + "x" + std::to_string(l.grid.z) + " blocks of " +
                      std::to_string(l.block.x) + " threads and " + std::to_string(l.shared_bytes) +
-                     " bytes of shared memory: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
+                     " bytes of shared memory, in clusters of " + std::to_string(l.cluster) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) text += no_machine_code();
   cudaGetLastError();  // it is reported here: later calls should not meet it again
   return Status::failed(text);
@@ -105,7 +106,7 @@ template <auto kKernel, class Params>
 Status launch(const Launch& l, const Params& params) {
 #if defined(LORA_KERNELS_EMULATION)
   try {
-    emulation::launch({l.kernel, l.grid, l.block, l.shared_bytes, l.early,
+    emulation::launch({l.kernel, l.grid, l.block, l.shared_bytes, l.early, l.cluster,
                        [](const void* p) { kKernel(*static_cast<const Params*>(p)); }, &params, sizeof params});
   } catch (const emulation::Error& error) {
     return Status::failed(std::string("emulation: ") + error.what());
@@ -153,16 +154,23 @@ Status launch(const Launch& l, const Params& params) {
       });
   }
   if (error == cudaSuccess) {
-    cudaLaunchAttribute starts_early{};
-    starts_early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    starts_early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (early) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (l.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {l.cluster, 1, 1};
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = l.grid;
     config.blockDim = l.block;
     config.dynamicSmemBytes = l.shared_bytes;
     config.stream = static_cast<cudaStream_t>(l.stream);
-    config.attrs = &starts_early;
-    config.numAttrs = early ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     error = cudaLaunchKernelEx(&config, kKernel, params);
   }
   return error == cudaSuccess ? Status{} : not_launched(l, error);

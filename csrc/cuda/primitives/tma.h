@@ -1,16 +1,20 @@
 // Boxes of a matrix, brought to shared memory by the tensor memory accelerator (sm_90 on), and barriers in shared
-// memory that count their bytes. One thread asks; whoever waits on the barrier sees what has come, and so does wgmma.
+// memory that count their bytes, and threads that arrive. One thread asks; whoever waits on the barrier sees what has
+// come, and so does wgmma. A box can be brought to all blocks of a cluster at once (cluster.h), for one reading of L2.
 //
 //   make_tensor_map  on the host: where a matrix of 16-bit elements lies, or planes of rows of bytes, one behind the
 //                    other, and boxes of it 128 bytes wide; the map is a parameter of the kernel (__grid_constant__),
 //                    so no memory is taken
-//   init_arrivals    a barrier of one arrival for each phase
-//   expect_bytes     its arrival, and how many bytes the phase waits for besides
-//   load_box         rows `row` on and columns `column` on, zeros beyond the matrix, in the 128-byte swizzle of wgmma.h
-//   load_planes      the same of planes of bytes
-//   wait_for_bytes   until the phase of this parity is over
+//   init_arrivals    a barrier of one arrival, or so many, for each phase
+//   expect_bytes     an arrival, and how many bytes the phase waits for besides
+//   load_box         rows `row` on and columns `column` on, zeros beyond the matrix, in the 128-byte swizzle of wgmma.h;
+//                    share_box: to the same place of all blocks of the cluster, whose barriers in the same place each
+//                    count its bytes
+//   load_planes      the same of planes of bytes, and share_planes
+//   wait_for_phase   until the phase of this parity is over
 #pragma once
 
+#include "cuda/primitives/cluster.h"
 #include "cuda/primitives/shared.h"
 
 #if !defined(LORA_KERNELS_EMULATION)
@@ -109,16 +113,16 @@ inline bool make_tensor_map(TensorMap* map, const BytePlanes& m, int box_planes,
 }
 
 // By one thread; others, and boxes, may use it after this thread's fence and a barrier of the block.
-__device__ inline void init_arrivals(uint64_t* barrier) {
+__device__ inline void init_arrivals(uint64_t* barrier, int count = 1) {
 #if defined(LORA_KERNELS_EMULATION)
-  emulation::init_arrivals(barrier);
+  emulation::init_arrivals(barrier, count);
 #else
   if constexpr (kArch >= 90)
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 #endif
 }
 
-// Barriers that this thread has made are seen by the boxes that it asks for.
+// Barriers that this thread has made are seen by the boxes that it asks for, and by other blocks of the cluster.
 __device__ inline void fence_arrivals() {
 #if !defined(LORA_KERNELS_EMULATION)
   if constexpr (kArch >= 90) {
@@ -138,15 +142,25 @@ __device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
 #endif
 }
 
+namespace detail {
+
+// With kShared to every block of the cluster. (PTX wants the mask of blocks in a register of 16 bits.)
+template <bool kShared>
 __device__ inline void load_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
 #if defined(LORA_KERNELS_EMULATION)
   emulation::Box box;
   memcpy(&box, map.opaque, sizeof box);
   box.row = row;
   box.column = column * 2;
-  emulation::load_box(to, box, barrier);
+  kShared ? emulation::share_box(to, box, barrier) : emulation::load_box(to, box, barrier);
 #else
-  if constexpr (kArch >= 90)
+  if constexpr (kArch >= 90 && kShared)
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+        "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(kAllOfCluster)
+        : "memory");
+  else if constexpr (kArch >= 90)
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             shared_address(to)),
@@ -155,7 +169,7 @@ __device__ inline void load_box(void* to, const TensorMap& map, int row, int col
 #endif
 }
 
-// The same of planes of bytes, from plane `plane` on.
+template <bool kShared>
 __device__ inline void load_planes(void* to, const TensorMap& map, int plane, int row, int column, uint64_t* barrier) {
 #if defined(LORA_KERNELS_EMULATION)
   emulation::Box box;
@@ -163,9 +177,15 @@ __device__ inline void load_planes(void* to, const TensorMap& map, int plane, in
   box.plane = plane;
   box.row = row;
   box.column = column;
-  emulation::load_box(to, box, barrier);
+  kShared ? emulation::share_box(to, box, barrier) : emulation::load_box(to, box, barrier);
 #else
-  if constexpr (kArch >= 90)
+  if constexpr (kArch >= 90 && kShared)
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+        "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(shared_address(barrier)), "h"(kAllOfCluster)
+        : "memory");
+  else if constexpr (kArch >= 90)
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
             "r"(shared_address(to)),
@@ -174,17 +194,37 @@ __device__ inline void load_planes(void* to, const TensorMap& map, int plane, in
 #endif
 }
 
-__device__ inline void wait_for_bytes(uint64_t* barrier, int parity) {
+}  // namespace detail
+
+__device__ inline void load_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+  detail::load_box<false>(to, map, row, column, barrier);
+}
+__device__ inline void share_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+  detail::load_box<true>(to, map, row, column, barrier);
+}
+
+// From plane `plane` on.
+__device__ inline void load_planes(void* to, const TensorMap& map, int plane, int row, int column, uint64_t* barrier) {
+  detail::load_planes<false>(to, map, plane, row, column, barrier);
+}
+__device__ inline void share_planes(void* to, const TensorMap& map, int plane, int row, int column, uint64_t* barrier) {
+  detail::load_planes<true>(to, map, plane, row, column, barrier);
+}
+
+// What other blocks of the cluster have done before they arrived is over as well.
+__device__ inline void wait_for_phase(uint64_t* barrier, int parity) {
 #if defined(LORA_KERNELS_EMULATION)
-  emulation::wait_for_bytes(barrier, parity);
+  emulation::wait_for_phase(barrier, parity);
 #else
   if constexpr (kArch >= 90) {
     uint32_t over = 0;
     while (!over)
-      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                   : "=r"(over)
-                   : "r"(shared_address(barrier)), "r"(parity)
-                   : "memory");
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n}"
+          : "=r"(over)
+          : "r"(shared_address(barrier)), "r"(parity)
+          : "memory");
   }
 #endif
 }

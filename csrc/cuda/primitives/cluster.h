@@ -1,0 +1,50 @@
+// Neighbouring blocks of a grid that run together on neighbouring multiprocessors (sm_90 on; Launch::cluster), and what
+// one may do in the shared memory of another: bring boxes there (tma.h), and arrive at its barriers.
+//
+//   rank_in_cluster    which of its blocks this one is
+//   arrive             by one thread, at the barrier of tma.h in the same place of a block of the cluster, perhaps its
+//                      own; what this thread has read is read before whoever waits there goes on
+//   arrive_in_cluster  by all threads of all its blocks, and
+//   wait_for_cluster   until all of them have. Before the first use of another block's shared memory, and before a
+//                      block ends whose own may still be used.
+#pragma once
+
+#include "cuda/primitives/shared.h"
+
+namespace lora_kernels::cuda {
+
+constexpr unsigned kClusterBlocks = 2;
+constexpr uint16_t kAllOfCluster = (1u << kClusterBlocks) - 1;
+
+__device__ inline unsigned rank_in_cluster() { return blockIdx.x % kClusterBlocks; }
+
+__device__ inline void arrive(uint64_t* barrier, unsigned block) {
+#if defined(LORA_KERNELS_EMULATION)
+  emulation::arrive(barrier, static_cast<int>(block));
+#else
+  if constexpr (kArch >= 90)
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "r"(block)
+        : "memory");
+#endif
+}
+
+__device__ inline void arrive_in_cluster() {
+#if defined(LORA_KERNELS_EMULATION)
+  emulation::arrive_in_cluster();
+#else
+  if constexpr (kArch >= 90) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_cluster() {
+#if defined(LORA_KERNELS_EMULATION)
+  emulation::wait_for_cluster();
+#else
+  if constexpr (kArch >= 90) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+}  // namespace lora_kernels::cuda
