@@ -333,14 +333,15 @@ class Gemm {
 };
 
 // Blocks in order take tiles in groups of eight rows of tiles, so that those that run together share rows of W in L2.
-template <class Shape>
+// Those of a cluster take tiles one below the other, of which the last may be beyond the rows.
+template <class Shape, int kCluster = 1>
 __device__ inline void tile_of_block(int block, int rows, int columns, int* m, int* n) {
-  constexpr int kGroup = 8;
-  const int tiles_m = (rows + Shape::kRows - 1) / Shape::kRows;
+  constexpr int kGroup = 8 / kCluster, kRows = kCluster * Shape::kRows;
+  const int tiles_m = (rows + kRows - 1) / kRows;
   const int tiles_n = (columns + Shape::kColumns - 1) / Shape::kColumns;
-  const int group = block / (kGroup * tiles_n), first = group * kGroup;
-  const int height = tiles_m - first < kGroup ? tiles_m - first : kGroup, within = block % (kGroup * tiles_n);
-  *m = (first + within % height) * Shape::kRows;
+  const int cluster = block / kCluster, group = cluster / (kGroup * tiles_n), first = group * kGroup;
+  const int height = tiles_m - first < kGroup ? tiles_m - first : kGroup, within = cluster % (kGroup * tiles_n);
+  *m = (first + within % height) * kRows + block % kCluster * Shape::kRows;
   *n = within / height * Shape::kColumns;
 }
 

@@ -55,6 +55,9 @@ struct WgmmaLayout {
   // Rows of depth, or rows across depth, of which 64 columns are a tile.
   using B = std::conditional_t<kAcross, Tile<T, Shape::kDepth, 64>, Tile<T, Shape::kColumns, Shape::kDepth>>;
   static constexpr int kBTiles = kAcross ? Shape::kColumns / 64 : 1;
+  // Each block of a cluster asks for half of b: of its tiles, or of its rows.
+  static constexpr int kBBoxRows = kAcross ? B::kRows : B::kRows / 2;
+  static_assert(kClusterBlocks == 2, "in halves");
   static_assert(!kAcross || B::kBytes == static_cast<int>(kWgmmaAcrossBytes), "as the descriptor says");
   using Adapters = TileAdapters<Shape::kRows, Shape::kThreads>;
   static constexpr bool kTwo = kWgmmaTogether<Shape, kProduct> == 2;
@@ -65,7 +68,7 @@ struct WgmmaLayout {
   static constexpr int kTileBytes = kStages * kStageBytes;
   static_assert(Shape::kRows * kSumsStride * 4 <= kTileBytes, "sums take the place of the tiles");
   static constexpr size_t kSharedBytes =
-      static_cast<size_t>(kTileBytes) + (kStages * 8 + 15) / 16 * 16 + (Adapters::kWords * 4 + 15) / 16 * 16;
+      static_cast<size_t>(kTileBytes) + 2 * ((kStages * 8 + 15) / 16 * 16) + (Adapters::kWords * 4 + 15) / 16 * 16;
 };
 
 struct WgmmaParams {
@@ -95,33 +98,40 @@ class WgmmaTile {
       : all_(p), p_(p.gemm), dropout_(p.gemm.dropout.with_seed()), m_(m), n_(n) {
     tiles_ = shared_.template take<char>(Layout::kTileBytes);  // first: from a multiple of 1024 on
     landed_ = shared_.template take<uint64_t>(kStages);
+    free_ = shared_.template take<uint64_t>(kStages);
   }
 
   __device__ void run() {
     base_steps_ = (p_.depth + Shape::kDepth - 1) / Shape::kDepth;
     if (all_.boxes && threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) init_arrivals(landed_ + i);
+      for (int i = 0; i < kStages; ++i) {
+        init_arrivals(landed_ + i);
+        init_arrivals(free_ + i, kClusterBlocks);
+      }
       fence_arrivals();
-      for (int k = 0; !kMasked && k < kAhead && k < base_steps_; ++k) fetch_boxes(k);
     }
-    // Its barrier shows all threads the barriers above.
+    arrive_in_cluster();
+    wait_for_cluster();  // the barriers of both are there
+    if (all_.boxes && threadIdx.x == 0)
+      for (int k = 0; !kMasked && k < kAhead && k < base_steps_; ++k) fetch_boxes(k);
     const Adapters adapters(p_.routing, shared_.template take<int>(Adapters::kWords), m_, p_.rows);
     int branch_steps = 0;
     for (int i = 0; i < adapters.count(); ++i)
       branch_steps += (p_.routing.rank(adapters.adapter(i)) + Shape::kDepth - 1) / Shape::kDepth;
-    const int steps = base_steps_ + branch_steps;
-    if (kMasked) base_begin_ = branch_steps;
+    // The base has the same places in both blocks, however many steps of a branch each has before it.
+    if (kMasked) base_begin_ = (branch_steps + kStages - 1) / kStages * kStages;
+    const int first = kMasked ? base_begin_ - branch_steps : 0, steps = first + branch_steps + base_steps_;
     if (kMasked && branch_steps > 0) draw_mask();
-    for (int k = 0; k < kAhead; ++k) fetch(k, steps, adapters, !kMasked && all_.boxes);
+    for (int k = first; k < first + kAhead; ++k) fetch(k, steps, adapters, !kMasked && all_.boxes);
     Place multiplied;
     tie(c_);
-    for (int k = 0; k < steps; ++k) {
+    for (int k = first; k < steps; ++k) {
       wait_copies<kAhead - 1>();
       if (all_.boxes && is_base(k)) wait_for_phase(landed_ + k % kStages, (k - base_begin_) / kStages & 1);
       fence_proxy();
       if (kDry) wait_products<0>();
       __syncthreads();  // step k has landed for all, and all are done with step k - 1 (k - 2): its place is filled next
-      if (kMasked && k == base_begin_ && k > 0) mask();
+      if (kMasked && k == base_begin_ && k > first) mask();
       const char* a = tiles_ + k % kStages * Layout::kStageBytes;
       if (is_base(k))
         multiply<Shape::kDepth / 16>(a);
@@ -130,6 +140,7 @@ class WgmmaTile {
       fetch(k + kAhead, steps, adapters, false);
       if (!kDry) wait_products<1>();  // step k - 1
     }
+    arrive_in_cluster();  // nothing more is asked for in the other's memory
     wait_products<0>();
     tie(c_);
   }
@@ -154,6 +165,7 @@ class WgmmaTile {
       const float2 two = *reinterpret_cast<const float2*>(sums + r * Layout::kSumsStride + column);
       if (m_ + r < p_.rows && n_ + column < p_.columns) p_.epilogue.store_two<T>(two.x, two.y, m_ + r, n_ + column);
     }
+    wait_for_cluster();
   }
 
  private:
@@ -171,20 +183,29 @@ class WgmmaTile {
 
   __device__ bool is_base(int k) const { return k >= base_begin_ && k < base_begin_ + base_steps_; }
 
-  // By one thread. The tiles' place was read by products that are done, and everyone has said so at a barrier.
+  // By one thread: a of this block, and half of b for both. The tiles' place was read by products that are done, and
+  // everyone in this block has said so at a barrier. Of the other block its thread says so.
   __device__ void fetch_boxes(int k) {
-    char* a = tiles_ + k % kStages * Layout::kStageBytes;
-    uint64_t* landed = landed_ + k % kStages;
+    const int place = k % kStages, turn = (k - base_begin_) / kStages, rank = static_cast<int>(rank_in_cluster());
+    char* a = tiles_ + place * Layout::kStageBytes;
+    uint64_t* landed = landed_ + place;
     const int depth = (k - base_begin_) * Shape::kDepth;
     expect_bytes(landed, Layout::kStageBytes);
     load_box(a, all_.a, m_, depth, landed);
+    if (kMasked || turn > 0) {  // otherwise nothing was there before
+      for (unsigned i = 0; i < kClusterBlocks; ++i) arrive(free_ + place, i);
+      wait_for_phase(free_ + place, (kMasked ? turn : turn - 1) & 1);
+    }
+    if constexpr (kAcross) {
+      constexpr int kHalf = Layout::kBTiles / 2;
 #pragma unroll
-    for (int i = 0; i < Layout::kBTiles; ++i) {
-      char* b = a + A::kBytes + i * B::kBytes;
-      if constexpr (kAcross)
-        load_box(b, all_.b, depth, n_ + i * 64, landed);
-      else
-        load_box(b, all_.b, n_, depth, landed);
+      for (int i = 0; i < kHalf; ++i) {
+        const int tile = rank * kHalf + i;
+        share_box(a + A::kBytes + tile * B::kBytes, all_.b, depth, n_ + tile * 64, landed);
+      }
+    } else {
+      constexpr int kHalf = Shape::kColumns / 2;
+      share_box(a + A::kBytes + rank * (B::kBytes / 2), all_.b, n_ + rank * kHalf, depth, landed);
     }
   }
 
@@ -302,6 +323,7 @@ class WgmmaTile {
   Shared shared_;
   char* tiles_;
   uint64_t* landed_;  // of each place: a and b are there
+  uint64_t* free_;    // and: both blocks are done with what was there before
   int m_, n_, base_begin_ = 0, base_steps_ = 0;
   Place fetched_;
   uint64_t kept_[kMasked ? kMaskParts : 1][2];
@@ -313,7 +335,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kWgmmaTogether<Shape, kProduc
     gemm_wgmma(const __grid_constant__ WgmmaParams p) {
   if constexpr (kWgmma) {
     int m = 0, n = 0;
-    tile_of_block<Shape>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.columns, &m, &n);
+    tile_of_block<Shape, kClusterBlocks>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.columns, &m, &n);
     WgmmaTile<T, Shape, kProduct> tile(p, m, n);
     tile.run();
     tile.store();

@@ -85,8 +85,9 @@ bool int8_tiled_wgmma(Sequence* s, const char* name, const Int8GemmParams& p, bo
   Int8WgmmaParams w{};
   w.gemm = p;
   if (!make_int8_maps<Shape>(&w)) return false;
-  const dim3 grid(tiles(p.rows, Shape::kRows) * tiles(p.w.columns, Shape::kColumns), 1, 1);
-  s->run<&int8_wgmma<T, Shape>>(name, grid, Shape::kThreads, Int8WgmmaLayout<T, Shape>::kSharedBytes, w, early);
+  const unsigned clusters = tiles(p.rows, kClusterBlocks * Shape::kRows) * tiles(p.w.columns, Shape::kColumns);
+  s->run<&int8_wgmma<T, Shape>>(name, dim3(clusters * kClusterBlocks, 1, 1), Shape::kThreads,
+                                Int8WgmmaLayout<T, Shape>::kSharedBytes, w, early, false, kClusterBlocks);
   return true;
 }
 

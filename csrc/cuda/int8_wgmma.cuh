@@ -66,7 +66,7 @@ struct Int8WgmmaLayout {
   static_assert(kRowsBytes % kWgmmaAlignment == 0 && kStageBytes % kWgmmaAlignment == 0, "tiles follow one another");
   static constexpr int kTileBytes = Shape::kStages * kStageBytes;
   static constexpr size_t kSharedBytes =
-      static_cast<size_t>(kTileBytes) + (Shape::kStages * 8 + 15) / 16 * 16 + (Adapters::kWords * 4 + 15) / 16 * 16;
+      static_cast<size_t>(kTileBytes) + 2 * ((Shape::kStages * 8 + 15) / 16 * 16) + (Adapters::kWords * 4 + 15) / 16 * 16;
 };
 
 struct Int8WgmmaParams {
@@ -82,7 +82,7 @@ inline bool make_int8_maps(Int8WgmmaParams* p) {
   const BytePlanes q{g.q, 1, rows, g.q_stride, rows * g.q_stride, g.q_stride};
   const BytePlanes w{g.w.data, blocks, steps * (kInt8StepBytes / 128), 128, g.w.block_bytes, 128};
   return make_tensor_map(&p->q, q, 1, Shape::kRows) &&
-         make_tensor_map(&p->w, w, Shape::kBlocks, Shape::kDepth / 4 * (kInt8StepBytes / 128));
+         make_tensor_map(&p->w, w, Shape::kBlocks / kClusterBlocks, Shape::kDepth / 4 * (kInt8StepBytes / 128));
 }
 
 template <class T, class Shape>
@@ -105,6 +105,7 @@ class Int8WgmmaTile {
   __device__ Int8WgmmaTile(const Int8WgmmaParams& p, int m, int n) : all_(p), p_(p.gemm), m_(m), n_(n) {
     tiles_ = shared_.template take<char>(Layout::kTileBytes);  // first: from a multiple of 1024 on
     landed_ = shared_.template take<uint64_t>(kStages);
+    free_ = shared_.template take<uint64_t>(kStages);
     warp_column_ = static_cast<int>(threadIdx.x) / 32 * kWarpColumns;
     base_steps_ = (p_.w.steps * 4 + Shape::kDepth - 1) / Shape::kDepth;
   }
@@ -112,14 +113,19 @@ class Int8WgmmaTile {
   __device__ void run() {
     const int first = kAhead < base_steps_ ? kAhead : base_steps_;
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) init_arrivals(landed_ + i);
+      for (int i = 0; i < kStages; ++i) {
+        init_arrivals(landed_ + i);
+        init_arrivals(free_ + i, kClusterBlocks);
+      }
       fence_arrivals();
-      for (int k = 0; k < first; ++k) fetch_weight(k);
     }
+    arrive_in_cluster();
+    wait_for_cluster();  // the barriers of both are there
+    if (threadIdx.x == 0)
+      for (int k = 0; k < first; ++k) fetch_weight(k);
     wait_for_kernel_before();  // which makes q and t
     if (threadIdx.x == 0)
       for (int k = 0; k < first; ++k) fetch_rows(k);
-    // Its barrier shows all threads the barriers above.
     const Adapters adapters(p_.routing, shared_.template take<int>(Adapters::kWords), m_, p_.rows);
     int steps = base_steps_;
     for (int i = 0; i < adapters.count(); ++i)
@@ -141,6 +147,7 @@ class Int8WgmmaTile {
       fetch(k + kAhead, steps, adapters);
       multiply(place(k), w, sums);
     } while (++k < base_steps_);
+    arrive_in_cluster();  // nothing more is asked for in the other's memory
     wait_products<0>();
     tie(sums);
     float c[kProducts][kEights][4];
@@ -156,17 +163,25 @@ class Int8WgmmaTile {
     }
     wait_copies<0>();
     store(c);
+    wait_for_cluster();
   }
 
  private:
   __device__ char* place(int k) const { return tiles_ + k % kStages * Layout::kStageBytes; }
 
-  // By one thread. The place was read by products and loads that are done, and everyone has said so at a barrier.
+  // By one thread: half of w for both blocks. The place was read by products and loads that are done, and everyone in
+  // this block has said so at a barrier. Of the other block its thread says so.
   __device__ void fetch_weight(int k) {
+    constexpr int kHalf = Shape::kBlocks / static_cast<int>(kClusterBlocks);
+    const int turn = k / kStages, half = static_cast<int>(rank_in_cluster()) * kHalf;
     uint64_t* landed = landed_ + k % kStages;
     expect_bytes(landed, Layout::kStageBytes);
-    load_planes(place(k) + Layout::kRowsBytes, all_.w, n_ / 64, k * (Shape::kDepth / 4) * (kInt8StepBytes / 128), 0,
-                landed);
+    if (turn > 0) {  // otherwise nothing was there before
+      for (unsigned i = 0; i < kClusterBlocks; ++i) arrive(free_ + k % kStages, i);
+      wait_for_phase(free_ + k % kStages, (turn - 1) & 1);
+    }
+    share_planes(place(k) + Layout::kRowsBytes + half * Layout::kBlockBytes, all_.w, n_ / 64 + half,
+                 k * (Shape::kDepth / 4) * (kInt8StepBytes / 128), 0, landed);
   }
   __device__ void fetch_rows(int k) { load_planes(place(k), all_.q, 0, m_, k * Shape::kDepth, landed_ + k % kStages); }
 
@@ -174,7 +189,7 @@ class Int8WgmmaTile {
     if (k >= base_steps_) {
       fetch_branch(k, steps, adapters);
     } else if (threadIdx.x == 0) {
-      fetch_weight(k);
+      fetch_weight(k);  // first: it says how many bytes are expected
       fetch_rows(k);
     }
     commit_copies();
@@ -338,6 +353,7 @@ class Int8WgmmaTile {
   Shared shared_;
   char* tiles_;
   uint64_t* landed_;  // of each place: q and w are there
+  uint64_t* free_;    // and: both blocks are done with what was there before
   int m_, n_, warp_column_ = 0, base_steps_ = 0, slot_ = 0, chunk_ = 0;
 };
 
@@ -346,7 +362,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTogether)
     int8_wgmma(const __grid_constant__ Int8WgmmaParams p) {
   if constexpr (kWgmma) {
     int m = 0, n = 0;
-    tile_of_block<Shape>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.w.columns, &m, &n);
+    tile_of_block<Shape, kClusterBlocks>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.w.columns, &m, &n);
     Int8WgmmaTile<T, Shape>(p, m, n).run();
   } else {
 #if !defined(LORA_KERNELS_EMULATION)

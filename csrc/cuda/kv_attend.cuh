@@ -220,7 +220,7 @@ class KvAttend {
 
   __device__ void add_scores([[maybe_unused]] int at, float (&scores)[2][4]) const {
     // Loads that are not ahead must not be gathered ahead either: what unrolling lets a compiler do.
-    constexpr int kUnrolled = kAhead ? kEights : 1;
+    [[maybe_unused]] constexpr int kUnrolled = kAhead ? kEights : 1;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll kUnrolled

@@ -74,10 +74,10 @@ void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early)
   };
   WgmmaParams w{};
   w.gemm = p;
-  w.boxes = map(&w.a, p.a, Shape::kRows) && map(&w.b, p.b, Layout::B::kRows);
-  const unsigned blocks = tiles(p.rows, Shape::kRows) * tiles(p.columns, Shape::kColumns);
-  s->run<&gemm_wgmma<T, Shape, kProduct>>(name, dim3(blocks, 1, 1), Shape::kThreads, Layout::kSharedBytes, w, early,
-                                          true);
+  w.boxes = map(&w.a, p.a, Shape::kRows) && map(&w.b, p.b, Layout::kBBoxRows);
+  const unsigned clusters = tiles(p.rows, kClusterBlocks * Shape::kRows) * tiles(p.columns, Shape::kColumns);
+  s->run<&gemm_wgmma<T, Shape, kProduct>>(name, dim3(clusters * kClusterBlocks, 1, 1), Shape::kThreads,
+                                          Layout::kSharedBytes, w, early, true, kClusterBlocks);
 }
 
 // dx by the tiles of the plan; with dropout the branch is masked.

@@ -2,7 +2,8 @@
 // measured.
 //
 // A tile is steps of 128 bytes of depth. A step takes what is longest: its products at the peak; what TMA writes to
-// shared memory and what products and lanes read of it, at 128 bytes per clock; what L2 has to bring. Before the steps
+// shared memory and what products and lanes read of it, at 128 bytes per clock; what comes to the multiprocessor; what
+// L2 has to bring, of which two tiles of a cluster, one below the other, share those of the columns. Before the steps
 // a tile starts, after them it has an end (conversion, the branch of INT8, activation, store): that is added where a
 // block is alone on its multiprocessor. Where two share one, the end of one runs beside the steps of the other, as long
 // as they are out of step: they start together, and nothing but chance sets them apart. In step all the way they would
@@ -23,6 +24,8 @@ constexpr double kSharedBytesPerClock = 128;
 // 35 bytes per clock of 132 multiprocessors at 1.755 GHz. It may be that L2 gives more; one multiprocessor
 // alone gets more (kL2BytesPerClock).
 constexpr double kL2OfAllPerClock = 35;
+// What one multiprocessor can take, whether L2 brings it to it alone or to both of a cluster.
+constexpr double kArrivingPerClock = 64;
 // From a load to its data in L2 on a busy device. A tile waits for it twice at its start (who its adapters are; the
 // first boxes) and twice at its end (scales or bias; factors of the branch).
 constexpr double kL2Clocks = 600;
@@ -38,8 +41,10 @@ struct HopperTile {
   int columns, together;  // tiles of a multiprocessor at a time
   int ahead;              // steps on their way while one is multiplied
   double read;            // bytes of a step that products and lanes read
+  int cluster = 2;        // tiles of one
   double slower = 1;      // than by wgmma at the peak
   double fetched() const { return (128 + columns) * 128.0; }
+  double of_l2() const { return (128 + columns / cluster) * 128.0; }
 };
 
 struct HopperWork {
@@ -61,19 +66,21 @@ inline HopperTime hopper_tiles(const CudaDevice& device, std::initializer_list<H
   const Machine machine(device, kWgmmaFlopsPerClock);
   HopperTime best{0, 0};
   for (const HopperTile& tile : shapes) {
-    const double count = static_cast<double>((work.rows + 127) / 128) *
+    const int64_t rows = 128 * tile.cluster;
+    const double count = static_cast<double>((work.rows + rows - 1) / rows * tile.cluster) *
                          static_cast<double>((work.columns + tile.columns - 1) / tile.columns);
     // Of each column 2 * 128 * 64 FLOPs of 16 bits, or twice as many operations of 8.
     const double products = 4.0 * tile.columns * tile.slower;
     const double shared = (tile.fetched() + tile.read) / kSharedBytesPerClock;
-    const double step = std::max(std::max(products, shared) / kStepsReached, tile.fetched() / kL2OfAllPerClock);
+    const double step = std::max({products / kStepsReached, shared / kStepsReached,
+                                  tile.fetched() / kArrivingPerClock, tile.of_l2() / kL2OfAllPerClock});
     const double steps = work.steps * step + work.branch * tile.columns;
     const double start = 2 * kL2Clocks, issued = work.value * tile.columns, end = 2 * kL2Clocks + issued;
     // Of the multiprocessor that has most of them.
     const double most = machine.turns(count), in_turns = machine.turns(count, tile.together) * (start + steps + end);
     const double clocks =
         tile.together == 1 ? in_turns : std::max({start + most * steps + end, start + steps + most * issued, in_turns});
-    const double in_flight = tile.ahead * tile.fetched();
+    const double in_flight = tile.ahead * tile.of_l2();
     const double busy = std::min(1.0, count * in_flight / (machine.bytes * kLatencySeconds));
     const double us = std::max(clocks / machine.clock * 1e6, machine.memory_us(work.bytes) / busy) + kLaunchUs;
     if (best.columns == 0 || us < best.us) best = {tile.columns, us};
@@ -86,7 +93,7 @@ inline HopperTime hopper_tiles(const CudaDevice& device, std::initializer_list<H
 // there, and of wgmma's products mma.sync makes 62 % in the same time.
 inline TiledTime by_mma_on_hopper(const CudaDevice& device, TiledTime time, int together, const HopperWork& work) {
   if (device.arch == 90 && time.large)
-    time.us = std::max(time.us, hopper_tiles(device, {{128, together, 1, 8 * 96 * 128.0, 1 / 0.62}}, work).us);
+    time.us = std::max(time.us, hopper_tiles(device, {{128, together, 1, 8 * 96 * 128.0, 1, 1 / 0.62}}, work).us);
   return time;
 }
 

@@ -15,9 +15,9 @@ class Sequence {
   explicit Sequence(void* stream) : stream_(stream) {}
   template <auto kKernel, class Params>
   void run(const char* name, dim3 grid, unsigned threads, size_t shared, const Params& params, bool early = false,
-           bool most_shared = false) {
+           bool most_shared = false, unsigned cluster = 1) {
     if (!status_.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    status_ = launch<kKernel>({name, grid, dim3(threads, 1, 1), shared, stream_, early, most_shared}, params);
+    status_ = launch<kKernel>({name, grid, dim3(threads, 1, 1), shared, stream_, early, most_shared, cluster}, params);
   }
   // After the last.
   Status status() {

@@ -11,6 +11,7 @@
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
 
+void test_cluster();     // emulation_cluster.cpp
 void test_wgmma();       // emulation_wgmma.cpp
 void test_wgmma_int8();  // emulation_wgmma_int8.cpp
 
@@ -344,6 +345,7 @@ int main() {
   test_tf32();
   test_wgmma();
   test_wgmma_int8();
+  test_cluster();
   if (failures) std::printf("%d checks failed\n", failures);
   if (!failures) std::printf("all checks passed\n");
   return failures != 0;

@@ -5,9 +5,11 @@ A program of its own, since AddressSanitizer has to be loaded before the interpr
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -26,6 +28,8 @@ from test_emulated_lora_linear import (  # noqa: E402
     check_forward,
     possible,
 )
+
+Checks = Iterator[tuple[str, Callable[[], object]]]
 
 PLANS = [
     ("two_steps", True, 1),
@@ -51,110 +55,121 @@ def same_bits() -> None:
             raise AssertionError(f"{path}: the order of threads changes the result")
 
 
-def main(dtypes: list[torch.dtype]) -> int:
+def lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
+    for path, large, splits in PLANS:
+        shape = (9, 101, 67) if path == "few_rows" else (70, 136, 67)
+        for mode in ("peft", "bank", "dropout"):
+            if large > 1:  # more steps than it has places for them; by TMA, or not
+                shape = (70, 520 if mode == "peft" else 517, 67)
+            if not possible(path, mode, shape[0], large):
+                continue
+            if large > 1 and dtype == torch.float32:
+                continue
+            t_blocks = 2 if large > 1 and mode != "dropout" else 0
+            emulated = Emulated(*order, path=path, large=large, splits=splits, t_blocks=t_blocks)
+            name = f"{path} {'wgmma ' if large > 1 else ''}{mode}"
+            yield name, partial(check_forward, emulated, shape, dtype, mode, "silu")
+    emulated = Emulated(*order, path="two_steps", splits=2)
+    for mode in ("dropout", "bank"):
+        yield f"gradients {mode}", partial(check_backward, emulated, (70, 40, 67), dtype, mode)
+    for keeps_t in (False, True):
+        emulated = Emulated(*order, path="two_steps", splits=2, keeps_t=keeps_t, dy_once=True)
+        check = partial(check_backward, emulated, (150, 40, 135), dtype, "dropout", 19)
+        yield f"gradients keeps_t={keeps_t}", check
+    if not OF_SM_75 and dtype != torch.float32:
+        # By TMA, in more steps than there are places for them, or by copies.
+        for mode, k, n in [("dropout", 136, 456), ("bank", 71, 67), ("dropout", 71, 67)]:
+            emulated = Emulated(*order, path="two_steps", large=128)
+            check = partial(check_backward, emulated, (70, k, n), dtype, mode)
+            yield f"gradients by wgmma {mode}", check
+
+
+def int8_lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
+    for path, large, splits, most in int8.PLANS:
+        if large > 1 and OF_SM_75:
+            continue
+        # Large tiles reach beyond a weight of one block, small ones do not; by wgmma more steps
+        # than there are places for them.
+        shape = (min(most, 70), 1016 if large > 1 else 136, 40 if large else 70)
+        for mode in ("peft", "bank"):
+            emulated = EmulatedInt8(*order, path=path, large=large, splits=splits)
+            name = f"int8 {path} {'wgmma ' if large > 1 else ''}{mode}"
+            yield name, partial(int8.check, emulated, shape, dtype, mode, "silu")
+
+
+def kv_attention_step(dtype: torch.dtype, order: tuple) -> Checks:
+    for wishes in ({}, {"split_positions": 128, "apart": True}):
+        yield f"kv steps {wishes}", partial(kv.check_steps, dtype, order, **wishes)
+        yield f"kv blocked {wishes}", partial(kv.check_blocked, dtype, order, **wishes)
+    yield "kv pack", partial(kv.check_pack, dtype, order)
+
+
+def kv_relative_step(dtype: torch.dtype, order: tuple) -> Checks:
+    for chunks in (0, 1):
+        check = partial(relative.check_steps, dtype, order, chunks=chunks)
+        yield f"kv relative chunks={chunks}", check
+
+
+def early_start(dtype: torch.dtype, order: tuple) -> Checks:
+    if dtype == torch.float16 and not OF_SM_75:
+        for plan in early.PLANS:
+            yield f"early start {plan}", partial(early.check_layer, plan, order)
+
+
+OPERATORS: dict[str, Callable[[torch.dtype, tuple], Checks]] = {
+    "lora_linear": lora_linear,
+    "int8_lora_linear": int8_lora_linear,
+    "kv_attention_step": kv_attention_step,
+    "kv_relative_step": kv_relative_step,
+    "early_start": early_start,
+}
+
+
+def once(operators: list[str], dtype: torch.dtype) -> Checks:
+    """What every order is tried in anyway, or none matters to."""
+    if "lora_linear" in operators:
+        yield "same bits", same_bits
+    if "int8_lora_linear" in operators:
+        yield "int8 choice", partial(int8.check_topk, "few_rows", dtype)
+        yield "int8 unpack", int8.test_unpack
+    if "kv_relative_step" in operators:
+        yield "kv relative: short", relative.test_what_is_beyond_a_short_chunk_is_ignored
+        indices = relative.test_bad_indices_make_their_row_nan_and_write_nothing
+        yield "kv relative: indices", indices
+    if "kv_attention_step" in operators and not OF_SM_75:  # no fp32 there, which these are in
+        yield "kv: new tokens", kv.test_new_tokens_of_other_rows_are_seen
+        yield "kv: what a query does not see", kv.test_what_a_query_does_not_see_stays_away
+        yield "kv: indices", partial(kv.test_bad_indices_make_their_row_nan_and_write_nothing, 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = ["float16", "bfloat16", "float32"]
+    parser.add_argument("--dtype", nargs="+", choices=names, default=names)
+    parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--first", action="store_true", help="stop at the first that is wrong")
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    dtypes = [getattr(torch, name) for name in arguments.dtype]
+
+    def checks() -> Checks:
+        for dtype in dtypes:
+            for order in ORDERS[:3]:
+                for operator in arguments.operator:
+                    for name, check in OPERATORS[operator](dtype, order):
+                        yield f"{name} {order}", check
+        yield from once(arguments.operator, dtypes[0])
+
     wrong = 0
-    for dtype in dtypes:
-        for order in ORDERS[:3]:
-            for path, large, splits in PLANS:
-                shape = (9, 101, 67) if path == "few_rows" else (70, 136, 67)
-                for mode in ("peft", "bank", "dropout"):
-                    if large > 1:  # more steps than it has places for them; by TMA, or not
-                        shape = (70, 520 if mode == "peft" else 517, 67)
-                    if not possible(path, mode, shape[0], large):
-                        continue
-                    if large > 1 and dtype == torch.float32:
-                        continue
-                    emulated = Emulated(
-                        *order,
-                        path=path,
-                        large=large,
-                        splits=splits,
-                        t_blocks=2 if large > 1 and mode != "dropout" else 0,
-                    )
-                    try:
-                        check_forward(emulated, shape, dtype, mode, "silu")
-                    except (AssertionError, EmulationError) as error:
-                        print(
-                            f"WRONG: {path} {'wgmma ' if large > 1 else ''}{mode} {order}: {error}"
-                        )
-                        wrong += 1
-            try:
-                emulated = Emulated(*order, path="two_steps", splits=2)
-                check_backward(emulated, (70, 40, 67), dtype, "dropout")
-                check_backward(emulated, (70, 40, 67), dtype, "bank")
-                for keeps_t in (False, True):
-                    emulated = Emulated(
-                        *order, path="two_steps", splits=2, keeps_t=keeps_t, dy_once=True
-                    )
-                    check_backward(emulated, (150, 40, 135), dtype, "dropout", 19)
-            except (AssertionError, EmulationError) as error:
-                print(f"WRONG: gradients {order}: {error}")
-                wrong += 1
-            # By TMA, in more steps than there are places for them, or by copies.
-            for mode, k, n in [("dropout", 136, 456), ("bank", 71, 67), ("dropout", 71, 67)]:
-                if OF_SM_75 or dtype == torch.float32:
-                    continue
-                try:
-                    emulated = Emulated(*order, path="two_steps", large=128)
-                    check_backward(emulated, (70, k, n), dtype, mode)
-                except (AssertionError, EmulationError) as error:
-                    print(f"WRONG: gradients by wgmma {mode} {order}: {error}")
-                    wrong += 1
-            for path, large, splits, most in int8.PLANS:
-                if large > 1 and OF_SM_75:
-                    continue
-                # Large tiles reach beyond a weight of one block, small ones do not; by wgmma more
-                # steps than there are places for them.
-                shape = (min(most, 70), 1016 if large > 1 else 136, 40 if large else 70)
-                for mode in ("peft", "bank"):
-                    emulated = EmulatedInt8(*order, path=path, large=large, splits=splits)
-                    try:
-                        int8.check(emulated, shape, dtype, mode, "silu")
-                    except (AssertionError, EmulationError) as error:
-                        name = f"{path} {'wgmma ' if large > 1 else ''}{mode}"
-                        print(f"WRONG: int8 {name} {order}: {error}")
-                        wrong += 1
-            for wishes in ({}, {"split_positions": 128, "apart": True}):
-                try:
-                    kv.check_steps(dtype, order, **wishes)
-                    kv.check_blocked(dtype, order, **wishes)
-                    kv.check_pack(dtype, order)
-                except (AssertionError, EmulationError) as error:
-                    print(f"WRONG: {order} {wishes}: {error}")
-                    wrong += 1
-            for plan in early.PLANS if dtype == torch.float16 and not OF_SM_75 else ():
-                try:
-                    early.check_layer(plan, order)
-                except (AssertionError, EmulationError) as error:
-                    print(f"WRONG: {order}: {error}")
-                    wrong += 1
-            for chunks in (0, 1):
-                try:
-                    relative.check_steps(dtype, order, chunks=chunks)
-                except (AssertionError, EmulationError) as error:
-                    print(f"WRONG: kv relative {order} chunks={chunks}: {error}")
-                    wrong += 1
-    checks: list[tuple[str, Callable[[], object]]] = [
-        ("same bits", same_bits),
-        ("int8 choice", lambda: int8.check_topk("few_rows", dtypes[0])),
-        ("int8 unpack", int8.test_unpack),
-        ("kv relative: short", relative.test_what_is_beyond_a_short_chunk_is_ignored),
-        ("kv relative: indices", relative.test_bad_indices_make_their_row_nan_and_write_nothing),
-    ]
-    if not OF_SM_75:  # which has no kernels of fp32, and these checks are in fp32
-        checks += [
-            ("kv: new tokens", kv.test_new_tokens_of_other_rows_are_seen),
-            ("kv: what a query does not see", kv.test_what_a_query_does_not_see_stays_away),
-            ("kv: indices", lambda: kv.test_bad_indices_make_their_row_nan_and_write_nothing(0)),
-        ]
-    for name, check in checks:
+    for name, check in checks():
         try:
             check()
         except (AssertionError, EmulationError) as error:
             print(f"WRONG: {name}: {error}")
             wrong += 1
+            if arguments.first:
+                break
     conflicts = Emulated().lib.emulated_bank_conflicts()
     if conflicts:
         print(f"WRONG: {conflicts} bank conflicts")
@@ -164,5 +179,4 @@ def main(dtypes: list[torch.dtype]) -> int:
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or ["float16", "bfloat16", "float32"]
-    sys.exit(main([getattr(torch, name) for name in names]))
+    sys.exit(main())

@@ -155,8 +155,8 @@ def test_tiles_by_wgmma_have_the_bits_of_those_by_mma(dtype: torch.dtype) -> Non
         for columns in (128, 256):
             emulated = EmulatedInt8("shuffled", path="tiled", large=columns)
             assert torch.equal(emulated.forward(x, packed, n, bias, **operands), want)
-            # Of q and w, for each step of 128 of each tile.
-            tiles = -(-rows // 128) * -(-n // columns)
+            # Of q and w, for each step of 128 of each tile, which come in pairs.
+            tiles = 2 * -(-rows // 256) * -(-n // columns)
             assert library().emulated_boxes() == 2 * tiles * -(-k // 128)
 
 

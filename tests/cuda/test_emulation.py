@@ -19,7 +19,9 @@ ADDRESS = "-DLORA_KERNELS_SANITIZE=address,undefined"
 BY_FILE = sorted(FAULTS, key=lambda fault: (fault.sanitized, fault.file))
 
 
-def run_shapes(library: Path, *dtypes: str, sanitized: bool) -> subprocess.CompletedProcess[str]:
+def run_shapes(
+    library: Path, *options: str, sanitized: bool = False
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"LORA_KERNELS_EMULATED": str(library)}
     if sanitized:
         found = subprocess.run(
@@ -32,7 +34,7 @@ def run_shapes(library: Path, *dtypes: str, sanitized: bool) -> subprocess.Compl
         }
     script = ROOT / "tests" / "cuda" / "run_shapes.py"
     return subprocess.run(
-        [sys.executable, script, *dtypes], env=environment, capture_output=True, text=True
+        [sys.executable, script, *options], env=environment, capture_output=True, text=True
     )
 
 
@@ -82,7 +84,7 @@ def test_kernels_of_sm_75(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("-DLORA_KERNELS_F16_ALONE=ON", f"-DCMAKE_CXX_FLAGS={flags.strip()}")
     library = build("libcuda_emulated.so", *options)
     monkeypatch.setenv("LORA_KERNELS_EMULATED_WITHOUT_WGMMA", "1")
-    run = run_shapes(library, "float16", sanitized=False)
+    run = run_shapes(library, "--dtype", "float16")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
@@ -107,10 +109,12 @@ def test_planted_faults_are_caught(fault: Fault, copy_of_sources: Path) -> None:
     path.write_text(source.replace(fault.before, fault.after))
     try:
         library = build("libcuda_emulated.so", *options, sources=copy_of_sources, folder=folder)
-        run = run_shapes(library, "float16", sanitized=fault.sanitized)
+        shapes = ["--dtype", "float16", "--operator", fault.operator, "--first"]
+        run = run_shapes(library, *shapes, sanitized=fault.sanitized)
     finally:
         path.write_text(source)
     text = run.stdout + run.stderr
     assert run.returncode != 0, f"{fault.name} was not caught"
+    assert "WRONG: " in text or "AddressSanitizer" in text, text[-3000:]
     found = [word in text for word in fault.words]
     assert all(found) if fault.sanitized else any(found), text[-3000:]
