@@ -175,10 +175,10 @@ void test_wgmma() {
   }
   for (const int64_t rows : {1, 32, 100})
     check(plan_of(problem_of(rows, 1280, 1280, 16), with).cuda.wgmma_columns == 0, "few rows are bound by memory");
-  LoraLinearProblem p = problem_of(4096, 1280, 5120, 0);
-  check(plan_of(p, with).cuda.wgmma_columns == 256, "a wide tile takes less from L2");
-  p.activation = Activation::kGelu;
-  check(plan_of(p, with).cuda.wgmma_columns == 128, "two narrow ones hide each other's ends");
+  LoraLinearProblem p = problem_of(4096, 5120, 5120, 0);
+  check(plan_of(p, with).cuda.wgmma_columns == 256, "much depth: a wide tile reads less of shared memory");
+  p = problem_of(4096, 1280, 5120, 0);
+  check(plan_of(p, with).cuda.wgmma_columns == 128, "little depth: two narrow ones hide each other's ends");
   p = problem_of(12000, 1280, 5120, 16);
   p.dtype = p.lora.dtype = DType::kFloat32;
   check(plan_of(p, with).cuda.wgmma_columns == 0, "fp32 keeps its precision, which wgmma has no products for");
