@@ -4,16 +4,17 @@
 // its right one from shared memory by rows, and that is q.
 //
 // Two warpgroups make 128 rows x 128 (or 256) channels of y, 64 (128) channels each, in steps of 128 k. Both operands
-// come by TMA into the 128-byte swizzle, one thread asking for two boxes: 16 KB of q, rows of 128 bytes, and 16 (32) KB
-// of w, the packed steps of 256 bytes of two (four) blocks as rows of 128 bytes. w does not wait for the kernel that
-// makes q.
+// come by TMA into the 128-byte swizzle: 16 KB of q, rows of 128 bytes, and 16 (32) KB of w, the packed steps of 256
+// bytes of two (four) blocks as rows of 128 bytes. Two blocks are a cluster and take tiles one below the other: one
+// thread of each asks for its own q and for half of w, which comes to both, once both are done with what was there. w
+// does not wait for the kernel that makes q.
 //
 // Of tiles of 128 channels two blocks share a multiprocessor, in 128 registers a thread and three places for steps, so
 // that one block's end runs beside the other's products. Between its own steps a block lets the products run dry: then
 // the place of the step before is free, and two steps are on their way while one is multiplied. (To free it in the
 // middle of the next step, products in flight, ptxas puts them one after another.) A tile of 256 channels is alone, has
-// four places and keeps products in flight. It takes a quarter less from L2, but nothing runs beside its end: plans
-// take it for much depth without an activation.
+// four places and keeps products in flight. It reads a tenth less of shared memory, but nothing runs beside its end:
+// plans take it for much depth, or where rows and columns divide better into such.
 //
 // Channels of a tile may be taken in any order: of the sixteen bytes that a lane reads of w (a word of four k of four
 // neighbouring channels) two words go to each of two instructions, rows g and g + 8 of their fragments, and the four
@@ -27,15 +28,16 @@
 // places of the ring while the last integers are multiplied; of the last step only the half that has ranks. y leaves
 // through shared memory, in one loop with bias, activation and residual.
 //
-// Integer operations 2 M N K, exact; a step brings 32 (48) KB for 2 * 128 * 128 (256) * 128 of them: 128 (170) to a
-// byte of L2, which is what bounds it: as far as others have got (machine_hopper.h) L2 takes 936 (1,404) clocks for a
-// step that is multiplied in 512 (1,024) at the peak, and for which shared memory, at 128 bytes per clock, takes 640
-// (1,152). By its instructions the end of 128 channels takes 3,800 clocks, with GELU 11,400, in which L2 brings the
-// other block's steps. That both blocks of a multiprocessor are out of step nothing but chance brings about.
+// Integer operations 2 M N K, exact. A step of 2 * 128 * 128 (256) * 128 of them is multiplied in 512 (1,024) clocks at
+// the peak; shared memory, at 128 bytes per clock, takes 640 (1,152) for what comes and is read, which bounds it; L2
+// brings 24 (32) KB to each block, for which it takes 702 (936) as far as others have got (machine_hopper.h; without
+// clusters 936 and 1,404). By its instructions the end of 128 channels takes 3,800 clocks, with GELU @GELU8@, in which
+// the other block's steps are multiplied. That both blocks of a multiprocessor are out of step nothing but chance brings
+// about.
 //
-// Where the driver knows no tensor maps int8_gemm.cuh takes its place. Not measured: no GPU has run this. Not tried:
-// clusters whose blocks share the boxes of q, so that L2 brings a quarter less and shared memory is the bound; blocks
-// of a multiprocessor that begin half a tile apart; 256 rows for each read of w.
+// Where the driver knows no tensor maps int8_gemm.cuh takes its place. Not measured: no GPU has run this, and what the
+// two blocks of a cluster wait for each other is in no prediction. Not tried: blocks of a multiprocessor that begin half
+// a tile apart; 256 rows for each read of w, which would leave 1,024 clocks of shared memory to the wide tile.
 #pragma once
 
 #include "cuda/int8_gemm.cuh"

@@ -18,6 +18,7 @@ import test_emulated_early_start as early  # noqa: E402
 import test_emulated_int8_lora_linear as int8  # noqa: E402
 import test_emulated_kv_attention_step as kv  # noqa: E402
 import test_emulated_kv_relative_step as relative  # noqa: E402
+import test_emulated_wgmma as wgmma  # noqa: E402
 import torch  # noqa: E402
 from emulated import Emulated, EmulationError  # noqa: E402
 from emulated_int8 import EmulatedInt8  # noqa: E402
@@ -129,6 +130,9 @@ def once(operators: list[str], dtype: torch.dtype) -> Checks:
     """What every order is tried in anyway, or none matters to."""
     if "lora_linear" in operators:
         yield "same bits", same_bits
+        if not OF_SM_75:  # one of two tiles that share boxes has more steps of a branch
+            check = wgmma.test_ranks_beyond_a_step_and_adapters_that_share_a_tile
+            yield "gradients by wgmma dropout, of a bank", partial(check, 0.3)
     if "int8_lora_linear" in operators:
         yield "int8 choice", partial(int8.check_topk, "few_rows", dtype)
         yield "int8 unpack", int8.test_unpack

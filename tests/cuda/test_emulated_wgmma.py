@@ -61,12 +61,14 @@ def test_ranks_beyond_a_step_and_adapters_that_share_a_tile(dropout: float) -> N
     rows, k, n = 140, 72, 80
     ranks = [70, 0, 130, 16, 33, 64]
     x, weight, _, dy = base(rows, k, n, torch.float16)
+    adapter_ids = torch.randint(-1, len(ranks), (rows,), dtype=torch.int32)
+    adapter_ids[128:] = 3  # the second tile has fewer steps than the first, with which it shares W
     operands = {
         "lora_a": (torch.randn(sum(ranks), k) / k**0.5).half(),
         "lora_b": torch.randn(sum(ranks), n).half(),
         "offsets": torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32),
         "scales": torch.tensor([0.7, 1.0, -0.2, 2.0, 0.1, 0.4]),
-        "adapter_ids": torch.randint(-1, len(ranks), (rows,), dtype=torch.int32),
+        "adapter_ids": adapter_ids,
     }
     if dropout:
         operands |= {"dropout_p": dropout, "dropout_seed": torch.tensor([5])}

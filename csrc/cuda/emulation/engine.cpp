@@ -157,16 +157,18 @@ bool done_for_now() {
   return !live;
 }
 
-// Of those that can go on this block, or another of its cluster, as the order has it; or null.
+// A block of the cluster that can go on, or null. One gets as far ahead as it can: the first, the last, or the one that
+// runs for a while that is drawn.
 Block* next_block() {
   Block* able[kMostCluster];
   int count = 0;
-  for (int i = 0; i < blocks_together(); ++i) {
-    Block& block = of_cluster((b->rank + i) % blocks_together());
-    if (block.ready_count) able[count++] = &block;
-  }
-  if (count < 2 || options.order == Order::kForward) return count ? able[0] : nullptr;
-  return able[options.order == Order::kReverse ? count - 1 : static_cast<int>(draw(static_cast<uint32_t>(count)))];
+  for (int rank = 0; rank < blocks_together(); ++rank)
+    if (of_cluster(rank).ready_count) able[count++] = &of_cluster(rank);
+  if (count == 0) return nullptr;
+  if (count == 1 || options.order == Order::kForward) return able[0];
+  if (options.order == Order::kReverse) return able[count - 1];
+  constexpr uint32_t kWhile = 512;  // switches of threads
+  return b->ready_count && draw(kWhile) ? b : able[draw(static_cast<uint32_t>(count))];
 }
 
 void next(bool dying = false) {
