@@ -11,8 +11,9 @@
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
 
-void test_wgmma();       // emulation_wgmma.cpp
-void test_wgmma_int8();  // emulation_wgmma_int8.cpp
+void test_activations();  // emulation_activation.cpp
+void test_wgmma();        // emulation_wgmma.cpp
+void test_wgmma_int8();   // emulation_wgmma_int8.cpp
 
 namespace {
 
@@ -342,6 +343,7 @@ int main() {
     test_blocks();
   }
   test_tf32();
+  test_activations();
   test_wgmma();
   test_wgmma_int8();
   if (failures) std::printf("%d checks failed\n", failures);
