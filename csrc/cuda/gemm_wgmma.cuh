@@ -13,14 +13,14 @@
 // 128 registers: there a tile is alone, with six places.)
 //
 // a and b come by TMA, one thread asking for their boxes. Two blocks are a cluster and take tiles one below the other:
-// each asks for its own a, and for half of b, which comes to both. So a place is filled anew when both are done with it,
-// of which their threads tell each other, and a block gets ahead of the other by the places that it has and no further.
-// Where alignment allows no tensor map, each copies all of its own by cp.async, of which 256 threads issue twelve (eight)
-// each in the 1,024 (512) clocks that a step multiplies. The depth of b in
-// gradients lies across its rows, as W and A lie in memory: wgmma reads 16-bit operands either way, and nothing is
-// transposed. t beside x and B beside W (u beside dy and A beside W) are more steps on the same sums, of which only as
-// many ranks as there are, in sixteens, are multiplied; they come by cp.async, since which rows of t count their
-// adapters say. Sums leave through shared memory.
+// each asks for its own a, and for half of b, which comes to both. So a place is filled anew when both are done with
+// it, of which their threads tell each other, and a block gets ahead of the other by the places that it has and no
+// further. Where alignment allows no tensor map, each copies all of its own by cp.async, of which 256 threads issue
+// twelve (eight) each in the 1,024 (512) clocks that a step multiplies. The depth of b in gradients lies across its
+// rows, as W and A lie in memory: wgmma reads 16-bit operands either way, and nothing is transposed. t beside x and B
+// beside W (u beside dy and A beside W) are more steps on the same sums, of which only as many ranks as there are, in
+// sixteens, are multiplied; they come by cp.async, since which rows of t count their adapters say. Sums leave through
+// shared memory.
 //
 // The branch comes last, so that a kernel that starts early does the base while t is still being made, if it finds room
 // (128 columns of y beside down_beside of skinny.cuh do). Under dropout the mask is of the branch alone: it comes
@@ -29,10 +29,11 @@
 //
 // FLOPs 2 M N (K + r). For a step of 2 * 128 * 256 (128) * 64 FLOPs, 1,024 (512) clocks at the peak, L2 brings 32 (24)
 // KB to each block, 128 (85) FLOPs to a byte, for which it takes 936 (702) clocks as far as others have got
-// (machine_hopper.h; without clusters 1,404 and 936), and shared memory 1,024 (640). Two tiles of 128 columns read more of
-// shared memory than one of 256, and hide ends of 4,400 clocks, with GELU @GELU16@, where the wide one adds twice as much to
-// its steps: which is better the plan says by depth and activation. Not measured: no GPU has run this, and what the two
-// blocks of a cluster wait for each other is in no prediction. Not tried: a warpgroup that asks for boxes alone.
+// (machine_hopper.h; without clusters 1,404 and 936), and shared memory 1,024 (640). Two tiles of 128 columns read more
+// of shared memory than one of 256, and hide ends of 4,400 clocks, with GELU 7,300, where the wide one adds twice as
+// much to its steps: which is better the plan says by depth and activation. Not measured: no GPU has run this, and what
+// the two blocks of a cluster wait for each other is in no prediction. Not tried: a warpgroup that asks for boxes
+// alone.
 #pragma once
 
 #include "cuda/gemm.cuh"

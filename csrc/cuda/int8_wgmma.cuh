@@ -31,13 +31,13 @@
 // Integer operations 2 M N K, exact. A step of 2 * 128 * 128 (256) * 128 of them is multiplied in 512 (1,024) clocks at
 // the peak; shared memory, at 128 bytes per clock, takes 640 (1,152) for what comes and is read, which bounds it; L2
 // brings 24 (32) KB to each block, for which it takes 702 (936) as far as others have got (machine_hopper.h; without
-// clusters 936 and 1,404). By its instructions the end of 128 channels takes 3,800 clocks, with GELU @GELU8@, in which
-// the other block's steps are multiplied. That both blocks of a multiprocessor are out of step nothing but chance brings
-// about.
+// clusters 936 and 1,404). By its instructions the end of 128 channels takes 3,800 clocks, with GELU 6,700, in which
+// the other block's steps are multiplied. That both blocks of a multiprocessor are out of step nothing but chance
+// brings about.
 //
 // Where the driver knows no tensor maps int8_gemm.cuh takes its place. Not measured: no GPU has run this, and what the
-// two blocks of a cluster wait for each other is in no prediction. Not tried: blocks of a multiprocessor that begin half
-// a tile apart; 256 rows for each read of w, which would leave 1,024 clocks of shared memory to the wide tile.
+// two blocks of a cluster wait for each other is in no prediction. Not tried: blocks of a multiprocessor that begin
+// half a tile apart; 256 rows for each read of w, which would leave 1,024 clocks of shared memory to the wide tile.
 #pragma once
 
 #include "cuda/int8_gemm.cuh"
@@ -67,8 +67,8 @@ struct Int8WgmmaLayout {
                 "steps of the branch in the same ring");
   static_assert(kRowsBytes % kWgmmaAlignment == 0 && kStageBytes % kWgmmaAlignment == 0, "tiles follow one another");
   static constexpr int kTileBytes = Shape::kStages * kStageBytes;
-  static constexpr size_t kSharedBytes =
-      static_cast<size_t>(kTileBytes) + 2 * ((Shape::kStages * 8 + 15) / 16 * 16) + (Adapters::kWords * 4 + 15) / 16 * 16;
+  static constexpr size_t kSharedBytes = static_cast<size_t>(kTileBytes) + 2 * ((Shape::kStages * 8 + 15) / 16 * 16) +
+                                         (Adapters::kWords * 4 + 15) / 16 * 16;
 };
 
 struct Int8WgmmaParams {

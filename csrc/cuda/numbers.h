@@ -1,8 +1,9 @@
-// Storage types on the device: conversions, products on tensor cores at the precision asked for, activations, dropout.
+// Storage types on the device: conversions, products on tensor cores at the precision asked for, dropout.
 #pragma once
 
 #include <type_traits>
 
+#include "cuda/activation.h"
 #include "cuda/primitives/copy.h"
 #include "cuda/primitives/matrix.h"
 #include "lora_kernels/philox.h"
@@ -122,13 +123,6 @@ __device__ inline void product(float (&c)[4], const uint32_t (&a)[4], uint32_t b
   } else {
     mma_step(T(), c, a, b0, b1);
   }
-}
-
-// x Phi(x) by the complementary error function, which keeps its precision far below zero; x sigmoid(x).
-__device__ inline float activate(float x, Activation activation) {
-  if (activation == Activation::kGelu) return x < -20.0f ? 0.0f : 0.5f * x * erfcf(x * -0.70710678f);
-  if (activation == Activation::kSilu) return x < -88.0f ? 0.0f : x / (1.0f + expf(-x));
-  return x;
 }
 
 // Which elements dropout keeps: the mask of philox.h, the CPU's bit for bit. Elements come in order of their index, so

@@ -11,9 +11,10 @@
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
 
-void test_cluster();     // emulation_cluster.cpp
-void test_wgmma();       // emulation_wgmma.cpp
-void test_wgmma_int8();  // emulation_wgmma_int8.cpp
+void test_activations();  // emulation_activation.cpp
+void test_cluster();      // emulation_cluster.cpp
+void test_wgmma();        // emulation_wgmma.cpp
+void test_wgmma_int8();   // emulation_wgmma_int8.cpp
 
 namespace {
 
@@ -343,6 +344,7 @@ int main() {
     test_blocks();
   }
   test_tf32();
+  test_activations();
   test_wgmma();
   test_wgmma_int8();
   test_cluster();

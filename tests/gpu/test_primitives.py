@@ -43,7 +43,7 @@ PRIMITIVES = [
     "wgmma.s8",
     "tma of planes",
 ]
-# Sums in another order, and other implementations of exp and erfc; everything else is exact.
+# Sums in another order, and approximations of exp2 and the reciprocal; everything else is exact.
 ROUNDED = {"mma.f16", "mma.bf16", "mma.tf32", "mma.f16.k8", "activations"}
 ROUNDED |= {name for name in PRIMITIVES if name.startswith("wgmma") and name != "wgmma.s8"}
 
@@ -140,3 +140,5 @@ def test_device_and_emulation_agree(device: ctypes.CDLL, host: ctypes.CDLL, name
             continue
         got, want = got.view(torch.float32).double(), want.view(torch.float32).double()
         assert (got - want).abs().max() <= 2e-5 * want.abs().max().clamp_min(1)
+        if name == "activations":  # which keep their precision far below zero (activation.h)
+            assert ((got - want).abs() <= 2e-6 * want.abs() + 2.0**-127).all()

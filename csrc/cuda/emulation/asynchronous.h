@@ -60,8 +60,8 @@ struct PendingBox {
 // A block's shared memory, and what all its threads share of what is under way there.
 struct Memory {
   char* shared = nullptr;
-  size_t capacity = 0;  // what the launch asked for, and gaps
-  bool gone = false;    // with its block, which has ended
+  size_t capacity = 0;                    // what the launch asked for, and gaps
+  bool gone = false;                      // with its block, which has ended
   std::vector<uint16_t> writers;          // of each chunk: a thread's index + 1, until it has fenced what it wrote
   std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
   std::vector<PendingBox> boxes;

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU: one fiber per thread, the blocks of a grid one after the other, those of a cluster
-// together. Fibers switch only where CUDA threads may wait for each other (barriers, collectives of a warp), in an order
-// that Options choose. What CUDA leaves undefined is refused: an Error names the kernel's line and what the block's
-// threads were doing.
+// together. Fibers switch only where CUDA threads may wait for each other (barriers, collectives of a warp), in an
+// order that Options choose. What CUDA leaves undefined is refused: an Error names the kernel's line and what the
+// block's threads were doing.
 //
 // This header is the engine's interface; names.h has CUDA's own names over it, and primitives/*.h what kernels use.
 #pragma once
@@ -97,8 +97,8 @@ void commit_products();
 void wait_products(int newest);
 
 // A box of planes of rows in global memory, in bytes but for planes and rows, and barriers that count its bytes and the
-// arrivals of threads. A box lands when somebody waits for it, at once, or by chance. Who waits for a phase that nothing
-// on its way can end is refused; in a cluster, once no thread of it can go on.
+// arrivals of threads. A box lands when somebody waits for it, at once, or by chance. Who waits for a phase that
+// nothing on its way can end is refused; in a cluster, once no thread of it can go on.
 struct Box {
   const char* data;
   int64_t planes, rows, row_bytes, plane_stride, stride;
@@ -119,7 +119,7 @@ struct Launched {
   const char* kernel;
   dim3 grid, block;
   size_t shared_bytes;
-  bool early;  // may start before the kernel before has finished
+  bool early;        // may start before the kernel before has finished
   unsigned cluster;  // neighbouring blocks that run together
   void (*body)(const void*);
   const void* arg;

@@ -204,7 +204,7 @@ void open_barrier() {
 void enter() {
   ASAN(const void* low; size_t size; __sanitizer_finish_switch_fiber(nullptr, &low, &size);
        Context& caller = b->together->caller; if (!caller.low) caller.low = low,
-       caller.size = size;)  // the first one comes from the caller
+                                              caller.size = size;)  // the first one comes from the caller
   TSAN(__tsan_acquire(&b->grid.body);)
   try {
     b->grid.body(b->grid.arg);
@@ -305,9 +305,8 @@ const Self& self() { return b->current->self; }
 void refuse(const std::string& why) {
   const uint3& at = b->current->self.block;
   std::string& error = b->together->error;
-  error = std::string(b->grid.kernel) + ": " + why + ", by thread " + std::to_string(b->current->index) +
-             " of block " + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) +
-          what_threads_do(*b);
+  error = std::string(b->grid.kernel) + ": " + why + ", by thread " + std::to_string(b->current->index) + " of block " +
+          std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) + what_threads_do(*b);
   for (int rank = 0; rank < blocks_together(); ++rank)
     if (rank != b->rank) error += what_threads_do(of_cluster(rank));
   go(*b->current, b->together->caller);
