@@ -186,6 +186,8 @@ class DyOnce {
 template <class T>
 __global__ void __launch_bounds__(kDyOnceThreads) dy_once(const DyOnceParams p) {
   if constexpr (kCompiled<T>) {
+    let_next_kernel_start();
+    wait_for_kernel_before();
     DyOnce<T> block(p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x));
     block.run(static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x));
   }
@@ -203,6 +205,7 @@ template <class T>
 __global__ void __launch_bounds__(256) join_parts(const JoinPartsParams p) {
   if constexpr (kCompiled<T>) {
     let_next_kernel_start();
+    wait_for_kernel_before();
     const DyOnceParams& f = p.from;
     const int width = f.width, begin = f.routing.begin(0), rank = f.routing.rank(0);
     const int64_t us = int64_t{f.dy.rows} * width, bs = int64_t{rank} * f.dy.columns;

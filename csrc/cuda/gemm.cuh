@@ -354,7 +354,9 @@ constexpr int kBlocksPerMultiprocessor =
 template <class T, class Shape, Product kProduct>
 __global__ void __launch_bounds__(Shape::kThreads, kBlocksPerMultiprocessor<T, kProduct>) gemm(const GemmParams p) {
   if constexpr (kCompiled<T>) {
+    let_next_kernel_start();
     if constexpr (kProduct == Product::kRowSums) {
+      wait_for_kernel_before();
       const int split = static_cast<int>(blockIdx.z) % p.splits, adapter = static_cast<int>(blockIdx.z) / p.splits;
       const bool routed = p.routing.adapters > 0;
       const int rows = routed ? p.routing.rank(adapter) : p.rows, m = static_cast<int>(blockIdx.y) * Shape::kRows;

@@ -339,6 +339,7 @@ template <class T, class Shape, Product kProduct>
 __global__ void __launch_bounds__(Shape::kThreads, kWgmmaTogether<Shape, kProduct>)
     gemm_wgmma(const __grid_constant__ WgmmaParams p) {
   if constexpr (kWgmma) {
+    let_next_kernel_start();
     int m = 0, n = 0;
     tile_of_block<Shape, kClusterBlocks>(static_cast<int>(blockIdx.x), p.gemm.rows, p.gemm.columns, &m, &n);
     WgmmaTile<T, Shape, kProduct> tile(p, m, n);

@@ -17,6 +17,7 @@ struct ConvertParams {
 // 32 x 32 elements by 256 threads, through shared memory: both sides are read and written along memory.
 template <class T>
 __global__ void __launch_bounds__(256) convert_factor(const ConvertParams p) {
+  let_next_kernel_start();
   Shared shared;
   float* tile = shared.take<float>(32 * 33);
   const int row = static_cast<int>(blockIdx.y) * 32, column = static_cast<int>(blockIdx.x) * 32;
@@ -42,6 +43,8 @@ struct AddPartsParams {
 
 template <class T>
 __global__ void __launch_bounds__(256) add_parts(const AddPartsParams p) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < p.count; i += int64_t{gridDim.x} * 256) {
     T sum = 0;
     for (int s = 0; s < p.splits; ++s) sum += p.parts[s * p.count + i];
@@ -59,6 +62,8 @@ struct ColumnSumsParams {
 // 32 columns by a block, whose eight warps take every eighth row.
 template <class T>
 __global__ void __launch_bounds__(256) column_sums(const ColumnSumsParams p) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   Shared shared;
   float* parts = shared.take<float>(256);
   const int thread = static_cast<int>(threadIdx.x), column = static_cast<int>(blockIdx.x) * 32 + thread % 32;

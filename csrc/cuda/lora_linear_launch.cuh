@@ -38,13 +38,13 @@ void convert(Sequence* s, const Factor& from, int64_t rows, int64_t columns, voi
 
 // t (or u) of all rows; by `beside` blocks, if there are more, which leave the product room.
 template <class T>
-void down_all(Sequence* s, const DownParams& p, int beside = 0) {
+void down_all(Sequence* s, const DownParams& p, int beside, bool early) {
   const unsigned blocks = tiles(p.x.rows, kSkinnyRows);
   if constexpr (sizeof(T) == 2) {
     if (beside > 0) {
       const unsigned most = static_cast<unsigned>(beside);
       return s->run<&down_beside<T>>("down_beside", dim3(blocks < most ? blocks : most, 1, 1), kSkinnyThreads,
-                                     kDownSharedBytes<2>, p, false, true);
+                                     kDownSharedBytes<2>, p, early, true);
     }
   }
   // Few rows with many adapters: the adapters of sixteen rows go to blocks of their own.
@@ -52,9 +52,9 @@ void down_all(Sequence* s, const DownParams& p, int beside = 0) {
   if (p.routing.ids && blocks <= 8) slots = static_cast<unsigned>(p.routing.adapters < 16 ? p.routing.adapters : 16);
   const dim3 grid(blocks, slots, 1);
   if (p.routing.max_rank <= 16)
-    s->run<&down<T, 2>>("down<16>", grid, kSkinnyThreads, kDownSharedBytes<2>, p);
+    s->run<&down<T, 2>>("down<16>", grid, kSkinnyThreads, kDownSharedBytes<2>, p, early);
   else
-    s->run<&down<T, 4>>("down<32>", grid, kSkinnyThreads, kDownSharedBytes<4>, p);
+    s->run<&down<T, 4>>("down<32>", grid, kSkinnyThreads, kDownSharedBytes<4>, p, early);
 }
 
 template <class T, class Shape, Product kProduct>
@@ -108,29 +108,31 @@ void input_gradient(Sequence* s, const GemmParams& p, const CudaLoraLinearBackwa
 
 // out [out_rows, columns] = sums over rows of at b, split among blocks and added in order.
 template <class T, class Shape>
-void row_sums(Sequence* s, const char* name, GemmParams p, int64_t out_rows, int most_rows, float* out, float* parts) {
+void row_sums(Sequence* s, const char* name, GemmParams p, int64_t out_rows, int most_rows, float* out, float* parts,
+              bool early) {
   p.sums = p.splits > 1 ? parts : out;
   p.split_stride = out_rows * p.columns;
   const unsigned adapters = p.routing.adapters > 0 ? static_cast<unsigned>(p.routing.adapters) : 1;
   const dim3 grid(tiles(p.columns, Shape::kColumns), tiles(most_rows, Shape::kRows),
                   static_cast<unsigned>(p.splits) * adapters);
   s->run<&gemm<T, Shape, Product::kRowSums>>(name, grid, Shape::kThreads,
-                                             GemmLayout<T, Shape, Product::kRowSums>::kSharedBytes, p);
+                                             GemmLayout<T, Shape, Product::kRowSums>::kSharedBytes, p, early);
   if (p.splits == 1) return;
   const AddPartsParams add{parts, out, p.splits, out_rows * p.columns};
   const unsigned blocks = tiles(add.count, 256);
-  s->run<&add_parts<float>>("add_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, add);
+  s->run<&add_parts<float>>("add_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, add, early);
 }
 
 // u and dB from one reading of dy.
 template <class T>
-void dy_at_once(Sequence* s, const DyOnceParams& p, const CudaLoraLinearBackwardPlan& plan, const JoinPartsParams& to) {
+void dy_at_once(Sequence* s, const DyOnceParams& p, const CudaLoraLinearBackwardPlan& plan, const JoinPartsParams& to,
+                bool early) {
   s->run<&dy_once<T>>("dy_once",
                       dim3(static_cast<unsigned>(plan.column_splits), static_cast<unsigned>(plan.row_splits), 1),
-                      kDyOnceThreads, dy_once_bytes<T>(p.row_tiles, p.width), p);
+                      kDyOnceThreads, dy_once_bytes<T>(p.row_tiles, p.width), p, early);
   const int64_t results = int64_t{p.dy.rows} * p.width + int64_t{p.routing.max_rank} * p.dy.columns;
   const unsigned blocks = tiles(results, 256);
-  s->run<&join_parts<T>>("join_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, to);
+  s->run<&join_parts<T>>("join_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, to, early);
 }
 
 template <class T, int kTiles>
@@ -187,7 +189,7 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     p.t = t;
     p.t_stride = stride;
     p.precise = precise;
-    down_all<T>(&s, p, plan.cuda.t_blocks);
+    down_all<T>(&s, p, plan.cuda.t_blocks, false);
   }
   const bool early = separate && plan.cuda.early_start;
 
@@ -258,6 +260,7 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
   Workspace memory{static_cast<char*>(args.workspace)};
   const BackwardWorkspace w(memory, plan);
   Sequence s(stream);
+  const auto early = [&] { return plan.cuda.early_start && s.begun(); };
   const bool lora = problem.lora.present() && (b.needs_dx || b.needs_dlora);
   const bool once = lora && b.needs_dlora && plan.cuda.dy_once;
   const int64_t stride = t_stride(problem.lora);
@@ -288,7 +291,7 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
       p.a = a;
       p.dropout = dropout;
       p.t = w.t;
-      down_all<T>(&s, p);
+      down_all<T>(&s, p, 0, early());
     }
     if (once) {
       DyOnceParams both;
@@ -303,13 +306,13 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
       both.u_parts = w.u_parts;
       both.b_parts = w.b_parts;
       both.precise = precise;
-      dy_at_once<T>(&s, both, plan.cuda, {both, p.factor, w.u, stride, args.dlora_b});
+      dy_at_once<T>(&s, both, plan.cuda, {both, p.factor, w.u, stride, args.dlora_b}, early());
     } else {
       p.x = dy;
       p.a = matrix<T>(w.b, N, R, N);
       p.dropout = Dropout();
       p.t = w.u;
-      down_all<T>(&s, p);
+      down_all<T>(&s, p, 0, early());
     }
   }
   if (b.needs_dx) {
@@ -327,7 +330,7 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
     p.epilogue.y = args.dx;
     p.epilogue.columns = static_cast<int>(K);
     p.epilogue.pairs = pairs_can_be_stored<T>(args.dx, nullptr, K);
-    input_gradient<T>(&s, p, plan.cuda, lora && plan.cuda.early_start);
+    input_gradient<T>(&s, p, plan.cuda, early());
   }
   GemmParams p;
   p.depth = static_cast<int>(M);
@@ -339,14 +342,14 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
       p.b = dy;
       p.columns = static_cast<int>(N);
       p.splits = plan.cuda.b_splits;
-      row_sums<T, SmallShape>(&s, "gemm<dB>", p, R, routing.max_rank, args.dlora_b, w.b_sums);
+      row_sums<T, SmallShape>(&s, "gemm<dB>", p, R, routing.max_rank, args.dlora_b, w.b_sums, early());
     }
     p.a = u;
     p.b = x;
     p.dropout = dropout;
     p.columns = static_cast<int>(K);
     p.splits = plan.cuda.a_splits;
-    row_sums<T, SmallShape>(&s, "gemm<dA>", p, R, routing.max_rank, args.dlora_a, w.a_sums);
+    row_sums<T, SmallShape>(&s, "gemm<dA>", p, R, routing.max_rank, args.dlora_a, w.a_sums, early());
   }
   if (b.needs_dweight) {
     p.routing = Routing();
@@ -356,11 +359,11 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
     p.rows = static_cast<int>(N);
     p.columns = static_cast<int>(K);
     p.splits = plan.cuda.w_splits;
-    row_sums<T, LargeShape>(&s, "gemm<dW>", p, N, static_cast<int>(N), args.dweight, w.w_sums);
+    row_sums<T, LargeShape>(&s, "gemm<dW>", p, N, static_cast<int>(N), args.dweight, w.w_sums, early());
   }
   if (b.needs_dbias) {
     const ColumnSumsParams c{args.dy, args.dbias, M, static_cast<int>(N)};
-    s.run<&column_sums<T>>("column_sums", dim3(tiles(N, 32), 1, 1), 256, 256 * 4, c);
+    s.run<&column_sums<T>>("column_sums", dim3(tiles(N, 32), 1, 1), 256, 256 * 4, c, early());
   }
   return s.status();
 }

@@ -82,7 +82,8 @@ Readings readings_of_dy(const Machine& machine, const LoraLinearProblem& p, int6
   const double width = static_cast<double>(t_stride(p.lora));
   const double products_us = 4 * M * N * width / (machine.multiprocessors * machine.operations * kSmallTiles) * 1e6;
   Readings r;
-  r.us = std::max(dy_us + second_us, products_us) + 3 * kLaunchUs;
+  const double launch_us = machine.next_launch_us();
+  r.us = std::max(dy_us + second_us, products_us) + 3 * launch_us;
   const int64_t stages = p.dtype == DType::kFloat32 ? 2 : 3;
   const int64_t staged = stages * 64 * (64 + 32 + 32) * static_cast<int64_t>(size_of(p.dtype));
   const int64_t left = (shared_bytes > 0 ? shared_bytes : 48 << 10) - staged;
@@ -95,7 +96,7 @@ Readings readings_of_dy(const Machine& machine, const LoraLinearProblem& p, int6
   const auto wanted = static_cast<int64_t>(2 * machine.multiprocessors) / row_splits;
   const int64_t column_splits = std::max<int64_t>(1, std::min(columns, wanted));
   const double parts = (static_cast<double>(column_splits) * M * width + static_cast<double>(row_splits) * R * N) * 4;
-  const double us = std::max(dy_us + machine.memory_us(2 * parts), products_us) + 2 * kLaunchUs;
+  const double us = std::max(dy_us + machine.memory_us(2 * parts), products_us) + 2 * launch_us;
   if (us >= r.us || row_splits > kMostGridY) return r;
   return {true, static_cast<int>(tiles), static_cast<int>(row_splits), static_cast<int>(column_splits), us};
 }
@@ -276,7 +277,9 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   c.a_splits = parts_of_rows(machine, small_a * factors, p.rows);
   c.b_splits = parts_of_rows(machine, small_b * factors, p.rows);
   c.w_splits = parts_of_rows(machine, ((p.out_features + 127) / 128) * ((p.in_features + 127) / 128), p.rows);
-  if (b.needs_dx) c.predicted_us += by_wgmma ? wgmma.us : dx.us;
+  // All but the first kernel of a call start early.
+  const double launch_us = machine.next_launch_us();
+  if (b.needs_dx) c.predicted_us += (by_wgmma ? wgmma.us : dx.us) + (lora ? launch_us - kLaunchUs : 0);
   if (lora && b.needs_dlora) {
     const Readings r = readings_of_dy(machine, p, device.cuda.shared_bytes, device.cuda.l2_bytes);
     c.dy_once = r.once;
@@ -284,10 +287,10 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
     c.row_splits = r.row_splits;
     c.column_splits = r.column_splits;
     // B's conversion, u and dB; dA; t, unless the forward pass has handed it over.
-    c.predicted_us += r.us + machine.memory_us(M * K * size) + 3 * kLaunchUs;
-    if (!t_is_there(b)) c.predicted_us += machine.memory_us(M * K * size) + kLaunchUs;
+    c.predicted_us += r.us + machine.memory_us(M * K * size) + kLaunchUs + 2 * launch_us;
+    if (!t_is_there(b)) c.predicted_us += machine.memory_us(M * K * size) + launch_us;
   } else if (lora && b.needs_dx) {
-    c.predicted_us += machine.memory_us(M * N * size) + 2 * kLaunchUs;
+    c.predicted_us += machine.memory_us(M * N * size) + kLaunchUs + launch_us;
   }
   if (b.needs_dweight)
     c.predicted_us +=

@@ -17,8 +17,11 @@ class Sequence {
   void run(const char* name, dim3 grid, unsigned threads, size_t shared, const Params& params, bool early = false,
            bool most_shared = false, unsigned cluster = 1) {
     if (!status_.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    begun_ = true;
     status_ = launch<kKernel>({name, grid, dim3(threads, 1, 1), shared, stream_, early, most_shared, cluster}, params);
   }
+  // Whether a kernel of the call has been launched. It started when all before the call had finished.
+  bool begun() const { return begun_; }
   // After the last.
   Status status() {
     const Status end = launches_.end();
@@ -27,6 +30,7 @@ class Sequence {
 
  private:
   void* stream_;
+  bool begun_ = false;
   Launches launches_;
   Status status_;
 };

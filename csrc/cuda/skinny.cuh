@@ -176,6 +176,7 @@ template <class T, int kTiles>
 __global__ void __launch_bounds__(kSkinnyThreads, 2) down(const DownParams p) {
   if constexpr (kCompiled<T>) {
     let_next_kernel_start();
+    wait_for_kernel_before();
     Shared shared;
     float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
     int* words = shared.take<int>(TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords);
@@ -191,6 +192,7 @@ template <class T>
 __global__ void __launch_bounds__(kSkinnyThreads, 4) down_beside(const DownParams p) {
   if constexpr (kWgmma) {
     let_next_kernel_start();
+    wait_for_kernel_before();
     Shared shared;
     float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 16);
     int* words = shared.take<int>(TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords);

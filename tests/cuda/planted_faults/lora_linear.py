@@ -250,4 +250,11 @@ FAULTS = [
         ("use-after-poison", "lora_kernels::cuda::"),
         sanitized=True,
     ),
+    _Fault(
+        "gradients of factors that do not wait for u",
+        "gemm.cuh",
+        "      wait_for_kernel_before();\n      const int split",
+        "      const int split",
+        ("started early",),
+    ),
 ]
