@@ -82,7 +82,8 @@ def test_integer_products_of_a_warpgroup_are_expected_with_their_branch() -> Non
         assert not check["faults"](full, kind, 90, check["Kernel"](**found), found)
         without = check["Kernel"](**(found | {"instructions": "IMMA.16832.S8.S8:64 LDSM:4"}))
         text = "; ".join(check["faults"](full, kind, 90, without, found))
-        for words in ("no IGMMA.64x128x32", "no HMMA", "no UTMALDG", "no LDGSTS"):
+        wanted = ("IGMMA.64x128x32", "HMMA", "UTMALDG:", "UTMALDG.MULTICAST", "LDGSTS")
+        for words in (f"no {instruction}" for instruction in wanted):
             assert words in text
         assert not check["faults"](full, kind, 80, check["Kernel"](**budget), budget)
         assert "IGMMA" not in RECORDED["sm_100"][full]["instructions"]
@@ -145,6 +146,17 @@ def test_what_is_loaded_before_the_wait_is_found() -> None:
     assert check["too_soon"](section + load) == ["int8_combine<__half>"]
     assert not check["too_soon"](section + "  UTMALDG.2D [UR8], [UR4] ;\n" + wait + load)
     assert not check["too_soon"](section.replace(symbol, other) + load + wait)
+
+
+def test_fences_of_the_device_and_boxes_for_a_cluster_are_told_from_others() -> None:
+    """What release at the scope of a cluster becomes, in the main loop of a product."""
+    code = '\t.section\t.text.gemm,"ax",@progbits\n'
+    for line in ("MEMBAR.ALL.CTA", "MEMBAR.ALL.GPU", "UTMALDG.2D.MULTICAST [UR4]", "UTMALDG.3D"):
+        code += f"  /*0140*/  {line} ;\n"
+    counts = check["instructions"](code)["gemm"]
+    assert counts == {"MEMBAR.GPU": 1, "UTMALDG.MULTICAST": 1, "UTMALDG": 1}
+    fenced = kernel(instructions=f"{RECORDED['sm_80'][GEMM]['instructions']} MEMBAR.GPU:1")
+    assert "a fence of the whole device" in faults(fenced)
 
 
 def test_a_kernel_without_a_record_is_a_fault() -> None:

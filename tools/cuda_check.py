@@ -4,8 +4,9 @@
 ``csrc/cuda/resources.json`` records, if it takes more registers than recorded there or more shared
 memory than the architecture has, or if its machine code lacks the instructions that it was written
 for: tensor-core products (HMMA, IMMA, HGMMA, IGMMA), ldmatrix (LDSM), asynchronous copies (LDGSTS,
-UTMALDG). So it does if the compiler puts wgmma's products one after another. ``--record`` writes
-that file anew, for the change to be reviewed with the kernel's.
+UTMALDG). So it does if the compiler puts wgmma's products one after another, or has a fence of the
+whole device in a kernel (MEMBAR.GPU: blocks hand each other nothing that wants one). ``--record``
+writes that file anew, for the change to be reviewed with the kernel's.
 
 Needs nvcc, g++ and nvdisasm (of the toolkit, or ``pip install nvidia-cuda-nvdisasm``).
 """
@@ -177,8 +178,17 @@ def parse(report: str) -> dict[str, Kernel]:
 
 # Instructions that tell what a kernel does, in its machine code.
 INTERESTING = re.compile(
-    r"\b(HGMMA|IGMMA|IMMA|QMMA|HMMA)[\w.]*|\b(LDSM|LDGSTS|LDL|STL|UTMALDG)\b[\w.]*"
+    r"\b(HGMMA|IGMMA|IMMA|QMMA|HMMA)[\w.]*|\b(LDSM|LDGSTS|LDL|STL|UTMALDG|MEMBAR)\b[\w.]*"
 )
+
+
+def named(instruction: str) -> str:
+    """With its modifiers where they make another instruction of it."""
+    first, *modifiers = instruction.split(".")
+    if "MMA" in first:
+        return instruction
+    kept = [m for m in modifiers if m == "MULTICAST" or (first == "MEMBAR" and m in ("GPU", "SYS"))]
+    return ".".join([first, *kept])
 
 
 def instructions(code: str) -> dict[str, dict[str, int]]:
@@ -191,8 +201,9 @@ def instructions(code: str) -> dict[str, dict[str, int]]:
             current = counts.setdefault(section[1], {})
         found = INTERESTING.search(line)
         if found:
-            name = found[0] if "MMA" in found[0] else found[0].split(".")[0]
-            current[name] = current.get(name, 0) + 1
+            name = named(found[0])
+            if name != "MEMBAR":  # of the block alone
+                current[name] = current.get(name, 0) + 1
     return counts
 
 
@@ -277,13 +288,13 @@ def expected(name: str, kind: str, arch: int) -> list[str]:
     if name.startswith(OF_HOPPER) and arch != 90:
         return []
     if name.startswith("gemm_wgmma<"):
-        return ["HGMMA.64x", "LDGSTS", "UTMALDG"]
+        return ["HGMMA.64x", "LDGSTS", "UTMALDG:", "UTMALDG.MULTICAST"]
     if kind == "f32":
         wanted = ["HMMA.1688.F32.TF32"]
     else:
         wanted = ["HMMA.1688.F32" if arch < 80 else "HMMA.16816.F32"]
     if name.startswith("int8_wgmma<"):
-        return ["IGMMA.64x128x32", "UTMALDG", "LDSM", "LDGSTS", *wanted]
+        return ["IGMMA.64x128x32", "UTMALDG:", "UTMALDG.MULTICAST", "LDSM", "LDGSTS", *wanted]
     if not name.startswith(GEMM_LIKE):
         return []
     if name.startswith(("int8_gemm<", "int8_few", "int8_together<")):
@@ -311,6 +322,8 @@ def faults(name: str, kind: str, arch: int, kernel: Kernel, budget: dict | None)
     for wanted in expected(name, kind, arch):
         if not any(part.startswith(wanted) for part in kernel.instructions.split()):
             found.append(f"{where}: no {wanted} in its machine code ({kernel.instructions})")
+    if "MEMBAR" in kernel.instructions:
+        found.append(f"{where}: a fence of the whole device ({kernel.instructions})")
     return found
 
 

@@ -186,6 +186,50 @@ Status run_box(const Registers& p) {
   return launch<&box<kPlanes>>({"box", dim3(1, 1, 1), dim3(32, 1, 1), 2048, nullptr}, b);
 }
 
+// Two blocks of a cluster, each of which asks for eight of sixteen rows for both, twice into the same place: of `in` as
+// 16 rows of 64 halves rows 0 to 15, then 4 to 19. Each block writes sums of what it has seen.
+__global__ void shared_box(const __grid_constant__ BoxParams p) {
+  constexpr int kHalf = 256;  // words
+  Shared shared;
+  uint32_t* to = shared.take<uint32_t>(2 * kHalf);
+  uint64_t *landed = shared.take<uint64_t>(1), *free = shared.take<uint64_t>(1);
+  const unsigned rank = rank_in_cluster();
+  const bool first = threadIdx.x == 0;
+  if (first) {
+    init_arrivals(landed);
+    init_arrivals(free, kClusterBlocks);
+    fence_arrivals();
+  }
+  arrive_in_cluster();
+  wait_for_cluster();
+  uint32_t sums[4] = {};
+  for (int turn = 0; turn < 2; ++turn) {
+    if (first) {
+      expect_bytes(landed, 2 * kHalf * 4);
+      if (turn > 0) {
+        for (unsigned i = 0; i < kClusterBlocks; ++i) arrive(free, i);
+        wait_for_phase(free, 0);
+      }
+      share_box(to + rank * kHalf, p.map, 4 * turn + 8 * static_cast<int>(rank), 0, landed);
+    }
+    wait_for_phase(landed, turn);
+    for (int i = 0; i < 16; ++i)
+      sums[i % 4] += to[i * 32 + static_cast<int>(threadIdx.x)] * static_cast<uint32_t>(16 * turn + i + 1);
+    __syncthreads();
+  }
+  for (int i = 0; i < 4; ++i) p.out[rank * 128 + i * 32 + threadIdx.x] = sums[i];
+  arrive_in_cluster();
+  wait_for_cluster();
+}
+
+Status run_shared_box(const Registers& p) {
+  BoxParams b{{}, p.out};
+  if (!make_tensor_map(&b.map, p.in, false, 16, 64, 128, 8)) return Status::failed("no tensor map");
+  Launch l{"shared_box", dim3(kClusterBlocks, 1, 1), dim3(32, 1, 1), 4096, nullptr};
+  l.cluster = kClusterBlocks;
+  return launch<&shared_box>(l, b);
+}
+
 constexpr int kPrimitives = 12;
 
 template <int kWhich = 0>
@@ -202,6 +246,7 @@ Status run_one(int which, const Registers& p) {
   if (which == kPrimitives + 9)
     return launch<&integers>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kWgmmaInt8Columns * 128, nullptr}, p);
   if (which == kPrimitives + 10) return run_box<true>(p);
+  if (which == kPrimitives + 11) return run_shared_box(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

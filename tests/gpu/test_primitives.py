@@ -42,6 +42,7 @@ PRIMITIVES = [
     "wgmma.bf16.n256 across",
     "wgmma.s8",
     "tma of planes",
+    "tma of a cluster",
 ]
 # Sums in another order, and approximations of exp2 and the reciprocal; everything else is exact.
 ROUNDED = {"mma.f16", "mma.bf16", "mma.tf32", "mma.f16.k8", "activations"}

@@ -3,10 +3,13 @@
 //
 //   rank_in_cluster    which of its blocks this one is
 //   arrive             by one thread, at the barrier of tma.h in the same place of a block of the cluster, perhaps its
-//                      own; what this thread has read is read before whoever waits there goes on
+//                      own: to say that nothing here reads a place any more, which boxes may then fill
 //   arrive_in_cluster  by all threads of all its blocks, and
 //   wait_for_cluster   until all of them have. Before the first use of another block's shared memory, and before a
 //                      block ends whose own may still be used.
+//
+// Blocks hand each other boxes and nothing else. So none of these orders what threads write: at the scope of the
+// cluster that would be a fence of the whole device for each arrival, and of L1 for each wait.
 #pragma once
 
 #include "cuda/primitives/shared.h"
@@ -25,7 +28,7 @@ __device__ inline void arrive(uint64_t* barrier, unsigned block) {
   if constexpr (kArch >= 90)
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
         "r"(block)
         : "memory");
 #endif
@@ -35,7 +38,7 @@ __device__ inline void arrive_in_cluster() {
 #if defined(LORA_KERNELS_EMULATION)
   emulation::arrive_in_cluster();
 #else
-  if constexpr (kArch >= 90) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  if constexpr (kArch >= 90) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -43,7 +46,7 @@ __device__ inline void wait_for_cluster() {
 #if defined(LORA_KERNELS_EMULATION)
   emulation::wait_for_cluster();
 #else
-  if constexpr (kArch >= 90) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if constexpr (kArch >= 90) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 

@@ -212,7 +212,6 @@ __device__ inline void share_planes(void* to, const TensorMap& map, int plane, i
   detail::load_planes<true>(to, map, plane, row, column, barrier);
 }
 
-// What other blocks of the cluster have done before they arrived is over as well.
 __device__ inline void wait_for_phase(uint64_t* barrier, int parity) {
 #if defined(LORA_KERNELS_EMULATION)
   emulation::wait_for_phase(barrier, parity);
@@ -220,12 +219,10 @@ __device__ inline void wait_for_phase(uint64_t* barrier, int parity) {
   if constexpr (kArch >= 90) {
     uint32_t over = 0;
     while (!over)
-      asm volatile(
-          "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p;\n}"
-          : "=r"(over)
-          : "r"(shared_address(barrier)), "r"(parity)
-          : "memory");
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                   : "=r"(over)
+                   : "r"(shared_address(barrier)), "r"(parity)
+                   : "memory");
   }
 #endif
 }
