@@ -93,7 +93,8 @@ inline Status not_launched(const Launch& l, cudaError_t error) {
   std::string text = std::string("kernel ") + l.kernel + " could not be launched with " + std::to_string(l.grid.x) +
                      "x" + std::to_string(l.grid.y) + "x" + std::to_string(l.grid.z) + " blocks of " +
                      std::to_string(l.block.x) + " threads and " + std::to_string(l.shared_bytes) +
-                     " bytes of shared memory, in clusters of " + std::to_string(l.cluster) + ": " +
+                     " bytes of shared memory" +
+                     (l.cluster > 1 ? ", in clusters of " + std::to_string(l.cluster) : std::string()) + ": " +
                      cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) text += no_machine_code();
   cudaGetLastError();  // it is reported here: later calls should not meet it again

@@ -28,7 +28,7 @@ FAULTS = [
         "kv_rows.cuh",
         "p >= first_new && place >= 0",
         "p > rows.capacity && place >= 0",
-        ("others' new tokens",),
+        ("kv steps", "others' new tokens"),
     ),
     _Fault(
         "channels of V as they lie",
@@ -63,7 +63,7 @@ FAULTS = [
         "kv_attend.cuh",
         "if (g_ + 8 * (e / 2) != only) sums_",
         "if (false) sums_",
-        ("not see",),
+        ("kv steps", "not see"),
     ),
     Fault(
         "kv_relative_step",

@@ -96,8 +96,8 @@ FAULTS = [
     _Fault(
         "products taken before they are done",
         "gemm_wgmma.cuh",
-        "// step k - 1\n    }\n    wait_products<0>();\n",
-        "// step k - 1\n    }\n",
+        "other's memory\n    wait_products<0>();\n",
+        "other's memory\n",
         ("wgmma",),
     ),
     _Fault(
