@@ -63,6 +63,10 @@ void test_a_launch_without_machine_code_names_the_way_out() {
       "shared memory: ";
   const std::string plain = text_of(cudaErrorInvalidValue);
   check(plain == launch + "cudaErrorInvalidValue, of a test", plain);
+  cuda::Launch pairs{"gemm_wgmma", dim3(4, 1, 1), dim3(256, 1, 1), 1024, nullptr};
+  pairs.cluster = 2;
+  const std::string clusters = cuda::not_launched(pairs, cudaErrorInvalidValue).text;
+  check(contains(clusters, "1024 bytes of shared memory, in clusters of 2: cudaErrorInvalidValue"), clusters);
   const std::string none = text_of(cudaErrorNoKernelImageForDevice);
   check(none == launch +
                     "cudaErrorNoKernelImageForDevice, of a test; this library was built with "
