@@ -146,6 +146,8 @@ def test_what_is_loaded_before_the_wait_is_found() -> None:
     assert check["too_soon"](section + load) == ["int8_combine<__half>"]
     assert not check["too_soon"](section + "  UTMALDG.2D [UR8], [UR4] ;\n" + wait + load)
     assert not check["too_soon"](section.replace(symbol, other) + load + wait)
+    assert check["starts_early"]("gemm<__half, SmallShape, kRowSums>")
+    assert not check["starts_early"]("gemm<__half, SmallShape, kInputGradient>")
 
 
 def test_fences_of_the_device_and_boxes_for_a_cluster_are_told_from_others() -> None:

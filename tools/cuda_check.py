@@ -210,6 +210,13 @@ def instructions(code: str) -> dict[str, dict[str, int]]:
 # Kernels that may start before the kernel before them has finished, whatever that writes.
 START_EARLY = ("int8_few_rows<", "int8_together<", "int8_rows<", "int8_combine<", "top_", "kv_a")
 START_EARLY += ("kv_blocked<", "kv_combine<", "kv_weights<")
+# And those that read what a kernel before them in the same call has made. (Products of y and dx load
+# before they wait, and only what no kernel of the call makes.)
+START_EARLY += ("convert_factor<", "down<", "dy_once<", "join_parts<", "add_parts<", "column_sums<")
+
+
+def starts_early(name: str) -> bool:
+    return name.startswith(START_EARLY) or (name.startswith("gemm<") and "kRowSums" in name)
 
 
 def too_soon(code: str) -> list[str]:
@@ -223,7 +230,7 @@ def too_soon(code: str) -> list[str]:
         if section:
             name, waited = short(section[1]), False
         waited = waited or "ACQBULK" in line
-        if not waited and name.startswith(START_EARLY) and re.search(r"\b(LDG|STG|LDGSTS)\b", line):
+        if not waited and starts_early(name) and re.search(r"\b(LDG|STG|LDGSTS)\b", line):
             found.append(name)
     return sorted(set(found))
 

@@ -118,7 +118,7 @@ class WgmmaTile {
     arrive_in_cluster();
     wait_for_cluster();  // the barriers of both are there
     if (all_.boxes && threadIdx.x == 0)
-      for (int k = 0; !kMasked && k < kAhead && k < base_steps_; ++k) fetch_boxes(k);
+      for (int k = 0; !kMasked && k < kAhead && k < base_steps_; ++k) fetch_a(k), fetch_b(k);
     const Adapters adapters(p_.routing, shared_.template take<int>(Adapters::kWords), m_, p_.rows);
     int branch_steps = 0;
     for (int i = 0; i < adapters.count(); ++i)
@@ -127,7 +127,10 @@ class WgmmaTile {
     if (kMasked) base_begin_ = (branch_steps + kStages - 1) / kStages * kStages;
     const int first = kMasked ? base_begin_ - branch_steps : 0, steps = first + branch_steps + base_steps_;
     if (kMasked && branch_steps > 0) draw_mask();
-    for (int k = first; k < first + kAhead; ++k) fetch(k, steps, adapters, !kMasked && all_.boxes);
+    for (int k = first; k < first + kAhead; ++k) {
+      if (kMasked) announce(k);
+      fetch(k, steps, adapters, !kMasked && all_.boxes);
+    }
     Place multiplied;
     tie(c_);
     for (int k = first; k < steps; ++k) {
@@ -137,6 +140,7 @@ class WgmmaTile {
       if (kDry) wait_products<0>();
       __syncthreads();  // step k has landed for all, and all are done with step k - 1 (k - 2): its place is filled next
       if (kMasked && k == base_begin_ && k > first) mask();
+      announce(k + kAhead);
       const char* a = tiles_ + k % kStages * Layout::kStageBytes;
       if (is_base(k))
         multiply<Shape::kDepth / 16>(a);
@@ -145,7 +149,7 @@ class WgmmaTile {
       fetch(k + kAhead, steps, adapters, false);
       if (!kDry) wait_products<1>();  // step k - 1
     }
-    arrive_in_cluster();  // nothing more is asked for in the other's memory
+    arrive_in_cluster();  // and leave when both have asked for all, and had it: store()
     wait_products<0>();
     tie(c_);
   }
@@ -188,37 +192,49 @@ class WgmmaTile {
 
   __device__ bool is_base(int k) const { return k >= base_begin_ && k < base_begin_ + base_steps_; }
 
-  // By one thread: a of this block, and half of b for both. The tiles' place was read by products that are done, and
-  // everyone in this block has said so at a barrier. Of the other block its thread says so.
-  __device__ void fetch_boxes(int k) {
-    const int place = k % kStages, turn = (k - base_begin_) / kStages, rank = static_cast<int>(rank_in_cluster());
-    char* a = tiles_ + place * Layout::kStageBytes;
-    uint64_t* landed = landed_ + place;
-    const int depth = (k - base_begin_) * Shape::kDepth;
-    expect_bytes(landed, Layout::kStageBytes);
-    load_box(a, all_.a, m_, depth, landed);
-    if (kMasked || turn > 0) {  // otherwise nothing was there before
+  // How often the place of a step of the base has been filled by such.
+  __device__ int turn(int k) const { return (k - base_begin_) / kStages; }
+
+  // By one thread, once the place was read by products that are done and everyone in this block has said so at a
+  // barrier: how many bytes come, of which a is this block's own; and to both blocks that this one is done with the
+  // place. (There was nothing in it in the first turn, but for a branch.)
+  __device__ void fetch_a(int k) {
+    const int place = k % kStages;
+    expect_bytes(landed_ + place, Layout::kStageBytes);
+    load_box(tiles_ + place * Layout::kStageBytes, all_.a, m_, (k - base_begin_) * Shape::kDepth, landed_ + place);
+    if (kMasked || turn(k) > 0)
       for (unsigned i = 0; i < kClusterBlocks; ++i) arrive(free_ + place, i);
-      wait_for_phase(free_ + place, (kMasked ? turn : turn - 1) & 1);
-    }
+  }
+
+  // By the same thread: half of b, for both blocks, when both are done with the place.
+  __device__ void fetch_b(int k) {
+    const int place = k % kStages, depth = (k - base_begin_) * Shape::kDepth;
+    const int rank = static_cast<int>(rank_in_cluster());
+    char* b = tiles_ + place * Layout::kStageBytes + A::kBytes;
+    if (kMasked || turn(k) > 0) wait_for_phase(free_ + place, (kMasked ? turn(k) : turn(k) - 1) & 1);
     if constexpr (kAcross) {
       constexpr int kHalf = Layout::kBTiles / 2;
 #pragma unroll
       for (int i = 0; i < kHalf; ++i) {
         const int tile = rank * kHalf + i;
-        share_box(a + A::kBytes + tile * B::kBytes, all_.b, depth, n_ + tile * 64, landed);
+        share_box(b + tile * B::kBytes, all_.b, depth, n_ + tile * 64, landed_ + place);
       }
     } else {
       constexpr int kHalf = Shape::kColumns / 2;
-      share_box(a + A::kBytes + rank * (B::kBytes / 2), all_.b, n_ + rank * kHalf, depth, landed);
+      share_box(b + rank * (B::kBytes / 2), all_.b, n_ + rank * kHalf, depth, landed_ + place);
     }
+  }
+
+  // Before products are asked for, so that the other block waits no longer than it has to; b comes behind them.
+  __device__ void announce(int k) {
+    if (all_.boxes && is_base(k) && threadIdx.x == 0) fetch_a(k);
   }
 
   __device__ void fetch(int k, int steps, const Adapters& adapters, bool boxes_are_fetched) {
     if (k < steps) {
       char *a = tiles_ + k % kStages * Layout::kStageBytes, *b = a + A::kBytes;
       if (is_base(k) && all_.boxes) {
-        if (!boxes_are_fetched && threadIdx.x == 0) fetch_boxes(k);
+        if (!boxes_are_fetched && threadIdx.x == 0) fetch_b(k);
       } else if (is_base(k)) {
         const int depth = (k - base_begin_) * Shape::kDepth;
         load_tile<A, kThreads>(a, p_.a, m_, depth);

@@ -18,6 +18,7 @@ struct ConvertParams {
 template <class T>
 __global__ void __launch_bounds__(256) convert_factor(const ConvertParams p) {
   let_next_kernel_start();
+  wait_for_kernel_before();
   Shared shared;
   float* tile = shared.take<float>(32 * 33);
   const int row = static_cast<int>(blockIdx.y) * 32, column = static_cast<int>(blockIdx.x) * 32;

@@ -230,7 +230,7 @@ class Int8Rows {
         Vector b[kTiles];
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
-          b[j] = row_chunk<T>(p_.a, begin + r + j * 8 + lane / 4, r + j * 8 + lane / 4 < rank, k);
+          b[j] = row_chunk<T, true>(p_.a, begin + r + j * 8 + lane / 4, r + j * 8 + lane / 4 < rank, k);
 #pragma unroll
         for (int h = 0; h < 4; h += 2) {
           const uint32_t a[4] = {low.v[h], high.v[h], low.v[h + 1], high.v[h + 1]};

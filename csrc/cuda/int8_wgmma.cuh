@@ -124,7 +124,7 @@ class Int8WgmmaTile {
     arrive_in_cluster();
     wait_for_cluster();  // the barriers of both are there
     if (threadIdx.x == 0)
-      for (int k = 0; k < first; ++k) fetch_weight(k);
+      for (int k = 0; k < first; ++k) announce(k), fetch_weight(k);
     wait_for_kernel_before();  // which makes q and t
     if (threadIdx.x == 0)
       for (int k = 0; k < first; ++k) fetch_rows(k);
@@ -133,10 +133,7 @@ class Int8WgmmaTile {
     for (int i = 0; i < adapters.count(); ++i)
       steps += (p_.routing.rank(adapters.adapter(i)) + kStep<T> - 1) / kStep<T>;
 #pragma unroll 1
-    for (int k = 0; k < kAhead; ++k) {
-      if (k >= base_steps_) fetch_branch(k, steps, adapters);
-      commit_copies();
-    }
+    for (int k = 0; k < kAhead; ++k) fetch(k, steps, adapters);
 
     int32_t sums[kProducts][kEights][4] = {};
     uint32_t w[2][kProducts][4];
@@ -146,10 +143,15 @@ class Int8WgmmaTile {
       wait_for_phase(landed_ + k % kStages, k / kStages & 1);
       if (kDry) wait_products<0>();
       __syncthreads();  // all are done with step k - 1 (k - 2), whose place is filled next
+      // The other block hears of a place a step before this one waits to hear of it, so that mostly nobody waits.
+      if (threadIdx.x == 0) {
+        if (k + kAhead < base_steps_) announce(k + kAhead), fetch_rows(k + kAhead);
+        if (k > 0 && k + kAhead - 1 < base_steps_) fetch_weight(k + kAhead - 1);
+      }
       fetch(k + kAhead, steps, adapters);
       multiply(place(k), w, sums);
     } while (++k < base_steps_);
-    arrive_in_cluster();  // nothing more is asked for in the other's memory
+    arrive_in_cluster();  // and leave when both have asked for all, and had it
     wait_products<0>();
     tie(sums);
     float c[kProducts][kEights][4];
@@ -171,29 +173,25 @@ class Int8WgmmaTile {
  private:
   __device__ char* place(int k) const { return tiles_ + k % kStages * Layout::kStageBytes; }
 
-  // By one thread: half of w for both blocks. The place was read by products and loads that are done, and everyone in
-  // this block has said so at a barrier. Of the other block its thread says so.
+  // By one thread, once the place was read by products and loads that are done and everyone in this block has said so
+  // at a barrier: how many bytes come, and to both blocks that this one is done with the place.
+  __device__ void announce(int k) {
+    expect_bytes(landed_ + k % kStages, Layout::kStageBytes);
+    if (k >= kStages)  // otherwise nothing was there before
+      for (unsigned i = 0; i < kClusterBlocks; ++i) arrive(free_ + k % kStages, i);
+  }
+  // By the same thread: half of w, for both blocks, when both are done with the place.
   __device__ void fetch_weight(int k) {
     constexpr int kHalf = Shape::kBlocks / static_cast<int>(kClusterBlocks);
-    const int turn = k / kStages, half = static_cast<int>(rank_in_cluster()) * kHalf;
-    uint64_t* landed = landed_ + k % kStages;
-    expect_bytes(landed, Layout::kStageBytes);
-    if (turn > 0) {  // otherwise nothing was there before
-      for (unsigned i = 0; i < kClusterBlocks; ++i) arrive(free_ + k % kStages, i);
-      wait_for_phase(free_ + k % kStages, (turn - 1) & 1);
-    }
+    const int half = static_cast<int>(rank_in_cluster()) * kHalf;
+    if (k >= kStages) wait_for_phase(free_ + k % kStages, (k / kStages - 1) & 1);
     share_planes(place(k) + Layout::kRowsBytes + half * Layout::kBlockBytes, all_.w, n_ / 64 + half,
-                 k * (Shape::kDepth / 4) * (kInt8StepBytes / 128), 0, landed);
+                 k * (Shape::kDepth / 4) * (kInt8StepBytes / 128), 0, landed_ + k % kStages);
   }
   __device__ void fetch_rows(int k) { load_planes(place(k), all_.q, 0, m_, k * Shape::kDepth, landed_ + k % kStages); }
 
   __device__ void fetch(int k, int steps, const Adapters& adapters) {
-    if (k >= base_steps_) {
-      fetch_branch(k, steps, adapters);
-    } else if (threadIdx.x == 0) {
-      fetch_weight(k);  // first: it says how many bytes are expected
-      fetch_rows(k);
-    }
+    if (k >= base_steps_) fetch_branch(k, steps, adapters);
     commit_copies();
   }
 

@@ -31,9 +31,10 @@ bool pairs_can_be_stored(const void* y, const void* residual, int64_t columns) {
 }
 
 template <class T>
-void convert(Sequence* s, const Factor& from, int64_t rows, int64_t columns, void* to) {
+void convert(Sequence* s, const Factor& from, int64_t rows, int64_t columns, void* to, bool early = false) {
   ConvertParams p{from, to, static_cast<int>(rows), static_cast<int>(columns)};
-  s->run<&convert_factor<T>>("convert_factor", dim3(tiles(columns, 32), tiles(rows, 32), 1), 256, 32 * 33 * 4, p);
+  s->run<&convert_factor<T>>("convert_factor", dim3(tiles(columns, 32), tiles(rows, 32), 1), 256, 32 * 33 * 4, p,
+                             early);
 }
 
 // t (or u) of all rows; by `beside` blocks, if there are more, which leave the product room.
@@ -280,7 +281,8 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
       convert<T>(&s, {args.lora.a, args.lora.a_stride, 1, problem.lora.dtype}, R, K, w.a);
       a = matrix<T>(w.a, K, R, K);
     }
-    convert<T>(&s, {args.lora.b, args.lora.b_stride_rank, args.lora.b_stride_out, problem.lora.dtype}, R, N, w.b);
+    convert<T>(&s, {args.lora.b, args.lora.b_stride_rank, args.lora.b_stride_out, problem.lora.dtype}, R, N, w.b,
+               early());
     DownParams p;
     p.routing = routing;
     p.factor = dropout_factor(problem);

@@ -280,6 +280,8 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   // All but the first kernel of a call start early.
   const double launch_us = machine.next_launch_us();
   if (b.needs_dx) c.predicted_us += (by_wgmma ? wgmma.us : dx.us) + (lora ? launch_us - kLaunchUs : 0);
+  if (lora && p.lora.dtype != p.dtype && (b.needs_dx || b.needs_dlora))  // A's conversion
+    c.predicted_us += machine.memory_us(2 * static_cast<double>(p.lora.total_rank) * K * size) + launch_us;
   if (lora && b.needs_dlora) {
     const Readings r = readings_of_dy(machine, p, device.cuda.shared_bytes, device.cuda.l2_bytes);
     c.dy_once = r.once;
@@ -292,10 +294,12 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   } else if (lora && b.needs_dx) {
     c.predicted_us += machine.memory_us(M * N * size) + kLaunchUs + launch_us;
   }
+  const double behind_us = lora || b.needs_dx ? launch_us : kLaunchUs;
   if (b.needs_dweight)
     c.predicted_us +=
-        tiled(machine, p.out_features, p.in_features, (M * (K + N)) * size + 4 * N * K, [&](int) { return M; }).us;
-  if (b.needs_dbias) c.predicted_us += machine.memory_us(M * N * size) + kLaunchUs;
+        tiled(machine, p.out_features, p.in_features, (M * (K + N)) * size + 4 * N * K, [&](int) { return M; }).us +
+        behind_us - kLaunchUs;
+  if (b.needs_dbias) c.predicted_us += machine.memory_us(M * N * size) + (b.needs_dweight ? launch_us : behind_us);
   Workspace w;
   BackwardWorkspace(w, *plan);
   plan->workspace = w.used;

@@ -25,12 +25,18 @@ namespace lora_kernels::cuda {
 
 constexpr int kSkinnyThreads = 256, kSkinnyWarps = kSkinnyThreads / 32, kSkinnyRows = 16;
 
+// kFresh: what a kernel before this one in the same call has made, which the read-only path may not see.
+template <bool kFresh>
+__device__ inline Vector load16_of(const void* from) {
+  return kFresh ? load16(from) : load16_constant(from);
+}
+
 // The sixteen bytes of a row from column k on; zeros where `valid` is false or the row ends.
-template <class T>
+template <class T, bool kFresh = false>
 __device__ inline Vector row_chunk(const Matrix& m, int row, bool valid, int k) {
   const int left = valid ? m.columns - k : 0;
   const T* from = static_cast<const T*>(m.data) + (left > 0 ? row * m.stride + k : 0);
-  if (m.aligned && left >= kPerChunk<T>) return load16_constant(from);
+  if (m.aligned && left >= kPerChunk<T>) return load16_of<kFresh>(from);
   return gather16<T>(left < kPerChunk<T> ? left : kPerChunk<T>, [&](int j) { return from[j]; });
 }
 
@@ -39,8 +45,8 @@ constexpr int kStepsAhead = kTiles > 2 ? 2 : 4;  // 128 or 256 bytes of a row
 
 // c [16 rows of P, 8 * kTiles rows of Q] += P Qt over the steps [first, last) of depth. p_row, q_row: where the
 // operands' rows begin; rows from p_end, q_end on are zeros. With dropout the mask is of P's elements.
-// kAhead: steps whose loads are in flight together.
-template <class T, int kTiles, int kAhead = kStepsAhead<kTiles>>
+// kAhead: steps whose loads are in flight together. kFresh: Q is.
+template <class T, int kTiles, int kAhead = kStepsAhead<kTiles>, bool kFresh = false>
 __device__ inline void skinny_product(float (&c)[kTiles][4], const Matrix& p, int p_row, int p_end, const Matrix& q,
                                       int q_row, int q_end, int first, int last, bool precise, const Dropout& dropout) {
   const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
@@ -73,7 +79,7 @@ __device__ inline void skinny_product(float (&c)[kTiles][4], const Matrix& p, in
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const int row = q_row + j * 8 + g;
-          b[i][j] = row < q_end ? load16_constant(static_cast<const T*>(q.data) + row * q.stride + k) : zero;
+          b[i][j] = row < q_end ? load16_of<kFresh>(static_cast<const T*>(q.data) + row * q.stride + k) : zero;
         }
       }
       if (dropout.on) {
@@ -98,7 +104,7 @@ __device__ inline void skinny_product(float (&c)[kTiles][4], const Matrix& p, in
     Vector low = row_chunk<T>(p, p_row + g, low_valid, k), high = row_chunk<T>(p, p_row + g + 8, high_valid, k);
     Vector b[kTiles];
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) b[j] = row_chunk<T>(q, q_row + j * 8 + g, q_row + j * 8 + g < q_end, k);
+    for (int j = 0; j < kTiles; ++j) b[j] = row_chunk<T, kFresh>(q, q_row + j * 8 + g, q_row + j * 8 + g < q_end, k);
     if (dropout.on) {
       low = drop<T>(low, kept_of(p_row + g, k));
       high = drop<T>(high, kept_of(p_row + g + 8, k));
@@ -146,7 +152,7 @@ constexpr size_t kDownSharedBytes = (kSkinnyWarps * kSkinnyRows * 8 * kTiles) * 
                                     (TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords * 4 + 15) / 16 * 16;
 
 // t of sixteen rows, whose adapters are shared out among the blocks of y.
-template <class T, int kTiles, int kAhead>
+template <class T, int kTiles, int kAhead, bool kFresh>
 __device__ inline void down_of_rows(const DownParams& p, int row, float* parts, int* words, const Dropout& dropout) {
   const TileAdapters<kSkinnyRows, kSkinnyThreads> adapters(p.routing, words, row, p.x.rows);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -157,8 +163,8 @@ __device__ inline void down_of_rows(const DownParams& p, int row, float* parts, 
     const float scale = p.routing.scale(adapter) * p.factor;
     for (int r = 0; r < rank; r += 8 * kTiles) {
       float c[kTiles][4] = {};
-      skinny_product<T, kTiles, kAhead>(c, p.x, row, p.x.rows, p.a, begin + r, begin + rank, first, last, p.precise,
-                                        dropout);
+      skinny_product<T, kTiles, kAhead, kFresh>(c, p.x, row, p.x.rows, p.a, begin + r, begin + rank, first, last,
+                                                p.precise, dropout);
       share_parts<kTiles>(parts, c);
       for (int i = static_cast<int>(threadIdx.x); i < kSkinnyRows * 8 * kTiles; i += kSkinnyThreads) {
         const int m = i / (8 * kTiles), j = i % (8 * kTiles);
@@ -180,8 +186,8 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2) down(const DownParams p) {
     Shared shared;
     float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
     int* words = shared.take<int>(TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords);
-    down_of_rows<T, kTiles, kStepsAhead<kTiles>>(p, static_cast<int>(blockIdx.x) * kSkinnyRows, parts, words,
-                                                 p.dropout.with_seed());
+    down_of_rows<T, kTiles, kStepsAhead<kTiles>, true>(p, static_cast<int>(blockIdx.x) * kSkinnyRows, parts, words,
+                                                       p.dropout.with_seed());
   }
 }
 
@@ -198,7 +204,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 4) down_beside(const DownParam
     int* words = shared.take<int>(TileAdapters<kSkinnyRows, kSkinnyThreads>::kWords);
     for (int row = static_cast<int>(blockIdx.x) * kSkinnyRows; row < p.x.rows;
          row += static_cast<int>(gridDim.x) * kSkinnyRows)
-      down_of_rows<T, 2, 2>(p, row, parts, words, Dropout());
+      down_of_rows<T, 2, 2, false>(p, row, parts, words, Dropout());
   } else {
 #if !defined(LORA_KERNELS_EMULATION)
     __trap();  // a plan takes it only beside gemm_wgmma

@@ -1,9 +1,6 @@
 // What threads and blocks are to the engine: engine.cpp runs and stops threads, blocks.cpp begins and ends blocks.
 #pragma once
 
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-
 #include <exception>
 #include <string>
 

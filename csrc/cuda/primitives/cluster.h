@@ -1,5 +1,6 @@
-// Neighbouring blocks of a grid that run together on neighbouring multiprocessors (sm_90 on; Launch::cluster), and what
-// one may do in the shared memory of another: bring boxes there (tma.h), and arrive at its barriers.
+// Neighbouring blocks of a grid that run together, each on a multiprocessor of its own where the scheduler heeds what
+// it is asked for (sm_90 on; Launch::cluster), and what one may do in the shared memory of another: bring boxes there
+// (tma.h), and arrive at its barriers.
 //
 //   rank_in_cluster    which of its blocks this one is
 //   arrive             by one thread, at the barrier of tma.h in the same place of a block of the cluster, perhaps its
@@ -8,8 +9,11 @@
 //   wait_for_cluster   until all of them have. Before the first use of another block's shared memory, and before a
 //                      block ends whose own may still be used.
 //
-// Blocks hand each other boxes and nothing else. So none of these orders what threads write: at the scope of the
-// cluster that would be a fence of the whole device for each arrival, and of L1 for each wait.
+// Blocks hand each other boxes and nothing else, so nothing here is of the scope of the cluster, where each arrival
+// would be a fence of the whole device and each wait one of L1. What has to be in order is: barriers are made before
+// anyone uses them (fence_arrivals of tma.h, and the wait for the cluster); reads of a place are over before the
+// arrival (products that have been waited for, loads whose values were used, and the block's barrier behind both); and
+// boxes are asked for behind the wait. CUTLASS's barriers across clusters rest on the same.
 #pragma once
 
 #include "cuda/primitives/shared.h"

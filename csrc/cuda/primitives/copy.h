@@ -13,7 +13,8 @@ __device__ inline Vector load16(const void* from) {
   return *static_cast<const Vector*>(from);
 }
 
-// The same through the read-only path, for what no thread of the grid writes.
+// The same through the read-only path, for what no kernel writes while this grid is resident: not for what a kernel
+// before one that starts early makes.
 __device__ inline Vector load16_constant(const void* from) {
 #if defined(LORA_KERNELS_EMULATION)
   return load16(from);

@@ -156,7 +156,7 @@ Status launch(const Launch& l, const Params& params) {
       });
   }
   if (error == cudaSuccess) {
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attributes[3] = {};
     unsigned count = 0;
     if (early) {
       attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -165,6 +165,9 @@ Status launch(const Launch& l, const Params& params) {
     if (l.cluster > 1) {
       attributes[count].id = cudaLaunchAttributeClusterDimension;
       attributes[count++].val.clusterDim = {l.cluster, 1, 1};
+      // On one multiprocessor two blocks of a cluster would be in step, and their ends at the same time.
+      attributes[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+      attributes[count++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
     }
     cudaLaunchConfig_t config{};
     config.gridDim = l.grid;

@@ -7,8 +7,7 @@
 //                    so no memory is taken
 //   init_arrivals    a barrier of one arrival, or so many, for each phase
 //   expect_bytes     an arrival, and how many bytes the phase waits for besides
-//   load_box         rows `row` on and columns `column` on, zeros beyond the matrix, in the 128-byte swizzle of
-//   wgmma.h;
+//   load_box         rows `row` on and columns `column` on, zeros beyond the matrix, in wgmma.h's 128-byte swizzle;
 //                    share_box: to the same place of all blocks of the cluster, whose barriers in the same place each
 //                    count its bytes
 //   load_planes      the same of planes of bytes, and share_planes
