@@ -210,8 +210,8 @@ def instructions(code: str) -> dict[str, dict[str, int]]:
 # Kernels that may start before the kernel before them has finished, whatever that writes.
 START_EARLY = ("int8_few_rows<", "int8_together<", "int8_rows<", "int8_combine<", "top_", "kv_a")
 START_EARLY += ("kv_blocked<", "kv_combine<", "kv_weights<")
-# And those that read what a kernel before them in the same call has made. (Products of y and dx load
-# before they wait, and only what no kernel of the call makes.)
+# And those that read what a kernel before them in the same call has made. (Products of y and dx
+# load before they wait, and only what no kernel of the call makes.)
 START_EARLY += ("convert_factor<", "down<", "dy_once<", "join_parts<", "add_parts<", "column_sums<")
 
 

@@ -6,8 +6,8 @@
 // Two warpgroups make 128 rows x 128 (or 256) channels of y, 64 (128) channels each, in steps of 128 k. Both operands
 // come by TMA into the 128-byte swizzle: 16 KB of q, rows of 128 bytes, and 16 (32) KB of w, the packed steps of 256
 // bytes of two (four) blocks as rows of 128 bytes. Two blocks are a cluster and take tiles one below the other: one
-// thread of each asks for its own q and for half of w, which comes to both, once both are done with what was there. w
-// does not wait for the kernel that makes q.
+// thread of each asks for its own q and for half of w, which comes to both. w does not wait for the kernel that makes
+// q.
 //
 // Of tiles of 128 channels two blocks share a multiprocessor, in 128 registers a thread and three places for steps, so
 // that one block's end runs beside the other's products. Between its own steps a block lets the products run dry: then
@@ -67,8 +67,8 @@ struct Int8WgmmaLayout {
                 "steps of the branch in the same ring");
   static_assert(kRowsBytes % kWgmmaAlignment == 0 && kStageBytes % kWgmmaAlignment == 0, "tiles follow one another");
   static constexpr int kTileBytes = Shape::kStages * kStageBytes;
-  static constexpr size_t kSharedBytes = static_cast<size_t>(kTileBytes) + 2 * ((Shape::kStages * 8 + 15) / 16 * 16) +
-                                         (Adapters::kWords * 4 + 15) / 16 * 16;
+  static constexpr size_t kSharedBytes =
+      static_cast<size_t>(kTileBytes) + (Shape::kStages * 8 + 15) / 16 * 16 + (Adapters::kWords * 4 + 15) / 16 * 16;
 };
 
 struct Int8WgmmaParams {
@@ -107,7 +107,6 @@ class Int8WgmmaTile {
   __device__ Int8WgmmaTile(const Int8WgmmaParams& p, int m, int n) : all_(p), p_(p.gemm), m_(m), n_(n) {
     tiles_ = shared_.template take<char>(Layout::kTileBytes);  // first: from a multiple of 1024 on
     landed_ = shared_.template take<uint64_t>(kStages);
-    free_ = shared_.template take<uint64_t>(kStages);
     warp_column_ = static_cast<int>(threadIdx.x) / 32 * kWarpColumns;
     base_steps_ = (p_.w.steps * 4 + Shape::kDepth - 1) / Shape::kDepth;
   }
@@ -115,16 +114,13 @@ class Int8WgmmaTile {
   __device__ void run() {
     const int first = kAhead < base_steps_ ? kAhead : base_steps_;
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        init_arrivals(landed_ + i);
-        init_arrivals(free_ + i, kClusterBlocks);
-      }
+      for (int i = 0; i < kStages; ++i) init_arrivals(landed_ + i);
       fence_arrivals();
     }
     arrive_in_cluster();
     wait_for_cluster();  // the barriers of both are there
     if (threadIdx.x == 0)
-      for (int k = 0; k < first; ++k) announce(k), fetch_weight(k);
+      for (int k = 0; k < first; ++k) expect(k), fetch_weight(k);
     wait_for_kernel_before();  // which makes q and t
     if (threadIdx.x == 0)
       for (int k = 0; k < first; ++k) fetch_rows(k);
@@ -143,9 +139,11 @@ class Int8WgmmaTile {
       wait_for_phase(landed_ + k % kStages, k / kStages & 1);
       if (kDry) wait_products<0>();
       __syncthreads();  // all are done with step k - 1 (k - 2), whose place is filled next
-      // The other block hears of a place a step before this one waits to hear of it, so that mostly nobody waits.
+      // w a step later than q. The other block asked for its half of step k, which has landed, when it was done with
+      // step k - 2 (k - 3): the place that step k + 1 takes.
+      static_assert(kAhead == 2 && kStages == (kDry ? 3 : 4), "as it says");
       if (threadIdx.x == 0) {
-        if (k + kAhead < base_steps_) announce(k + kAhead), fetch_rows(k + kAhead);
+        if (k + kAhead < base_steps_) expect(k + kAhead), fetch_rows(k + kAhead);
         if (k > 0 && k + kAhead - 1 < base_steps_) fetch_weight(k + kAhead - 1);
       }
       fetch(k + kAhead, steps, adapters);
@@ -174,17 +172,11 @@ class Int8WgmmaTile {
   __device__ char* place(int k) const { return tiles_ + k % kStages * Layout::kStageBytes; }
 
   // By one thread, once the place was read by products and loads that are done and everyone in this block has said so
-  // at a barrier: how many bytes come, and to both blocks that this one is done with the place.
-  __device__ void announce(int k) {
-    expect_bytes(landed_ + k % kStages, Layout::kStageBytes);
-    if (k >= kStages)  // otherwise nothing was there before
-      for (unsigned i = 0; i < kClusterBlocks; ++i) arrive(free_ + k % kStages, i);
-  }
-  // By the same thread: half of w, for both blocks, when both are done with the place.
+  // at a barrier: how many bytes come, q of this block's rows, and half of w for both blocks.
+  __device__ void expect(int k) { expect_bytes(landed_ + k % kStages, Layout::kStageBytes); }
   __device__ void fetch_weight(int k) {
     constexpr int kHalf = Shape::kBlocks / static_cast<int>(kClusterBlocks);
     const int half = static_cast<int>(rank_in_cluster()) * kHalf;
-    if (k >= kStages) wait_for_phase(free_ + k % kStages, (k / kStages - 1) & 1);
     share_planes(place(k) + Layout::kRowsBytes + half * Layout::kBlockBytes, all_.w, n_ / 64 + half,
                  k * (Shape::kDepth / 4) * (kInt8StepBytes / 128), 0, landed_ + k % kStages);
   }
@@ -353,7 +345,6 @@ class Int8WgmmaTile {
   Shared shared_;
   char* tiles_;
   uint64_t* landed_;  // of each place: q and w are there
-  uint64_t* free_;    // and: both blocks are done with what was there before
   int m_, n_, warp_column_ = 0, base_steps_ = 0, slot_ = 0, chunk_ = 0;
 };
 

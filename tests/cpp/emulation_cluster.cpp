@@ -142,7 +142,7 @@ void test_cluster() {
   expect<Fault::kArrivesAtItself>("arrivals of one block alone", "", true);
   expect<Fault::kArrivesTwice>("a block that arrives twice", "");
   expect<Fault::kNothingSent>("a box that nobody sends", "deadlock");
-  expect<Fault::kLeavesEarly>("a block that ends before the other is done", "");
+  expect<Fault::kLeavesEarly>("a block that ends before the other is done", "shared memory");
   expect<Fault::kLeavesBoxes>("a block that ends before its boxes have landed", "ends while boxes", true);
   expect<Fault::kWaitsAlone>("a wait without an arrival", "before it has arrived");
   expect<Fault::kArrivesAgain>("arrivals in turn", "again before it has waited");

@@ -138,7 +138,7 @@ void expect_caught(const char* name, const char* words, bool late = false) {
 
 // ---- Boxes
 
-enum class BoxFault { kNone, kNoWait, kNoBarrier, kNothingExpected, kOtherPhase, kMisplaced };
+enum class BoxFault { kNone, kNoWait, kNoBarrier, kNothingExpected, kOtherPhase, kMisplaced, kUnfenced };
 
 struct BoxParams {
   TensorMap map;
@@ -153,6 +153,7 @@ __global__ void box(const BoxParams p) {
   uint64_t* landed = shared.take<uint64_t>(1);
   if (threadIdx.x == 0) {
     if (kFault != BoxFault::kNoBarrier) init_arrivals(landed);
+    if (kFault == BoxFault::kUnfenced) store16(to, {{1, 2, 3, 4}});
     fence_arrivals();
     if (kFault != BoxFault::kNothingExpected) expect_bytes(landed, 1024);
     load_box(to, p.map, p.row, p.column, landed);
@@ -212,6 +213,7 @@ void test_boxes() {
   expect_box<BoxFault::kNoBarrier>("a box without a barrier", "nobody has made");
   expect_box<BoxFault::kNothingExpected>("bytes that nobody expects", "nothing on its way brings");
   expect_box<BoxFault::kOtherPhase>("a wait for the next phase", "nothing on its way brings");
+  expect_box<BoxFault::kUnfenced>("a box over what a thread wrote", "has not fenced for its proxy");
   expect_box<BoxFault::kMisplaced>("a box between lines of 128 bytes", "multiple of 128");
 }
 

@@ -58,10 +58,12 @@ def same_bits() -> None:
 
 def lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
     for path, large, splits in PLANS:
-        shape = (9, 101, 67) if path == "few_rows" else (70, 136, 67)
+        # Two tiles by wgmma share their boxes; of others there are more than one along both sides.
+        rows = 9 if path == "few_rows" else 140 if large > 1 else 70
+        shape = (rows, 101 if path == "few_rows" else 136, 67)
         for mode in ("peft", "bank", "dropout"):
             if large > 1:  # more steps than it has places for them; by TMA, or not
-                shape = (70, 520 if mode == "peft" else 517, 67)
+                shape = (rows, 520 if mode == "peft" else 517, 67)
             if not possible(path, mode, shape[0], large):
                 continue
             if large > 1 and dtype == torch.float32:
@@ -81,7 +83,7 @@ def lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
         # By TMA, in more steps than there are places for them, or by copies.
         for mode, k, n in [("dropout", 136, 456), ("bank", 71, 67), ("dropout", 71, 67)]:
             emulated = Emulated(*order, path="two_steps", large=128)
-            check = partial(check_backward, emulated, (70, k, n), dtype, mode)
+            check = partial(check_backward, emulated, (140, k, n), dtype, mode)
             yield f"gradients by wgmma {mode}", check
 
 
@@ -91,7 +93,8 @@ def int8_lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
             continue
         # Large tiles reach beyond a weight of one block, small ones do not; by wgmma more steps
         # than there are places for them.
-        shape = (min(most, 70), 1016 if large > 1 else 136, 40 if large else 70)
+        rows, k = (140, 1016) if large > 1 else (min(most, 70), 136)
+        shape = (rows, k, 40 if large else 70)
         for mode in ("peft", "bank"):
             emulated = EmulatedInt8(*order, path=path, large=large, splits=splits)
             name = f"int8 {path} {'wgmma ' if large > 1 else ''}{mode}"

@@ -146,7 +146,7 @@ def test_no_order_of_threads_changes_a_bit(path: str, large: int) -> None:
 def test_tiles_by_wgmma_have_the_bits_of_those_by_mma(dtype: torch.dtype) -> None:
     """Integer sums are exact, and the branch adds the same products in the same order."""
     library().emulated_boxes()
-    for rows, k, n in [(130, 200, 72), (70, 333, 131)]:
+    for rows, k, n in [(140, 1016, 72), (70, 333, 131)]:
         _, _, packed = weight_of(k, n)
         x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
         operands = bank("bank", rows, k, n, dtype) | {"residual": torch.randn(rows, n).to(dtype)}

@@ -29,8 +29,8 @@ SHAPES = [
     (130, 96, 260),
     (600, 24, 70),
 ]
-# By wgmma: one row, both sides of a tile and of its step of depth.
-WGMMA_SHAPES = [(1, 64, 64), (33, 40, 16), (129, 257, 191), (130, 136, 260)]
+# By wgmma: one row, both sides of a tile and of its step of depth, more steps than places.
+WGMMA_SHAPES = [(1, 64, 64), (33, 40, 16), (129, 257, 191), (140, 520, 260)]
 # path, large tiles (in few_rows: t is made in every block; 128, 256: by wgmma), splits of K
 PLANS = [
     ("two_steps", False, 1),

@@ -50,7 +50,9 @@ void land(const PendingBox& p, Memory& memory) {
       if (inside)
         memcpy(memory.shared + at, box.data + plane * box.plane_stride + row * box.stride + column,
                static_cast<size_t>(inside));
-      memory.writers[at / 16] = 0;  // written through the proxy that wgmma reads by
+      if (memory.writers[at / 16])
+        refuse("a box over what thread " + std::to_string(memory.writers[at / 16] - 1) +
+               " wrote and has not fenced for its proxy");
     }
   Arrivals& a = memory.arrivals[p.barrier];
   a.bytes -= box.box_planes * box.box_rows * kBoxWidth;

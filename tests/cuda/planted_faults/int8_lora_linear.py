@@ -12,16 +12,16 @@ FAULTS = [
     _Fault(
         "boxes for a block that has not begun",
         "int8_wgmma.cuh",
-        "    wait_for_cluster();  // the barriers of both are there",
-        "",
-        ("int8 tiled wgmma",),
+        "    arrive_in_cluster();\n    wait_for_cluster();  // the barriers of both are there",
+        "    __syncthreads();",
+        ("nobody has made",),
     ),
     _Fault(
         "places of INT8 filled while the other block reads them",
         "int8_wgmma.cuh",
-        "wait_for_phase(free_ + k % kStages, (turn - 1) & 1);",
-        "",
-        ("int8 tiled wgmma",),
+        "fetch_weight(k + kAhead - 1);",
+        "fetch_weight(k + kAhead);",
+        ("relative error", "deadlock", "one arrival more"),
     ),
     _Fault(
         "missing barrier of INT8 tiles",

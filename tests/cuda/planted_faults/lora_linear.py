@@ -182,7 +182,7 @@ FAULTS = [
         "gemm_wgmma.cuh",
         "(k - base_begin_) / kStages & 1);",
         "k / kStages & 1);",
-        ("waits for bytes", "gradients by wgmma dropout"),
+        ("deadlock", "gradients by wgmma dropout"),
     ),
     _Fault(
         "rows whose t nobody makes",
@@ -201,16 +201,16 @@ FAULTS = [
     _Fault(
         "places filled while the other block reads them",
         "gemm_wgmma.cuh",
-        "wait_for_phase(free_ + place, (kMasked ? turn : turn - 1) & 1);",
-        "",
-        ("wgmma",),
+        "wait_for_phase(free_ + place, (kMasked ? turn(k) : turn(k) - 1) & 1);",
+        "static_cast<void>(0);",
+        ("relative error", "deadlock", "one arrival more"),
     ),
     _Fault(
         "both blocks ask for the same half",
         "gemm_wgmma.cuh",
         "rank = static_cast<int>(rank_in_cluster());",
         "rank = 0;",
-        ("wgmma",),
+        ("relative error",),
     ),
     _Fault(
         "places that differ by the branch before them",
