@@ -24,7 +24,8 @@ constexpr double kSharedBytesPerClock = 128;
 // 35 bytes per clock of 132 multiprocessors at 1.755 GHz. It may be that L2 gives more; one multiprocessor
 // alone gets more (kL2BytesPerClock).
 constexpr double kL2OfAllPerClock = 35;
-// What one multiprocessor can take, whether L2 brings it to it alone or to both of a cluster.
+// What one multiprocessor can take, whether L2 brings it to it alone or to both of a cluster: taken from the width of
+// its port. If the 35 above are what this way holds, clusters gain nothing.
 constexpr double kArrivingPerClock = 64;
 // From a load to its data in L2 on a busy device. A tile waits for it twice at its start (who its adapters are; the
 // first boxes) and twice at its end (scales or bias; factors of the branch).

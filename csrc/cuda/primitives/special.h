@@ -1,6 +1,6 @@
 // The special function unit: one instruction each, of a multiprocessor's 16 lanes per clock. Both take denormals for
 // zero, and give zero for them. By the PTX ISA they are off by no more than 2 (exp2) and 1 (reciprocal) units in the
-// last place; the emulation's are rounded.
+// last place; the emulation's are the host's, right to one.
 #pragma once
 
 #include "cuda/primitives/platform.h"
