@@ -221,9 +221,10 @@ class Int8Rows {
     const int steps = (p_.x.columns + kStep<T> - 1) / kStep<T>;
     const int first = steps * warp_ / kInt8Warps, last = steps * (warp_ + 1) / kInt8Warps;
     const float scale = p_.routing.scale(adapter);
+    [[maybe_unused]] constexpr int kUnrolled = sizeof(T) == 4 ? 1 : 2;  // of fp32's operands two parts are in registers
     for (int r = 0; r < rank; r += 8 * kTiles) {
       float c[kTiles][4] = {};
-#pragma unroll 2
+#pragma unroll kUnrolled
       for (int step = first; step < last; ++step) {
         const int k = step * kStep<T> + lane % 4 * kPerChunk<T>;
         const Vector low = left_operand(lane / 4, k), high = left_operand(lane / 4 + 8, k);
