@@ -96,8 +96,8 @@ FAULTS = [
     _Fault(
         "products taken before they are done",
         "gemm_wgmma.cuh",
-        "other's memory\n    wait_products<0>();\n",
-        "other's memory\n",
+        ": store()\n    wait_products<0>();\n",
+        ": store()\n",
         ("wgmma",),
     ),
     _Fault(
@@ -194,8 +194,8 @@ FAULTS = [
     _Fault(
         "boxes of the same columns",
         "gemm_wgmma.cuh",
-        "all_.b, depth, n_ + tile * 64, landed);",
-        "all_.b, depth, n_, landed);",
+        "all_.b, depth, n_ + tile * 64, landed_ + place);",
+        "all_.b, depth, n_, landed_ + place);",
         ("gradients by wgmma",),
     ),
     _Fault(
