@@ -31,21 +31,20 @@ bool pairs_can_be_stored(const void* y, const void* residual, int64_t columns) {
 }
 
 template <class T>
-void convert(Sequence* s, const Factor& from, int64_t rows, int64_t columns, void* to, bool early = false) {
+void convert(Sequence* s, const Factor& from, int64_t rows, int64_t columns, void* to) {
   ConvertParams p{from, to, static_cast<int>(rows), static_cast<int>(columns)};
-  s->run<&convert_factor<T>>("convert_factor", dim3(tiles(columns, 32), tiles(rows, 32), 1), 256, 32 * 33 * 4, p,
-                             early);
+  s->run<&convert_factor<T>>("convert_factor", dim3(tiles(columns, 32), tiles(rows, 32), 1), 256, 32 * 33 * 4, p);
 }
 
 // t (or u) of all rows; by `beside` blocks, if there are more, which leave the product room.
 template <class T>
-void down_all(Sequence* s, const DownParams& p, int beside, bool early) {
+void down_all(Sequence* s, const DownParams& p, int beside = 0) {
   const unsigned blocks = tiles(p.x.rows, kSkinnyRows);
   if constexpr (sizeof(T) == 2) {
     if (beside > 0) {
       const unsigned most = static_cast<unsigned>(beside);
       return s->run<&down_beside<T>>("down_beside", dim3(blocks < most ? blocks : most, 1, 1), kSkinnyThreads,
-                                     kDownSharedBytes<2>, p, early, true);
+                                     kDownSharedBytes<2>, p, false, true);
     }
   }
   // Few rows with many adapters: the adapters of sixteen rows go to blocks of their own.
@@ -53,20 +52,20 @@ void down_all(Sequence* s, const DownParams& p, int beside, bool early) {
   if (p.routing.ids && blocks <= 8) slots = static_cast<unsigned>(p.routing.adapters < 16 ? p.routing.adapters : 16);
   const dim3 grid(blocks, slots, 1);
   if (p.routing.max_rank <= 16)
-    s->run<&down<T, 2>>("down<16>", grid, kSkinnyThreads, kDownSharedBytes<2>, p, early);
+    s->run<&down<T, 2>>("down<16>", grid, kSkinnyThreads, kDownSharedBytes<2>, p);
   else
-    s->run<&down<T, 4>>("down<32>", grid, kSkinnyThreads, kDownSharedBytes<4>, p, early);
+    s->run<&down<T, 4>>("down<32>", grid, kSkinnyThreads, kDownSharedBytes<4>, p);
 }
 
 template <class T, class Shape, Product kProduct>
-void tiled(Sequence* s, const char* name, const GemmParams& p, bool early) {
+void tiled(Sequence* s, const char* name, const GemmParams& p, bool early = false) {
   const unsigned blocks = tiles(p.rows, Shape::kRows) * tiles(p.columns, Shape::kColumns);
   s->run<&gemm<T, Shape, kProduct>>(name, dim3(blocks, 1, 1), Shape::kThreads,
                                     GemmLayout<T, Shape, kProduct>::kSharedBytes, p, early);
 }
 
 template <class T, int kColumns, Product kProduct>
-void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early) {
+void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early = false) {
   using Shape = WgmmaShape<kColumns>;
   using Layout = WgmmaLayout<T, Shape, kProduct>;
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
@@ -83,57 +82,55 @@ void tiled_wgmma(Sequence* s, const char* name, const GemmParams& p, bool early)
 
 // dx by the tiles of the plan; with dropout the branch is masked.
 template <class T>
-void input_gradient(Sequence* s, const GemmParams& p, const CudaLoraLinearBackwardPlan& plan, bool early) {
+void input_gradient(Sequence* s, const GemmParams& p, const CudaLoraLinearBackwardPlan& plan) {
   if constexpr (sizeof(T) == 2) {
     if (plan.wgmma_columns) {
       if (p.dropout.on && plan.wgmma_columns == 256)
-        tiled_wgmma<T, 256, Product::kMaskedGradient>(s, "gemm_wgmma<masked dx, 128x256>", p, early);
+        tiled_wgmma<T, 256, Product::kMaskedGradient>(s, "gemm_wgmma<masked dx, 128x256>", p);
       else if (p.dropout.on)
-        tiled_wgmma<T, 128, Product::kMaskedGradient>(s, "gemm_wgmma<masked dx, 128x128>", p, early);
+        tiled_wgmma<T, 128, Product::kMaskedGradient>(s, "gemm_wgmma<masked dx, 128x128>", p);
       else if (plan.wgmma_columns == 256)
-        tiled_wgmma<T, 256, Product::kInputGradient>(s, "gemm_wgmma<dx, 128x256>", p, early);
+        tiled_wgmma<T, 256, Product::kInputGradient>(s, "gemm_wgmma<dx, 128x256>", p);
       else
-        tiled_wgmma<T, 128, Product::kInputGradient>(s, "gemm_wgmma<dx, 128x128>", p, early);
+        tiled_wgmma<T, 128, Product::kInputGradient>(s, "gemm_wgmma<dx, 128x128>", p);
       return;
     }
   }
   if (p.dropout.on && plan.large_tiles)
-    tiled<T, LargeShape, Product::kMaskedGradient>(s, "gemm<masked dx, 128x128>", p, early);
+    tiled<T, LargeShape, Product::kMaskedGradient>(s, "gemm<masked dx, 128x128>", p);
   else if (p.dropout.on)
-    tiled<T, SmallShape, Product::kMaskedGradient>(s, "gemm<masked dx, 64x64>", p, early);
+    tiled<T, SmallShape, Product::kMaskedGradient>(s, "gemm<masked dx, 64x64>", p);
   else if (plan.large_tiles)
-    tiled<T, LargeShape, Product::kInputGradient>(s, "gemm<dx, 128x128>", p, early);
+    tiled<T, LargeShape, Product::kInputGradient>(s, "gemm<dx, 128x128>", p);
   else
-    tiled<T, SmallShape, Product::kInputGradient>(s, "gemm<dx, 64x64>", p, early);
+    tiled<T, SmallShape, Product::kInputGradient>(s, "gemm<dx, 64x64>", p);
 }
 
 // out [out_rows, columns] = sums over rows of at b, split among blocks and added in order.
 template <class T, class Shape>
-void row_sums(Sequence* s, const char* name, GemmParams p, int64_t out_rows, int most_rows, float* out, float* parts,
-              bool early) {
+void row_sums(Sequence* s, const char* name, GemmParams p, int64_t out_rows, int most_rows, float* out, float* parts) {
   p.sums = p.splits > 1 ? parts : out;
   p.split_stride = out_rows * p.columns;
   const unsigned adapters = p.routing.adapters > 0 ? static_cast<unsigned>(p.routing.adapters) : 1;
   const dim3 grid(tiles(p.columns, Shape::kColumns), tiles(most_rows, Shape::kRows),
                   static_cast<unsigned>(p.splits) * adapters);
   s->run<&gemm<T, Shape, Product::kRowSums>>(name, grid, Shape::kThreads,
-                                             GemmLayout<T, Shape, Product::kRowSums>::kSharedBytes, p, early);
+                                             GemmLayout<T, Shape, Product::kRowSums>::kSharedBytes, p);
   if (p.splits == 1) return;
   const AddPartsParams add{parts, out, p.splits, out_rows * p.columns};
   const unsigned blocks = tiles(add.count, 256);
-  s->run<&add_parts<float>>("add_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, add, early);
+  s->run<&add_parts<float>>("add_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, add);
 }
 
 // u and dB from one reading of dy.
 template <class T>
-void dy_at_once(Sequence* s, const DyOnceParams& p, const CudaLoraLinearBackwardPlan& plan, const JoinPartsParams& to,
-                bool early) {
+void dy_at_once(Sequence* s, const DyOnceParams& p, const CudaLoraLinearBackwardPlan& plan, const JoinPartsParams& to) {
   s->run<&dy_once<T>>("dy_once",
                       dim3(static_cast<unsigned>(plan.column_splits), static_cast<unsigned>(plan.row_splits), 1),
-                      kDyOnceThreads, dy_once_bytes<T>(p.row_tiles, p.width), p, early);
+                      kDyOnceThreads, dy_once_bytes<T>(p.row_tiles, p.width), p);
   const int64_t results = int64_t{p.dy.rows} * p.width + int64_t{p.routing.max_rank} * p.dy.columns;
   const unsigned blocks = tiles(results, 256);
-  s->run<&join_parts<T>>("join_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, to, early);
+  s->run<&join_parts<T>>("join_parts", dim3(blocks < 4096 ? blocks : 4096, 1, 1), 256, 0, to);
 }
 
 template <class T, int kTiles>
@@ -190,7 +187,7 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     p.t = t;
     p.t_stride = stride;
     p.precise = precise;
-    down_all<T>(&s, p, plan.cuda.t_blocks, false);
+    down_all<T>(&s, p, plan.cuda.t_blocks);
   }
   const bool early = separate && plan.cuda.early_start;
 
@@ -260,8 +257,7 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
   const int64_t M = problem.rows, N = problem.out_features, K = problem.in_features, R = problem.lora.total_rank;
   Workspace memory{static_cast<char*>(args.workspace)};
   const BackwardWorkspace w(memory, plan);
-  Sequence s(stream);
-  const auto early = [&] { return plan.cuda.early_start && s.begun(); };
+  Sequence s(stream, plan.cuda.early_start);
   const bool lora = problem.lora.present() && (b.needs_dx || b.needs_dlora);
   const bool once = lora && b.needs_dlora && plan.cuda.dy_once;
   const int64_t stride = t_stride(problem.lora);
@@ -281,8 +277,7 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
       convert<T>(&s, {args.lora.a, args.lora.a_stride, 1, problem.lora.dtype}, R, K, w.a);
       a = matrix<T>(w.a, K, R, K);
     }
-    convert<T>(&s, {args.lora.b, args.lora.b_stride_rank, args.lora.b_stride_out, problem.lora.dtype}, R, N, w.b,
-               early());
+    convert<T>(&s, {args.lora.b, args.lora.b_stride_rank, args.lora.b_stride_out, problem.lora.dtype}, R, N, w.b);
     DownParams p;
     p.routing = routing;
     p.factor = dropout_factor(problem);
@@ -293,7 +288,7 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
       p.a = a;
       p.dropout = dropout;
       p.t = w.t;
-      down_all<T>(&s, p, 0, early());
+      down_all<T>(&s, p);
     }
     if (once) {
       DyOnceParams both;
@@ -308,13 +303,13 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
       both.u_parts = w.u_parts;
       both.b_parts = w.b_parts;
       both.precise = precise;
-      dy_at_once<T>(&s, both, plan.cuda, {both, p.factor, w.u, stride, args.dlora_b}, early());
+      dy_at_once<T>(&s, both, plan.cuda, {both, p.factor, w.u, stride, args.dlora_b});
     } else {
       p.x = dy;
       p.a = matrix<T>(w.b, N, R, N);
       p.dropout = Dropout();
       p.t = w.u;
-      down_all<T>(&s, p, 0, early());
+      down_all<T>(&s, p);
     }
   }
   if (b.needs_dx) {
@@ -332,7 +327,7 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
     p.epilogue.y = args.dx;
     p.epilogue.columns = static_cast<int>(K);
     p.epilogue.pairs = pairs_can_be_stored<T>(args.dx, nullptr, K);
-    input_gradient<T>(&s, p, plan.cuda, early());
+    input_gradient<T>(&s, p, plan.cuda);
   }
   GemmParams p;
   p.depth = static_cast<int>(M);
@@ -344,14 +339,14 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
       p.b = dy;
       p.columns = static_cast<int>(N);
       p.splits = plan.cuda.b_splits;
-      row_sums<T, SmallShape>(&s, "gemm<dB>", p, R, routing.max_rank, args.dlora_b, w.b_sums, early());
+      row_sums<T, SmallShape>(&s, "gemm<dB>", p, R, routing.max_rank, args.dlora_b, w.b_sums);
     }
     p.a = u;
     p.b = x;
     p.dropout = dropout;
     p.columns = static_cast<int>(K);
     p.splits = plan.cuda.a_splits;
-    row_sums<T, SmallShape>(&s, "gemm<dA>", p, R, routing.max_rank, args.dlora_a, w.a_sums, early());
+    row_sums<T, SmallShape>(&s, "gemm<dA>", p, R, routing.max_rank, args.dlora_a, w.a_sums);
   }
   if (b.needs_dweight) {
     p.routing = Routing();
@@ -361,11 +356,11 @@ Status LoraLinearKernels<T>::backward(const LoraLinearBackwardPlan& plan, const 
     p.rows = static_cast<int>(N);
     p.columns = static_cast<int>(K);
     p.splits = plan.cuda.w_splits;
-    row_sums<T, LargeShape>(&s, "gemm<dW>", p, N, static_cast<int>(N), args.dweight, w.w_sums, early());
+    row_sums<T, LargeShape>(&s, "gemm<dW>", p, N, static_cast<int>(N), args.dweight, w.w_sums);
   }
   if (b.needs_dbias) {
     const ColumnSumsParams c{args.dy, args.dbias, M, static_cast<int>(N)};
-    s.run<&column_sums<T>>("column_sums", dim3(tiles(N, 32), 1, 1), 256, 256 * 4, c, early());
+    s.run<&column_sums<T>>("column_sums", dim3(tiles(N, 32), 1, 1), 256, 256 * 4, c);
   }
   return s.status();
 }

@@ -12,16 +12,16 @@ inline unsigned tiles(int64_t count, int64_t size) { return static_cast<unsigned
 // Runs the launches of a call until one fails.
 class Sequence {
  public:
-  explicit Sequence(void* stream) : stream_(stream) {}
+  // With rest_early every kernel behind the first starts early, and the first when all before the call have finished.
+  explicit Sequence(void* stream, bool rest_early = false) : stream_(stream), rest_early_(rest_early) {}
   template <auto kKernel, class Params>
   void run(const char* name, dim3 grid, unsigned threads, size_t shared, const Params& params, bool early = false,
            bool most_shared = false, unsigned cluster = 1) {
     if (!status_.ok() || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    early = early || (rest_early_ && begun_);
     begun_ = true;
     status_ = launch<kKernel>({name, grid, dim3(threads, 1, 1), shared, stream_, early, most_shared, cluster}, params);
   }
-  // Whether a kernel of the call has been launched. It started when all before the call had finished.
-  bool begun() const { return begun_; }
   // After the last.
   Status status() {
     const Status end = launches_.end();
@@ -30,7 +30,7 @@ class Sequence {
 
  private:
   void* stream_;
-  bool begun_ = false;
+  bool rest_early_, begun_ = false;
   Launches launches_;
   Status status_;
 };
