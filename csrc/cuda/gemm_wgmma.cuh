@@ -135,7 +135,7 @@ class WgmmaTile {
     tie(c_);
     for (int k = first; k < steps; ++k) {
       wait_copies<kAhead - 1>();
-      if (all_.boxes && is_base(k)) wait_for_phase(landed_ + k % kStages, (k - base_begin_) / kStages & 1);
+      if (all_.boxes && is_base(k)) wait_for_phase(landed_ + k % kStages, turn(k) & 1);
       fence_proxy();
       if (kDry) wait_products<0>();
       __syncthreads();  // step k has landed for all, and all are done with step k - 1 (k - 2): its place is filled next

@@ -117,7 +117,7 @@ FAULTS = [
     _Fault(
         "boxes that are not waited for",
         "gemm_wgmma.cuh",
-        "wait_for_phase(landed_ + k % kStages, (k - base_begin_) / kStages & 1);",
+        "wait_for_phase(landed_ + k % kStages, turn(k) & 1);",
         "wait_copies<0>();",
         ("wgmma",),
     ),
@@ -180,8 +180,8 @@ FAULTS = [
     _Fault(
         "phases counted from the branch on",
         "gemm_wgmma.cuh",
-        "(k - base_begin_) / kStages & 1);",
-        "k / kStages & 1);",
+        "kStages, turn(k) & 1);",
+        "kStages, k / kStages & 1);",
         ("deadlock", "gradients by wgmma dropout"),
     ),
     _Fault(
