@@ -5,13 +5,12 @@
 #include "cuda/primitives/cluster.h"
 #include "cuda/primitives/launch.h"
 #include "cuda/primitives/tma.h"
+#include "emulation_orders.h"
 
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
 
 namespace {
-
-using emulation::Order;
 
 enum class Fault {
   kNone,
@@ -104,24 +103,8 @@ Status share(int* wrong) {
 // `late`: caught in some order. Others are caught in all.
 template <Fault kFault>
 void expect(const char* name, const char* words, bool late = false) {
-  int caught = 0, orders = 0;
-  std::string text;
-  for (const auto& [order, seed] : {std::pair<Order, int>{Order::kForward, 1},
-                                    {Order::kReverse, 1},
-                                    {Order::kShuffled, 2},
-                                    {Order::kShuffled, 3},
-                                    {Order::kShuffled, 4}}) {
-    emulation::options = {order, static_cast<uint64_t>(seed)};
-    int wrong = 0;
-    const Status status = share<kFault>(&wrong);
-    if (!status.ok()) text = status.text;
-    caught += !status.ok() || wrong > 0;
-    ++orders;
-  }
-  const bool expected = kFault == Fault::kNone ? caught == 0 : late ? caught > 0 : caught == orders;
-  check(expected, std::string(name) + ": caught in " + std::to_string(caught) + " of " + std::to_string(orders) +
-                      " orders: " + text);
-  check(contains(text, words), std::string(name) + ": '" + words + "' is in: " + text);
+  const Caught caught = kFault == Fault::kNone ? Caught::kNever : late ? Caught::kInSomeOrder : Caught::kInEveryOrder;
+  expect_in(kFiveOrders, name, words, caught, share<kFault>);
 }
 
 void test_what_is_launched() {

@@ -7,6 +7,7 @@
 #include "cuda/primitives/tma.h"
 #include "cuda/primitives/wgmma.h"
 #include "cuda/tile.h"
+#include "emulation_orders.h"
 
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
@@ -121,19 +122,8 @@ void expect_right(const char* name) {
 // With words: a refusal that has them, in every order, else (or if `late`) in some order wrong sums.
 template <Fault kFault, bool kAcross = false>
 void expect_caught(const char* name, const char* words, bool late = false) {
-  int caught = 0, orders = 0;
-  std::string text;
-  for (Order order : {Order::kForward, Order::kReverse, Order::kShuffled}) {
-    emulation::options = {order, 3};
-    int wrong = 0;
-    const Status status = multiply<__half, 128, kAcross, kFault>(&wrong);
-    if (!status.ok()) text = status.text;
-    caught += !status.ok() || wrong > 0;
-    ++orders;
-  }
-  check(late ? caught > 0 : caught == orders,
-        std::string(name) + ": caught in " + std::to_string(caught) + " of " + std::to_string(orders) + " orders");
-  check(contains(text, words), std::string(name) + ": '" + words + "' is in: " + text);
+  expect_in(three_orders(3), name, words, late ? Caught::kInSomeOrder : Caught::kInEveryOrder,
+            multiply<__half, 128, kAcross, kFault>);
 }
 
 // ---- Boxes
@@ -192,19 +182,10 @@ Status load(int* wrong) {
 
 template <BoxFault kFault>
 void expect_box(const char* name, const char* words, bool late = false) {
-  int caught = 0, orders = 0;
-  std::string text;
-  for (Order order : {Order::kForward, Order::kReverse, Order::kShuffled}) {
-    emulation::options = {order, 4};
-    int wrong = 0;
-    const Status status = load<kFault>(&wrong);
-    if (!status.ok()) text = status.text;
-    caught += !status.ok() || wrong > 0;
-    ++orders;
-  }
-  const bool expected = kFault == BoxFault::kNone ? caught == 0 : late ? caught > 0 : caught == orders;
-  check(expected, std::string(name) + ": caught in " + std::to_string(caught) + " orders: " + text);
-  check(contains(text, words), std::string(name) + ": '" + words + "' is in: " + text);
+  const Caught caught = kFault == BoxFault::kNone ? Caught::kNever
+                        : late                    ? Caught::kInSomeOrder
+                                                  : Caught::kInEveryOrder;
+  expect_in(three_orders(4), name, words, caught, load<kFault>);
 }
 
 void test_boxes() {

@@ -6,6 +6,7 @@
 #include "cuda/primitives/launch.h"
 #include "cuda/primitives/tma.h"
 #include "cuda/primitives/wgmma_int8.h"
+#include "emulation_orders.h"
 
 using namespace lora_kernels;
 using namespace lora_kernels::cuda;
@@ -100,24 +101,8 @@ Status multiply(int* wrong) {
 // some order.
 template <Fault kFault>
 void expect(const char* name, const char* words, bool late = false) {
-  int caught = 0, orders = 0;
-  std::string text;
-  for (const auto& [order, seed] : {std::pair<Order, int>{Order::kForward, 1},
-                                    {Order::kReverse, 1},
-                                    {Order::kShuffled, 2},
-                                    {Order::kShuffled, 3},
-                                    {Order::kShuffled, 4}}) {
-    emulation::options = {order, static_cast<uint64_t>(seed)};
-    int wrong = 0;
-    const Status status = multiply<kFault>(&wrong);
-    if (!status.ok()) text = status.text;
-    caught += !status.ok() || wrong > 0;
-    ++orders;
-  }
-  const bool expected = kFault == Fault::kNone ? caught == 0 : late ? caught > 0 : caught == orders;
-  check(expected, std::string(name) + ": caught in " + std::to_string(caught) + " of " + std::to_string(orders) +
-                      " orders: " + text);
-  check(contains(text, words), std::string(name) + ": '" + words + "' is in: " + text);
+  const Caught caught = kFault == Fault::kNone ? Caught::kNever : late ? Caught::kInSomeOrder : Caught::kInEveryOrder;
+  expect_in(kFiveOrders, name, words, caught, multiply<kFault>);
 }
 
 // ---- Boxes of planes
