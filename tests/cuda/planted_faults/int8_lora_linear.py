@@ -76,8 +76,8 @@ FAULTS = [
     _Fault(
         "places filled while products read them",
         "int8_wgmma.cuh",
-        "kAhead = kStages - (kDry ? 1 : 2);",
-        "kAhead = kStages - (kDry ? 0 : 1);",
+        "tiles_ + k % kStages * Layout::kStageBytes",
+        "tiles_ + k % (kStages - 1) * Layout::kStageBytes",
         ("int8 tiled wgmma",),
     ),
     _Fault(
