@@ -23,6 +23,8 @@ DEVICES = {
     "B200": (100, 148, 1.85e9, 8000e9),
     "RTX 5090": (120, 170, 2.41e9, 1792e9),
 }
+# KiB of shared memory that a block may have; of others 99.
+SHARED = {75: 64, 80: 163, 90: 227, 100: 227}
 SHAPES = [(m, k, n) for m in (1, 32) for k, n in ((1280, 1280), (1280, 5120), (5120, 1280))]
 SHAPES += [(4096, 1280, 1280), (12000, 1280, 5120)]
 
@@ -261,7 +263,9 @@ def main() -> None:
                 multiprocessors=multiprocessors,
                 clock_hz=clock,
                 memory_bytes_per_second=memory,
+                shared_bytes=SHARED.get(arch, 99) << 10,
                 wgmma=arch == 90,
+                clusters=arch >= 90,
             )
         )
         for name, (arch, multiprocessors, clock, memory) in DEVICES.items()

@@ -26,14 +26,14 @@ void gemm_of(const char* name) {
   std::printf("few_rows<" #T ", 2>\t%zu\n", kFewRowsSharedBytes<2>); \
   std::printf("few_rows<" #T ", 4>\t%zu\n", kFewRowsSharedBytes<4>);
 #define SIZE(name, bytes) std::printf(name "\t%zu\n", static_cast<size_t>(bytes));
-#define INT8(T)                                                                  \
-  SIZE("dy_once<" #T ">", dy_once_bytes<T>(1, 16));                              \
-  SIZE("int8_rows<" #T ", 2>", int8_rows_bytes(2));                              \
-  SIZE("int8_rows<" #T ", 4>", int8_rows_bytes(4));                              \
-  SIZE("int8_few_rows<" #T ", 1, false>", int8_part_bytes(1));                   \
-  SIZE("int8_few_rows<" #T ", 2, false>", int8_part_bytes(2));                   \
-  SIZE("int8_few_rows<" #T ", 1, true>", int8_fused_bytes(1280, 16, sizeof(T))); \
-  SIZE("int8_together<" #T ">", int8_fused_bytes(1280, 16, sizeof(T)));          \
+#define INT8(T)                                                                         \
+  SIZE("dy_once<" #T ">", dy_once_bytes<T>(1, 16));                                     \
+  SIZE("int8_rows<" #T ", 2>", int8_rows_bytes(2));                                     \
+  SIZE("int8_rows<" #T ", 4>", int8_rows_bytes(4));                                     \
+  SIZE("int8_few_rows<" #T ", 1, false>", int8_part_bytes(1));                          \
+  SIZE("int8_few_rows<" #T ", 2, false>", int8_part_bytes(2));                          \
+  SIZE("int8_few_rows<" #T ", 1, true>", int8_fused_bytes(16, 1280, 16, sizeof(T), 1)); \
+  SIZE("int8_together<" #T ">", int8_fused_bytes(16, 1280, 16, sizeof(T), 1));          \
   INT8_GEMM(T, LargeShape) INT8_GEMM(T, SmallShape)
 #define INT8_GEMM(T, S) SIZE("int8_gemm<" #T ", " #S ">", (Int8GemmLayout<T, S>::kSharedBytes));
 #define KV_ATTEND(Q, S, G, PLACES, COUNT)                \

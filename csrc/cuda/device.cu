@@ -1,10 +1,32 @@
 // What a CUDA device says of itself, asked once.
+#include <cstdlib>
 #include <mutex>
+#include <string>
 
 #include "cuda/primitives/platform.h"
 #include "lora_kernels/device.h"
 
 namespace lora_kernels {
+namespace {
+
+// Whether what such a device runs of CMAKE_CUDA_ARCHITECTURES (slashes for semicolons) was made for sm_90 or later:
+// machine code of the same major, or text that its driver compiles. Older text has no clusters, wherever it runs.
+bool made_for_clusters(const std::string& built_for, int arch) {
+  for (size_t at = 0; at < built_for.size();) {
+    const size_t end = std::min(built_for.find('/', at), built_for.size());
+    const std::string one = built_for.substr(at, end - at);
+    at = end + 1;
+    const int made_for = std::atoi(one.c_str());
+    const bool alone = one.find('a') != std::string::npos && one.find("-real") > one.find('a');
+    const bool fits = alone                                    ? made_for == arch
+                      : one.find("-real") != std::string::npos ? made_for / 10 == arch / 10 && made_for <= arch
+                                                               : made_for <= arch;
+    if (made_for >= 90 && fits) return true;
+  }
+  return false;
+}
+
+}  // namespace
 
 Status cuda_device(int index, DeviceInfo* device) {
   constexpr int kMost = 64;
@@ -48,6 +70,7 @@ Status cuda_device(int index, DeviceInfo* device) {
 #if defined(LORA_KERNELS_SM90A)
     found.wgmma = found.arch == 90;
 #endif
+    found.clusters = made_for_clusters(LORA_KERNELS_CUDA_ARCHITECTURES, found.arch);
     found.l2_bytes = l2;
     found.clock_hz = clock * 1e3;
     found.memory_bytes_per_second = 2e3 * memory_clock * width / 8;  // two transfers per clock

@@ -2,6 +2,7 @@
 // device.
 #pragma once
 
+#include "cuda/int8_shapes.h"
 #include "cuda/lora_linear.h"
 #include "lora_kernels/int8_lora_linear.h"
 
@@ -14,6 +15,11 @@ Status supported(const Int8LoraLinearProblem& problem, const CudaDevice& device)
 void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan);
 // The same without wgmma: what the row "cuda_mma" is.
 void configure_mma(const DeviceInfo& device, Int8LoraLinearPlan* plan);
+
+// What a block of a cluster of so many has in shared memory from the beginning, where every block makes rows for
+// itself: nothing, all that rows are made of, or w besides.
+enum class Int8Staging { kNone, kRows, kAll };
+Int8Staged fused_staged(const Int8LoraLinearProblem& problem, int cluster, Int8Staging staging);
 
 Status launch(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, const Executor& executor);
 

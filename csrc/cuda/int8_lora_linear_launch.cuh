@@ -46,11 +46,13 @@ Int8RowsParams rows_params(const Int8LoraLinearPlan& plan, const Int8LoraLinearA
   rows.q_stride = w.q_stride;
   rows.scales = w.scales;
   rows.t = w.t;
+  rows.staged_bytes = plan.cuda.staged_bytes;
   rows.t_stride = t_stride(p.lora);
   if (p.lora.present() && p.in_features > 0) {
     rows.routing = routing_of(p.lora, args.lora, p.rows);
     rows.a = matrix<T>(args.lora.a, args.lora.a_stride, p.lora.total_rank, p.in_features);
   }
+  rows.staged_a_bytes = rows.a.aligned ? plan.cuda.staged_a_bytes : 0;
   return rows;
 }
 
@@ -69,13 +71,28 @@ inline Int8FewRowsParams few_rows_params(const Int8LoraLinearPlan& plan, const I
                         int8_epilogue(p, args, w.y),
                         plan.cuda.splits,
                         w.sums};
-  if (plan.cuda.path == CudaInt8LoraLinearPath::kFused)
+  if (plan.cuda.path == CudaInt8LoraLinearPath::kFused) {
     out.rows.q_stride = int8_shared_row(round_up(p.in_features, kInt8Step));
+    out.cluster = plan.cuda.cluster;
+    out.staged_w = plan.cuda.staged_w;
+  }
   return out;
 }
+
+// Of shared memory, for what is staged: int8_staged() of the plan.
+inline int64_t staged_bytes(const Int8RowsParams& p, int tiles) {
+  if (!p.staged_bytes) return 0;
+  const int64_t norm_size = p.norm_weight ? static_cast<int64_t>(size_of(p.norm_type)) : 0;
+  return std::min<int64_t>(p.x.rows, kInt8Rows) * p.staged_bytes + 2 * round_up(p.x.columns * norm_size, 16) +
+         8 * tiles * p.staged_a_bytes;
+}
 template <class T>
-size_t fused_bytes(const Int8LoraLinearProblem& p) {
-  return static_cast<size_t>(int8_fused_bytes(p.in_features, t_stride(p.lora), sizeof(T)));
+size_t fused_bytes(const Int8LoraLinearPlan& plan, const Int8FewRowsParams& params) {
+  const Int8LoraLinearProblem& p = plan.problem;
+  const int64_t steps = tiles(p.in_features, kInt8Step), of_block = tiles(steps, params.cluster);
+  return static_cast<size_t>(int8_fused_bytes(p.rows, p.in_features, t_stride(p.lora), sizeof(T), params.cluster) +
+                             staged_bytes(params.rows, 2) +
+                             (params.staged_w ? of_block * kInt8Step * kInt8FewColumns : 0));
 }
 
 // False, and nothing launched, where the driver knows no tensor maps.
@@ -94,11 +111,11 @@ bool int8_tiled_wgmma(Sequence* s, const char* name, const Int8GemmParams& p, bo
 template <class T>
 void int8_rows_all(Sequence* s, const Int8RowsParams& p, bool early) {
   const dim3 grid(tiles(p.x.rows, kInt8Rows), 1, 1);
-  const size_t staged = static_cast<size_t>(kInt8Rows * p.staged_bytes);
+  const auto bytes = [&](int tiles) { return static_cast<size_t>(int8_rows_bytes(tiles) + staged_bytes(p, tiles)); };
   if (p.routing.max_rank <= 16)
-    s->run<&int8_rows<T, 2>>("int8_rows<16>", grid, kInt8Threads, int8_rows_bytes(2) + staged, p, early);
+    s->run<&int8_rows<T, 2>>("int8_rows<16>", grid, kInt8Threads, bytes(2), p, early);
   else
-    s->run<&int8_rows<T, 4>>("int8_rows<32>", grid, kInt8Threads, int8_rows_bytes(4) + staged, p, early);
+    s->run<&int8_rows<T, 4>>("int8_rows<32>", grid, kInt8Threads, bytes(4), p, early);
 }
 
 template <class T>
@@ -141,10 +158,10 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
         {args.lora.a, args.lora.a_stride, 1, problem.lora.dtype}, w.a, static_cast<int>(R), static_cast<int>(K)};
     s.run<&convert_factor<T>>("convert_factor", dim3(tiles(K, 32), tiles(R, 32), 1), 256, 32 * 33 * 4, p);
     rows.a = matrix<T>(w.a, K, R, K);
+    if (!rows.a.aligned) rows.staged_a_bytes = 0;
   }
 
   if (chosen.path == Path::kTiled) {
-    rows.staged_bytes = chosen.staged_bytes;
     // Not early itself: the product, which starts while it runs, reads w before it waits.
     int8_rows_all<T>(&s, rows, false);
     Int8GemmParams p;
@@ -173,13 +190,13 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
       tiled(SmallShape(), std::integral_constant<decltype(&int8_gemm<T, SmallShape>), &int8_gemm<T, SmallShape>>(),
             "int8_gemm<64x64>");
   } else {
-    const dim3 grid(tiles(N, kInt8FewColumns), static_cast<unsigned>(chosen.splits), 1);
+    const unsigned cluster = static_cast<unsigned>(chosen.cluster);
+    const dim3 grid(tiles(N, kInt8FewColumns) * cluster, static_cast<unsigned>(chosen.splits), 1);
     const Int8FewRowsParams p = few_rows_params(plan, args, rows, w);
     if (chosen.path == Path::kFused) {
-      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, fused_bytes<T>(problem), p,
-                                        chosen.early_start);
+      s.run<&int8_few_rows<T, 1, true>>("int8_few_rows<fused>", grid, kInt8Threads, fused_bytes<T>(plan, p), p,
+                                        chosen.early_start, false, cluster);
     } else {
-      rows.staged_bytes = chosen.staged_bytes;
       int8_rows_all<T>(&s, rows, chosen.early_start);
       if (M <= 16)
         s.run<&int8_few_rows<T, 1, false>>("int8_few_rows<16>", grid, kInt8Threads, int8_part_bytes(1), p,
@@ -206,10 +223,11 @@ Status Int8LoraLinearKernels<T>::forward_together(const Int8LoraLinearPlan* cons
     Workspace none;
     const Int8Workspace w(none, *plans[i]);
     p.of[i] = few_rows_params(*plans[i], *args[i], rows_params<T>(*plans[i], *args[i], w), w);
-    shared = std::max(shared, fused_bytes<T>(plans[i]->problem));
+    shared = std::max(shared, fused_bytes<T>(*plans[i], p.of[i]));
   }
-  const dim3 grid(tiles(plans[0]->problem.out_features, kInt8FewColumns), 1, static_cast<unsigned>(count));
-  s.run<&int8_together<T>>("int8_together", grid, kInt8Threads, shared, p, plans[0]->cuda.early_start);
+  const unsigned cluster = static_cast<unsigned>(plans[0]->cuda.cluster);
+  const dim3 grid(tiles(plans[0]->problem.out_features, kInt8FewColumns) * cluster, 1, static_cast<unsigned>(count));
+  s.run<&int8_together<T>>("int8_together", grid, kInt8Threads, shared, p, plans[0]->cuda.early_start, false, cluster);
   return s.status();
 }
 

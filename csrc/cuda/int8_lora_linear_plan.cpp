@@ -14,9 +14,57 @@
 namespace lora_kernels::cuda {
 namespace {
 
-// A row waits for its maximum before it is quantized, and t for its parts: what that takes besides bytes.
-constexpr double kPassesUs = 1.5;
+// What few rows wait for besides bytes, in clocks: kL2Clocks each time that something is asked for when something else
+// is there; for each sum over the threads of a block (the largest of a row, a norm, t, y) two barriers, shuffles and
+// shared memory; and instructions, of which 128 lanes are issued per clock. A cluster hands sums on as far as L2 is
+// away.
+constexpr double kBlockSum = 250;
+// For each value of a row: its conversion, magnitude and quantization; and with a norm its sums and two normalizations.
+constexpr double kRowInstructions = 12, kNormInstructions = 16;
+struct Waits {
+  double trips = 0, sums = 0, instructions = 0;
+  double us(const Machine& machine, double at_once = 1) const {
+    return (trips * kL2Clocks + sums * kBlockSum + at_once * instructions / 128) / machine.clock * 1e6;
+  }
+};
 
+constexpr double kStepBytes = 64;  // of depth, of a product of t
+
+// What times are made of.
+struct Sizes {
+  int64_t size, norm_size;           // of an element of x, and of a norm's
+  bool lora;                         //
+  double M, K, N, element;           //
+  double rank, total;                // of the largest adapter, and of all
+  double base_bytes, convert_bytes;  // of memory: without A and x; of A that has to be converted, or 0
+
+  explicit Sizes(const Int8LoraLinearProblem& p)
+      : size(static_cast<int64_t>(size_of(p.dtype))),
+        norm_size(p.has_norm ? static_cast<int64_t>(size_of(p.norm_dtype)) : 0),
+        lora(p.lora.present() && p.in_features > 0),
+        M(static_cast<double>(p.rows)),
+        K(static_cast<double>(p.in_features)),
+        N(static_cast<double>(p.out_features)),
+        element(static_cast<double>(size)),
+        rank(lora ? static_cast<double>(p.lora.max_rank) : 0),
+        total(lora ? static_cast<double>(p.lora.total_rank) : 0) {
+    base_bytes = N * K + M * K + M * N * (p.top_k ? 4 : element) * (p.has_residual ? 2 : 1) + total * N * element;
+    convert_bytes = lora && p.lora.dtype != p.dtype ? 2 * total * K * element : 0;
+  }
+  double convert_us(const Machine& machine) const {
+    return convert_bytes > 0 ? kLaunchUs + machine.memory_us(convert_bytes) : 0;
+  }
+  // Up to sixteen rows and who their adapters are; A. What is not staged: a norm's weights, where the adapters lie, and
+  // A in turns of two steps of a warp.
+  Waits rows(bool staged, double depth) const {
+    const double steps = depth * element / kStepBytes / kInt8Warps, norm = norm_size ? 1 : 0;
+    Waits w;
+    w.trips = 1 + (lora ? staged ? 1 : 1 + std::ceil(steps / 2) : 0) + (staged ? 0 : norm);
+    w.sums = 1 + (lora ? 1 : 0) + norm;
+    w.instructions = std::min(M, 16.0) * K * (kRowInstructions + norm * kNormInstructions);
+    return w;
+  }
+};
 constexpr int64_t kMostFewRows = 32;  // two products of sixteen rows for each fragment of w
 
 // Integer operations of one multiprocessor per clock through mma.sync. Data sheets: T4 130, A100 624, L4 242, RTX 5090
@@ -52,7 +100,57 @@ struct Stream {
   }
 };
 
+// Rows that every block makes for itself, alone or in a cluster that shares out K: the best of them.
+struct Fused {
+  double us = 0;  // 0: none
+  int cluster = 1;
+  Int8Staged staged;
+};
+Fused fused_of(const Machine& machine, const CudaDevice& device, const Int8LoraLinearProblem& p, const Sizes& s,
+               int64_t shared_bytes) {
+  Fused best;
+  const int64_t steps = (p.in_features + kInt8Step - 1) / kInt8Step;
+  if (p.rows > kInt8Rows || steps == 0) return best;
+  for (const int cluster : {1, 2, 4, 8}) {
+    if (cluster > 1 && (!device.clusters || steps < cluster * kInt8Warps)) break;  // every warp has a step
+    const int64_t depth = (steps + cluster - 1) / cluster * kInt8Step;
+    const int64_t bytes = int8_fused_bytes(p.rows, p.in_features, t_stride(p.lora), s.size, cluster);
+    for (const Int8Staging staging : {Int8Staging::kAll, Int8Staging::kRows, Int8Staging::kNone}) {
+      const Int8Staged staged = fused_staged(p, cluster, staging);
+      if (bytes + staged.bytes > shared_bytes) continue;
+      const double at_once = bytes + staged.bytes <= (shared_bytes - 1024) / 2 ? 2.0 : 1.0;
+      const double blocks = std::ceil(s.N / kInt8FewColumns) * cluster,
+                   shared_by = std::min(at_once, machine.turns(blocks));
+      const Stream w{blocks, s.K * kInt8FewColumns / cluster, s.base_bytes, at_once};
+      Waits waits = s.rows(staged.bytes > 0, static_cast<double>(depth));
+      waits.trips += (s.lora || p.has_bias ? 1 : 0) + (cluster > 1 ? 1 : 0);  // B and the bias; parts
+      waits.sums += 1;                                                        // of y
+      // w is on its way from L2 while the rows are made, or read behind them.
+      const double a = s.total * static_cast<double>(depth);
+      const double fetched = (s.M * s.K + a) * s.element + (staged.w ? w.of_block : 0);
+      const double turns = machine.turns(blocks, at_once);
+      const double of_all = std::max(turns * waits.us(machine, shared_by), machine.l2_us(blocks, fetched, at_once));
+      // Blocks of later turns have asked for nothing while those before them make their rows.
+      const double both = turns == 1 ? std::max(w.arrived_us(machine), of_all) : w.arrived_us(machine) + of_all;
+      const double us = both + (staged.w ? 0 : w.read_us(machine)) + machine.next_launch_us() + s.convert_us(machine);
+      if (best.us == 0 || us < kWorthwhile * best.us) best = {us, cluster, staged};
+    }
+  }
+  return best;
+}
+
 }  // namespace
+
+Int8Staged fused_staged(const Int8LoraLinearProblem& p, int cluster, Int8Staging staging) {
+  if (staging == Int8Staging::kNone) return {};
+  const Sizes s(p);
+  const int64_t steps = (p.in_features + kInt8Step - 1) / kInt8Step;
+  const int64_t depth = (steps + cluster - 1) / cluster * kInt8Step;
+  Int8Staged staged = int8_staged(p.rows, p.in_features, s.size, s.norm_size, s.lora ? depth : 0, 2);
+  staged.w = staging == Int8Staging::kAll;
+  if (staged.w) staged.bytes += depth * kInt8FewColumns;
+  return staged;
+}
 
 Int8Workspace::Int8Workspace(Workspace& w, const Int8LoraLinearPlan& plan) {
   const Int8LoraLinearProblem& p = plan.problem;
@@ -90,47 +188,47 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   c = {};
   c.arch = device.cuda.arch;
   c.early_start = machine.early;
-  const bool lora = p.lora.present() && p.in_features > 0;
-  const auto size = static_cast<int64_t>(size_of(p.dtype));
-  const double M = static_cast<double>(p.rows), K = static_cast<double>(p.in_features);
-  const double N = static_cast<double>(p.out_features), element = static_cast<double>(size);
-  const double rank = lora ? static_cast<double>(p.lora.max_rank) : 0,
-               total = lora ? static_cast<double>(p.lora.total_rank) : 0;
-  const double y_size = p.top_k ? 4 : element;
-  const double base_bytes = N * K + M * K + M * N * y_size * (p.has_residual ? 2 : 1) + total * N * element;
-  c.convert_a = lora && p.lora.dtype != p.dtype;
-  const double convert_us = c.convert_a ? kLaunchUs + machine.memory_us(2 * total * K * element) : 0;
+  const Sizes s(p);
+  c.convert_a = s.convert_bytes > 0;
 
-  // Two blocks share a multiprocessor's memory; rows that are wider are read again, from L2.
-  const int64_t row = int8_shared_row(p.in_features * size);
-  c.staged_bytes = kInt8Rows * row + int8_rows_bytes(4) <= (shared_bytes - 1024) / 2 ? static_cast<int>(row) : 0;
+  // Two blocks share a multiprocessor's memory; rows that are wider are read again, from L2. Of few rows A comes there
+  // too.
+  const bool few = p.rows <= kMostFewRows;
+  const int passes = p.lora.max_rank <= 16 ? 2 : 4;
+  const Int8Staged staged =
+      int8_staged(p.rows, p.in_features, s.size, s.norm_size, s.lora && few ? p.in_features : 0, passes);
+  const bool stages = staged.bytes + int8_rows_bytes(passes) <= (shared_bytes - 1024) / 2;
 
   // The rows: x from memory, and for each sixteen of them all of A from L2, by one multiprocessor.
-  const double own_bytes = (std::min(M, 16.0) + total) * K * element;
-  const double block_us = kPassesUs + machine.l2_us(1, own_bytes);
-  const double rows_us = std::max(machine.memory_us(M * K * (element + 1) + total * K * element),
-                                  machine.turns((M + 15) / 16, 2) * block_us) +
-                         convert_us;
+  const double own_bytes = (std::min(s.M, 16.0) + s.total) * s.K * s.element;
+  const double row_blocks = std::ceil(s.M / 16);
+  const double block_us =
+      s.rows(stages && few, s.K).us(machine, std::min(2.0, machine.turns(row_blocks))) + machine.l2_us(1, own_bytes);
+  const double rows_us = std::max(machine.memory_us(s.M * s.K * (s.element + 1) + s.total * s.K * s.element),
+                                  machine.turns(row_blocks, 2) * block_us) +
+                         s.convert_us(machine);
   const double launch_us = machine.next_launch_us();
   // The branch's products have half of the rate, or in fp32 three products at an eighth, in steps of 64 bytes.
-  const double branch = static_cast<double>(round_up(static_cast<int64_t>(rank), 64 / size)) * (size == 4 ? 24 : 2);
-  HopperWork work{p.rows, p.out_features, base_bytes, std::ceil(K / 128),
+  const double branch =
+      static_cast<double>(round_up(static_cast<int64_t>(s.rank), 64 / s.size)) * (s.size == 4 ? 24 : 2);
+  HopperWork work{p.rows, p.out_features, s.base_bytes, std::ceil(s.K / 128),
                   kEndInstructions + activation_instructions(p.activation)};
   const auto branch_clocks = [&](double depth) { return 2 * 128 * depth / operations_per_clock(device.cuda.arch); };
   work.branch = branch_clocks(branch);
   const TiledTime tiles = by_mma_on_hopper(
-      device.cuda, tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + branch; }), 1, work);
+      device.cuda, tiled(machine, p.rows, p.out_features, s.base_bytes, [&](int) { return s.K + branch; }), 1, work);
   c.large_tiles = tiles.large;
   c.predicted_us = tiles.us + rows_us + launch_us;
 
-  const double few_blocks = (N + kInt8FewColumns - 1) / kInt8FewColumns, few_bytes = K * kInt8FewColumns;
+  const double few_blocks = std::ceil(s.N / kInt8FewColumns), few_bytes = s.K * kInt8FewColumns;
   if (p.rows <= kMostFewRows && p.in_features > 0) {
     double best = 0;
     int best_splits = 0;
     for (const int splits : {1, 2, 4, 8, 16}) {
       if (splits > 1 && p.in_features / kInt8Step < kInt8Warps * splits) break;  // every warp has a step
-      const Stream w{few_blocks * splits, few_bytes / splits, base_bytes, 2};
-      const double arrived = w.arrived_us(machine), read = w.read_us(machine);
+      const Stream w{few_blocks * splits, few_bytes / splits, s.base_bytes, 2};
+      // q and t; B and the bias; the sum of the warps.
+      const double arrived = w.arrived_us(machine), read = w.read_us(machine) + Waits{2, 1}.us(machine);
       const double us = (machine.early ? std::max(arrived, rows_us) + read : rows_us + std::max(arrived, read)) +
                         (splits > 1 ? 3 : 2) * launch_us;
       if (best_splits == 0 || us < kWorthwhile * best) best = us, best_splits = splits;
@@ -141,37 +239,36 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
       c.predicted_us = best;
     }
   }
-  const int64_t fused_bytes = int8_fused_bytes(p.in_features, t_stride(p.lora), size);
-  if (p.rows <= kInt8Rows && p.in_features > 0 && fused_bytes <= shared_bytes) {
-    const Stream w{few_blocks, few_bytes, base_bytes, fused_bytes <= shared_bytes / 2 ? 2.0 : 1.0};
-    const double rows_of_all =
-        machine.turns(w.blocks, w.at_once) * kPassesUs + machine.l2_us(w.blocks, own_bytes, w.at_once);
-    // Blocks of later turns have asked for nothing while those before them make their rows.
-    const bool one_turn = machine.turns(w.blocks, w.at_once) == 1;
-    const double both = one_turn ? std::max(w.arrived_us(machine), rows_of_all) : w.arrived_us(machine) + rows_of_all;
-    const double us = both + w.read_us(machine) + launch_us + convert_us;
-    if (us <= c.predicted_us) {
-      c.path = CudaInt8LoraLinearPath::kFused;
-      c.splits = 1;
-      c.predicted_us = us;
-    }
+  const Fused fused = fused_of(machine, device.cuda, p, s, shared_bytes);
+  if (fused.us > 0 && fused.us <= c.predicted_us) {
+    c.path = CudaInt8LoraLinearPath::kFused;
+    c.splits = 1;
+    c.cluster = fused.cluster;
+    c.predicted_us = fused.us;
   }
   // A choice among outputs is made for few rows; the kernel by wgmma has no fp32 y beside another x.
   if (device.cuda.wgmma && p.in_features > 0 && !p.top_k) {
     // The branch stays with mma.sync, in halves of its steps.
-    const double halves = static_cast<double>(round_up(static_cast<int64_t>(rank), 32 / size)) * (size == 4 ? 24 : 2);
+    const double halves =
+        static_cast<double>(round_up(static_cast<int64_t>(s.rank), 32 / s.size)) * (s.size == 4 ? 24 : 2);
     work.branch = branch_clocks(halves);
     const HopperTime wgmma = hopper_tiles(device.cuda, {kWideByWgmma, kNarrowByWgmma}, work);
     if (wgmma.us + rows_us + launch_us < c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kTiled;
       c.large_tiles = true;
       c.wgmma_columns = wgmma.columns;
-      c.splits = 1;
+      c.splits = c.cluster = 1;
       c.predicted_us = wgmma.us + rows_us + launch_us;
     }
   }
   if (c.path != CudaInt8LoraLinearPath::kTiled) c.large_tiles = false;
-  if (p.top_k) c.predicted_us += machine.memory_us(M * N * 4) + 2 * launch_us;
+  if (c.path == CudaInt8LoraLinearPath::kFused || stages) {
+    const Int8Staged& of_path = c.path == CudaInt8LoraLinearPath::kFused ? fused.staged : staged;
+    c.staged_bytes = static_cast<int>(of_path.x_row);
+    c.staged_a_bytes = static_cast<int>(of_path.a_row);
+    c.staged_w = of_path.w;
+  }
+  if (p.top_k) c.predicted_us += machine.memory_us(s.M * s.N * 4) + 2 * launch_us;
   Workspace w;
   const Int8Workspace parts(w, *plan);
   plan->workspace = w.used;
@@ -185,7 +282,8 @@ bool together(const Int8LoraLinearPlan& plan, const Int8LoraLinearArgs& args, co
            one.problem.top_k > 0 || one.cuda.arch == 0;
   };
   if (alone(plan) || alone(other)) return false;
-  if (p.rows != q.rows || p.in_features != q.in_features || p.out_features != q.out_features || p.dtype != q.dtype)
+  if (p.rows != q.rows || p.in_features != q.in_features || p.out_features != q.out_features || p.dtype != q.dtype ||
+      plan.cuda.cluster != other.cuda.cluster)
     return false;
   const auto size = static_cast<int64_t>(size_of(p.dtype));
   const auto apart = [](const void* a, int64_t a_bytes, const void* b, int64_t b_bytes) {
@@ -215,8 +313,12 @@ std::string to_string(const CudaInt8LoraLinearPlan& c) {
     text << " wgmma tile=128x" << c.wgmma_columns;
   else if (c.path == CudaInt8LoraLinearPath::kTiled)
     text << " tile=" << (c.large_tiles ? "128x128" : "64x64");
-  text << " splits=" << c.splits << (c.staged_bytes ? " staged" : "") << (c.early_start ? " early_start" : "")
-       << (c.convert_a ? " convert_a" : "");
+  text << " splits=" << c.splits;
+  if (c.cluster > 1) text << " cluster=" << c.cluster;
+  text << (c.staged_w       ? " staged_all"
+           : c.staged_bytes ? " staged"
+                            : "")
+       << (c.early_start ? " early_start" : "") << (c.convert_a ? " convert_a" : "");
   char predicted[32];
   std::snprintf(predicted, sizeof predicted, " predicted=%.1fus", c.predicted_us);
   text << predicted;

@@ -8,9 +8,11 @@
 //   t [M, t_stride] in the type of x, by the ranks of each row's own adapter
 //
 // A block takes sixteen rows: what one tensor-core product of t has. FLOPs 2 M r K; bytes M K (size + 1), A from L2 for
-// every block: bound by memory. x is read from there once: where sixteen rows fit they wait in shared memory between
-// the passes (maximum, or mean and variance before it; t; q), elsewhere in L2. Few rows share the warps: all eight work
-// on one row. A device function, so that few_rows (int8_skinny.cuh) can do the same inside its own blocks.
+// every block: bound by memory, and at few rows by what has to wait for what. x is read from there once: where sixteen
+// rows fit they wait in shared memory between the passes (maximum, or mean and variance before it; t; q), elsewhere in
+// L2. What nothing here computes is asked for beforehand: a norm's weight and bias, who the adapters are and where they
+// lie, A as soon as that is known. Few rows share the warps: all eight work on one row. A device function, so that
+// few_rows (int8_skinny.cuh) can do the same inside its own blocks.
 // It may start before the kernel before it has finished, and waits for it before it loads anything.
 //
 // Not measured: no GPU has run this.
@@ -38,8 +40,10 @@ struct Int8RowsParams {
   Routing routing;
   void* t = nullptr;  // [M, t_stride]
   int64_t t_stride = 0;
-  bool precise = true;   // fp32 in three tf32 products
-  int staged_bytes = 0;  // of shared memory for a row of x between the passes; 0: it is read again from L2
+  bool precise = true;  // fp32 in three tf32 products
+  // Of shared memory, for a row of x and for one of A of the part of depth; 0: they are read from L2 where they are
+  // wanted, x in every pass. With x the norm's weight and bias come there too.
+  int staged_bytes = 0, staged_a_bytes = 0;
 };
 
 template <class T>
@@ -56,71 +60,190 @@ class Int8Rows {
   using Adapters = TileAdapters<kInt8Rows, kInt8Threads>;
   static_assert(kInt8Threads == kSkinnyThreads && kInt8Rows == kSkinnyRows, "parts are added as few_rows adds them");
   static_assert((Adapters::kWords * 4 + 15) / 16 * 16 == 144, "int8_rows_bytes counts them");
+  static constexpr int kElements = kPerChunk<T>;
 
  public:
-  // Takes int8_rows_bytes(kTiles) and the staged rows.
-  __device__ Int8Rows(const Int8RowsParams& p, Shared& shared, int first)
-      : p_(p), first_(first), warp_(static_cast<int>(threadIdx.x) / 32), lane_(lane_of_warp()) {
-    sums_ = shared.template take<float>(kInt8Warps);
+  // Takes int8_rows_bytes(kTiles) and int8_staged_bytes(). Of q and of t's sums over depth the part from `from` to `to`
+  // is made, multiples of kInt8Step. All that is not made in between is asked for at once.
+  __device__ Int8Rows(const Int8RowsParams& p, Shared& shared, int first, int from, int to)
+      : p_(p),
+        routing_(p.routing),
+        first_(first),
+        from_(from),
+        to_(to < p.x.columns ? to : p.x.columns),
+        warp_(static_cast<int>(threadIdx.x) / 32),
+        lane_(lane_of_warp()) {
+    moments_ = shared.template take<float>(3 * kInt8Warps);
     most_ = shared.template take<int>(kInt8Warps);
-    mean_ = shared.template take<float>(kInt8Rows);
-    factor_ = shared.template take<float>(kInt8Rows);
+    norms_ = shared.template take<Norm>(kInt8Rows);
     parts_ = shared.template take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
     words_ = shared.template take<int>(Adapters::kWords);
+    offsets_ = shared.template take<int>(kInt8MostOffsets + 1);
     rows_ = static_cast<const char*>(p.x.data) + int64_t{first} * p.x.stride * sizeof(T);
     stride_ = p.x.stride * static_cast<int64_t>(sizeof(T));
     present_ = p.x.rows - first < kInt8Rows ? p.x.rows - first : kInt8Rows;
     aligned_ = p.x.aligned;
-    if (p.staged_bytes) stage(shared.template take<char>(kInt8Rows * p.staged_bytes));
+    norm_weight_ = static_cast<const char*>(p.norm_weight);
+    norm_bias_ = static_cast<const char*>(p.norm_bias);
+    norm_aligned_ = (reinterpret_cast<uintptr_t>(norm_weight_) | reinterpret_cast<uintptr_t>(norm_bias_)) % 16 == 0;
+    if (p.staged_bytes) stage(shared);
+    commit_copies();
+    if (p.staged_a_bytes) factor_ = shared.template take<char>(8 * kTiles * p.staged_a_bytes);
+    // By other warps than that which looks up the adapters of rows, so that neither waits for the other.
+    const int at = static_cast<int>(threadIdx.x) - 32;
+    if (routing_.adapters && routing_.ids && routing_.offsets && routing_.adapters <= kInt8MostOffsets) {
+      if (at >= 0 && at <= routing_.adapters) offsets_[at] = routing_.offsets[at];
+      routing_.offsets = offsets_;
+    }
   }
 
-  // q and scales, then t if there are adapters. `q`, `scales` and `t` begin with row `first`. Ends with a barrier.
-  __device__ void run(int8_t* q, float* scales, T* t) {
-    int team = kInt8Warps;  // warps that share a row
-    while (team > 1 && team * present_ > kInt8Warps) team /= 2;
-    const int at_once = kInt8Warps / team;
-    for (int m = 0; m < present_; m += at_once) quantize(m + warp_ / team, team, q, scales);
-    __syncthreads();
-    if (p_.routing.adapters == 0) return;
-    const Adapters adapters(p_.routing, words_, first_, p_.x.rows);
-    for (int slot = 0; slot < adapters.count(); ++slot) down(adapters, adapters.adapter(slot), t);
+  // q and scales, then put(row, rank, sum, scale) of every element of t, which is sum times scale, but for parts of
+  // depth. q, scales and `row` begin with row `first`. Ends with a barrier, behind which copies have landed that all
+  // threads asked for since the constructor.
+  template <class Put>
+  __device__ void run(int8_t* q, float* scales, const Put& put) {
+    if (routing_.adapters == 0) {
+      commit_copies();
+      quantize_all(q, scales);
+      return;
+    }
+    const Adapters adapters(routing_, words_, first_, p_.x.rows);
+    const bool staged = p_.staged_a_bytes && adapters.count() > 0;
+    if (staged) stage_factor(adapters.adapter(0));
+    commit_copies();
+    quantize_all(q, scales);
+    for (int slot = 0; slot < adapters.count(); ++slot)
+      down(adapters, adapters.adapter(slot), staged && slot == 0, put);
+  }
+
+  // That of the rows, all in shared memory where it fits, behind run().
+  __device__ Routing routing() const {
+    Routing of_rows = routing_;
+    if (routing_.ids) of_rows.ids = words_, of_rows.rows_per_group = 1;
+    return of_rows;
   }
 
  private:
+  struct Norm {
+    float mean, factor;
+  };
+  // Of some values: how many, their mean, and the sum of the squares around it.
+  struct Moments {
+    float count, mean, squares;
+  };
+  // Of both (Chan, Golub and LeVeque, 1979): squares stay around a mean that is near, and nothing cancels.
+  __device__ static Moments merged(const Moments& a, const Moments& b) {
+    const float count = a.count + b.count, part = count > 0 ? b.count / count : 0.0f, apart = b.mean - a.mean;
+    return {count, a.mean + apart * part, a.squares + b.squares + apart * apart * a.count * part};
+  }
+
   __device__ const T* row(int m) const { return reinterpret_cast<const T*>(rows_ + m * stride_); }
 
   // Sixteen bytes of a row from element k on, k < K; zeros behind the row.
   __device__ Vector chunk(int m, int k) const {
     const int left = p_.x.columns - k;
     const T* from = row(m) + k;
-    if (aligned_ && left >= kPerChunk<T>) return load16(from);
-    return gather16<T>(left < kPerChunk<T> ? left : kPerChunk<T>, [&](int j) { return from[j]; });
+    if (aligned_ && left >= kElements) return load16(from);
+    return gather16<T>(left < kElements ? left : kElements, [&](int j) { return from[j]; });
   }
 
-  // What the operator sees as x.
-  __device__ float value(float x, int m, int k) const {
-    if (!p_.norm_weight || k >= p_.x.columns) return x;
-    return (x - mean_[m]) * factor_[m] * load_as_float(p_.norm_weight, k, p_.norm_type) +
-           load_as_float(p_.norm_bias, k, p_.norm_type);
+  // As many elements of a norm's weight or bias; zeros behind it.
+  __device__ void norm_chunk(float (&out)[kElements], const char* of_norm, int k) const {
+    const int left = p_.x.columns - k;
+    if (norm_aligned_ && left >= kElements && p_.norm_type == DType::kFloat32) {
+#pragma unroll
+      for (int part = 0; part < kElements; part += 4) {
+        const Vector v = load16(of_norm + (k + part) * 4);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[part + j] = __uint_as_float(v.v[j]);
+      }
+    } else if (kElements == 8 && norm_aligned_ && left >= kElements) {
+      const Vector v = load16(of_norm + k * 2);
+      const bool half = p_.norm_type == DType::kFloat16;
+#pragma unroll
+      for (int j = 0; j < kElements; ++j)
+        out[j] = half ? to_float(element_of<__half>(v, j)) : to_float(element_of<__nv_bfloat16>(v, j));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) out[j] = j < left ? load_as_float(of_norm, k + j, p_.norm_type) : 0.0f;
+    }
   }
 
-  __device__ void stage(char* memory) {
-    const int chunks = (p_.x.columns + kPerChunk<T> - 1) / kPerChunk<T>;
-    for (int i = static_cast<int>(threadIdx.x); i < present_ * chunks; i += kInt8Threads)
-      store16(memory + i / chunks * p_.staged_bytes + i % chunks * 16, chunk(i / chunks, i % chunks * kPerChunk<T>));
+  // What the operator sees as x, sixteen bytes of its storage; zeros behind the row.
+  __device__ void values(float (&v)[kElements], int m, int k, const Norm& norm) const {
+    const Vector x = chunk(m, k);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) v[j] = to_float(element_of<T>(x, j));
+    if (!p_.norm_weight) return;
+    float weight[kElements], bias[kElements];
+    norm_chunk(weight, norm_weight_, k);
+    norm_chunk(bias, norm_bias_, k);
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) v[j] = (v[j] - norm.mean) * norm.factor * weight[j] + bias[j];
+  }
+
+  // `bytes` from `from` on (aligned to 16) by threads of which this is `thread`.
+  __device__ static void copy(char* to, const char* from, int bytes, int thread, int threads) {
+#pragma unroll 1
+    for (int at = thread * 16; at < bytes; at += threads * 16)
+      copy16_async(to + at, from + at, bytes - at < 16 ? bytes - at : 16);
+  }
+
+  __device__ void stage(Shared& shared) {
+    const int bytes = p_.x.columns * static_cast<int>(sizeof(T)), chunks = (bytes + 15) / 16;
+    char* memory = shared.template take<char>((p_.x.rows < kInt8Rows ? p_.x.rows : kInt8Rows) * p_.staged_bytes);
+    for (int i = static_cast<int>(threadIdx.x); i < present_ * chunks; i += kInt8Threads) {
+      const int m = i / chunks, at = i % chunks * 16;
+      char* to = memory + m * p_.staged_bytes + at;
+      if (aligned_)
+        copy16_async(to, rows_ + m * stride_ + at, bytes - at < 16 ? bytes - at : 16);
+      else
+        store16(to, chunk(m, at / static_cast<int>(sizeof(T))));
+    }
     rows_ = memory;
     stride_ = p_.staged_bytes;
     aligned_ = true;
+    if (!p_.norm_weight || !norm_aligned_) return;
+    const int norm_bytes = p_.x.columns * (p_.norm_type == DType::kFloat32 ? 4 : 2);
+    const int norm_row = (norm_bytes + 15) / 16 * 16;
+    char* norm = shared.template take<char>(2 * norm_row);
+    const int half = static_cast<int>(threadIdx.x) / (kInt8Threads / 2);
+    copy(norm + half * norm_row, half ? norm_bias_ : norm_weight_, norm_bytes,
+         static_cast<int>(threadIdx.x) % (kInt8Threads / 2), kInt8Threads / 2);
+    norm_weight_ = norm;
+    norm_bias_ = norm + norm_row;
+  }
+
+  // The first 8 kTiles ranks of A of an adapter, as many as it has, and zeros.
+  __device__ void stage_factor(int adapter) {
+    const int begin = routing_.begin(adapter), rank = routing_.rank(adapter);
+    const int bytes = (to_ - from_) * static_cast<int>(sizeof(T)), chunks = (bytes + 15) / 16;
+    for (int i = static_cast<int>(threadIdx.x); i < 8 * kTiles * chunks; i += kInt8Threads) {
+      const int r = i / chunks, at = i % chunks * 16, left = r < rank ? bytes - at : 0;
+      const T* from = static_cast<const T*>(p_.a.data) + (r < rank ? (begin + r) * p_.a.stride + from_ : 0);
+      copy16_async(factor_ + r * p_.staged_a_bytes + at, reinterpret_cast<const char*>(from) + (left > 0 ? at : 0),
+                   left < 16 ? left : 16);
+    }
+  }
+
+  __device__ void quantize_all(int8_t* q, float* scales) {
+    int team = kInt8Warps;  // warps that share a row: all of them, or one
+    while (team > 1 && team * present_ > kInt8Warps) team /= 2;
+    const int at_once = kInt8Warps / team;
+    wait_copies<1>();  // all but A, and what a caller asked for
+    __syncthreads();
+    for (int m = 0; m < present_; m += at_once) quantize(m + warp_ / team, team, q, scales);
+    wait_copies<0>();
     __syncthreads();
   }
 
-  // The team's values in one, the same for all its lanes: over lanes, then over its warps in order. All warps call.
+  // The team's values in one, the same for all its lanes: over lanes, then over its warps in order. All warps call, and
+  // only once with the same memory: a team of several has one row.
   template <class V, class Op>
   __device__ V reduce(V v, V* memory, int team, const Op& op) const {
 #pragma unroll
     for (int by = 16; by > 0; by /= 2) v = op(v, __shfl_xor_sync(~0u, v, by));
     if (team == 1) return v;
-    __syncthreads();  // what was there has been read
     if (lane_ == 0) memory[warp_] = v;
     __syncthreads();
     const int begin = warp_ / team * team;
@@ -129,47 +252,62 @@ class Int8Rows {
     return v;
   }
 
-  // body(element, k) for this lane's elements of row m.
+  // body(k) for this lane's chunks of row m.
   template <class Body>
   __device__ void each(int m, int team, const Body& body) const {
     if (m >= present_) return;
-    for (int k = (warp_ % team * 32 + lane_) * kPerChunk<T>; k < p_.x.columns; k += team * 32 * kPerChunk<T>) {
-      const Vector v = chunk(m, k);
-#pragma unroll
-      for (int j = 0; j < kPerChunk<T>; ++j)
-        if (k + j < p_.x.columns) body(to_float(element_of<T>(v, j)), k + j);
-    }
+#pragma unroll 1
+    for (int k = (warp_ % team * 32 + lane_) * kElements; k < p_.x.columns; k += team * 32 * kElements) body(k);
   }
 
-  // LayerNorm's mean and factor of row m. The squares are of centred values, so that nothing cancels.
-  __device__ void normalize(int m, int team) {
-    const auto add = [](float a, float b) { return a + b; };
-    const float count = static_cast<float>(p_.x.columns);
-    float sum = 0, squares = 0, left = 0;
-    each(m, team, [&](float x, int) { sum += x; });
-    const float mean = reduce(sum, sums_, team, add) / count;
-    each(m, team, [&](float x, int) {
-      left += x - mean;
-      squares += (x - mean) * (x - mean);
-    });
-    const float error = reduce(left, sums_, team, add) / count;  // what rounding has left in the mean
-    const float variance = reduce(squares, sums_, team, add) / count - error * error;
-    if (m >= present_ || lane_ != 0 || warp_ % team != 0) return;
-    mean_[m] = mean + error;
-    factor_[m] = 1.0f / sqrtf((variance > 0 ? variance : 0.0f) + p_.norm_eps);
+  // LayerNorm's mean and factor of row m, the same for all lanes of the team.
+  __device__ Norm normalize(int m, int team) {
+    const auto each_value = [&](const auto& body) {
+      each(m, team, [&](int k) {
+        const Vector x = chunk(m, k);
+#pragma unroll
+        for (int j = 0; j < kElements; ++j)
+          if (k + j < p_.x.columns) body(to_float(element_of<T>(x, j)));
+      });
+    };
+    Moments all = {0, 0, 0};
+    each_value([&](float x) { all.count += 1, all.mean += x; });
+    if (all.count > 0) all.mean /= all.count;
+    each_value([&](float x) { all.squares += (x - all.mean) * (x - all.mean); });
+    // The two lanes of a pair do not round alike: what lane 0 has counts.
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2)
+      all = merged(all, {__shfl_xor_sync(~0u, all.count, by), __shfl_xor_sync(~0u, all.mean, by),
+                         __shfl_xor_sync(~0u, all.squares, by)});
+    float *counts = moments_, *means = moments_ + kInt8Warps, *squares = moments_ + 2 * kInt8Warps;
+    if (lane_ == 0) counts[warp_] = all.count, means[warp_] = all.mean, squares[warp_] = all.squares;
+    if (team == 1)
+      __syncwarp();
+    else
+      __syncthreads();
+    const int begin = warp_ / team * team;
+    all = {counts[begin], means[begin], squares[begin]};
+    for (int w = begin + 1; w < begin + team; ++w) all = merged(all, {counts[w], means[w], squares[w]});
+    if (team == 1) __syncwarp();  // read, before the next row's are written
+    const float variance = all.squares / static_cast<float>(p_.x.columns);
+    const Norm norm = {all.mean, 1.0f / sqrtf((variance > 0 ? variance : 0.0f) + p_.norm_eps)};
+    if (m < present_ && lane_ == 0 && warp_ % team == 0) norms_[m] = norm;
+    return norm;
   }
 
   // Row m by a team of warps; all warps call, also those whose row is not there.
   __device__ void quantize(int m, int team, int8_t* q, float* scales) {
-    if (p_.norm_weight) {
-      normalize(m, team);
-      __syncthreads();
-    }
+    const Norm norm = p_.norm_weight ? normalize(m, team) : Norm{0, 1};
     // Among the bits of magnitudes, infinities and NaNs are the largest, so they always win.
     int bits = 0;
-    each(m, team, [&](float x, int k) {
-      const int b = __float_as_int(value(x, m, k)) & 0x7FFFFFFF;
-      bits = b > bits ? b : bits;
+    each(m, team, [&](int k) {
+      float v[kElements];
+      values(v, m, k, norm);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const int b = __float_as_int(v[j]) & 0x7FFFFFFF;
+        bits = b > bits ? b : bits;
+      }
     });
     bits = reduce(bits, most_, team, [](int a, int b) { return a > b ? a : b; });
     if (m >= present_) return;
@@ -183,22 +321,20 @@ class Int8Rows {
     if (!usable || !finite) inverse = 0;
     if (lane_ == 0 && warp_ % team == 0) scales[m] = scale;
     int8_t* to = q + m * p_.q_stride;
-    for (int k = (warp_ % team * 32 + lane_) * 16; k < (p_.x.columns + kInt8Step - 1) / kInt8Step * kInt8Step;
+#pragma unroll 1
+    for (int k = from_ + (warp_ % team * 32 + lane_) * 16; k < (to_ + kInt8Step - 1) / kInt8Step * kInt8Step;
          k += team * 32 * 16) {
       Vector bytes = {{0, 0, 0, 0}};
 #pragma unroll
-      for (int part = 0; part < 16 / kPerChunk<T>; ++part) {
-        const int begin = k + part * kPerChunk<T>;
-        if (begin >= p_.x.columns) continue;
-        const Vector v = chunk(m, begin);
+      for (int part = 0; part < 16; part += kElements) {
+        if (k + part >= p_.x.columns) continue;
+        float v[kElements];
+        values(v, m, k + part, norm);
 #pragma unroll
-        for (int j = 0; j < kPerChunk<T>; ++j) {
-          const float product = value(to_float(element_of<T>(v, j)), m, begin + j) * inverse;
-          const int rounded = inverse == 0 || begin + j >= p_.x.columns
-                                  ? 0
-                                  : static_cast<int>(rintf(fminf(fmaxf(product, -127.0f), 127.0f)));
-          const int at = part * kPerChunk<T> + j;
-          bytes.v[at / 4] |= static_cast<uint32_t>(rounded & 0xFF) << at % 4 * 8;
+        for (int j = 0; j < kElements; ++j) {
+          const float product = v[j] * inverse;
+          const int rounded = inverse == 0 ? 0 : static_cast<int>(rintf(fminf(fmaxf(product, -127.0f), 127.0f)));
+          bytes.v[(part + j) / 4] |= static_cast<uint32_t>(rounded & 0xFF) << (part + j) % 4 * 8;
         }
       }
       store16(to + k, bytes);
@@ -207,31 +343,49 @@ class Int8Rows {
 
   // What the LoRA branch sees of row m: x as it lies, or normalized and rounded to its type.
   __device__ Vector left_operand(int m, int k) const {
-    const int count = m < present_ && k < p_.x.columns ? p_.x.columns - k : 0;
-    if (count == 0) return {{0, 0, 0, 0}};
-    const Vector v = chunk(m, k);
-    if (!p_.norm_weight) return v;
-    return gather16<T>(count < kPerChunk<T> ? count : kPerChunk<T>,
-                       [&](int j) { return from_float<T>(value(to_float(element_of<T>(v, j)), m, k + j)); });
+    if (m >= present_ || k >= p_.x.columns) return {{0, 0, 0, 0}};
+    if (!p_.norm_weight) return chunk(m, k);
+    float v[kElements];
+    values(v, m, k, norms_[m]);
+    return gather16<T>(kElements, [&](int j) { return from_float<T>(v[j]); });
   }
 
-  // t of the rows that use `adapter`: the warps take eight parts of depth, added in order.
-  __device__ void down(const Adapters& adapters, int adapter, T* t) {
-    const int begin = p_.routing.begin(adapter), rank = p_.routing.rank(adapter), lane = lane_;
-    const int steps = (p_.x.columns + kStep<T> - 1) / kStep<T>;
+  // t of the rows that use `adapter`: the warps take eight parts of depth, added in order. `staged`: its first ranks
+  // are in shared memory.
+  template <class Put>
+  __device__ void down(const Adapters& adapters, int adapter, bool staged, const Put& put) {
+    const int begin = routing_.begin(adapter), rank = routing_.rank(adapter), lane = lane_;
+    const int steps = (to_ - from_ + kStep<T> - 1) / kStep<T>;
     const int first = steps * warp_ / kInt8Warps, last = steps * (warp_ + 1) / kInt8Warps;
-    const float scale = p_.routing.scale(adapter);
-    [[maybe_unused]] constexpr int kUnrolled = sizeof(T) == 4 ? 1 : 2;  // of fp32's operands two parts are in registers
+    const float scale = routing_.scale(adapter);
+#pragma unroll 1
     for (int r = 0; r < rank; r += 8 * kTiles) {
+      const bool here = staged && r == 0;
+      const auto load_factor = [&](Vector(&b)[kTiles], int step) {
+        const int at = step * kStep<T> + lane % 4 * kElements;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const int i = j * 8 + lane / 4;
+          if (step >= last || from_ + at >= to_)
+            b[j] = {{0, 0, 0, 0}};
+          else if (here)
+            b[j] = load16(factor_ + i * p_.staged_a_bytes + at * static_cast<int>(sizeof(T)));
+          else
+            b[j] = row_chunk<T, true>(p_.a, begin + r + i, r + i < rank, from_ + at);
+        }
+      };
+      constexpr bool kAhead = kTiles <= 2;  // more ranks leave no registers for another step's
+      Vector next[kTiles] = {};
+      if (kAhead) load_factor(next, first);
       float c[kTiles][4] = {};
-#pragma unroll kUnrolled
+#pragma unroll 1
       for (int step = first; step < last; ++step) {
-        const int k = step * kStep<T> + lane % 4 * kPerChunk<T>;
-        const Vector low = left_operand(lane / 4, k), high = left_operand(lane / 4 + 8, k);
+        const int k = from_ + step * kStep<T> + lane % 4 * kElements;
         Vector b[kTiles];
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-          b[j] = row_chunk<T, true>(p_.a, begin + r + j * 8 + lane / 4, r + j * 8 + lane / 4 < rank, k);
+        for (int j = 0; j < kTiles; ++j) b[j] = next[j];
+        load_factor(kAhead ? next : b, kAhead ? step + 1 : step);
+        const Vector low = left_operand(lane / 4, k), high = left_operand(lane / 4 + 8, k);
 #pragma unroll
         for (int h = 0; h < 4; h += 2) {
           const uint32_t a[4] = {low.v[h], high.v[h], low.v[h + 1], high.v[h + 1]};
@@ -243,20 +397,23 @@ class Int8Rows {
       for (int i = static_cast<int>(threadIdx.x); i < kInt8Rows * 8 * kTiles; i += kInt8Threads) {
         const int m = i / (8 * kTiles), j = i % (8 * kTiles);
         if (m < present_ && r + j < rank && adapters.uses(m, adapter))
-          t[m * p_.t_stride + r + j] = from_float<T>(sum_of_parts<kTiles>(parts_, m, j) * scale);
+          put(m, r + j, sum_of_parts<kTiles>(parts_, m, j), scale);
       }
       __syncthreads();  // the parts are free again, and t can be read
     }
   }
 
   const Int8RowsParams& p_;
-  const int first_, warp_, lane_;
-  float *sums_, *mean_, *factor_, *parts_;
-  int *most_, *words_;
-  const char* rows_;
+  Routing routing_;
+  const int first_, from_, to_, warp_, lane_;
+  float *moments_, *parts_;
+  int *most_, *words_, *offsets_;
+  Norm* norms_;
+  char* factor_ = nullptr;
+  const char *rows_, *norm_weight_, *norm_bias_;
   int64_t stride_;
   int present_;
-  bool aligned_;
+  bool aligned_, norm_aligned_;
 };
 
 // A of the only adapter to L2, by the threads of a block that is one of `blocks`; of several, which are wanted is not
@@ -278,8 +435,10 @@ __global__ void __launch_bounds__(kInt8Threads, sizeof(T) == 4 && kTiles > 2 ? 1
     wait_for_kernel_before();
     Shared shared;
     const int first = static_cast<int>(blockIdx.x) * kInt8Rows;
-    Int8Rows<T, kTiles> rows(p, shared, first);
-    rows.run(p.q + first * p.q_stride, p.scales + first, static_cast<T*>(p.t) + first * p.t_stride);
+    Int8Rows<T, kTiles> rows(p, shared, first, 0, p.x.columns);
+    T* t = static_cast<T*>(p.t) + first * p.t_stride;
+    rows.run(p.q + first * p.q_stride, p.scales + first,
+             [&](int m, int r, float sum, float scale) { t[m * p.t_stride + r] = from_float<T>(sum * scale); });
   }
 }
 

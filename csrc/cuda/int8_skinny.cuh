@@ -19,6 +19,7 @@
 // Not measured: no GPU has run this.
 #pragma once
 
+#include "cuda/int8_exchange.cuh"
 #include "cuda/int8_operands.h"
 #include "cuda/int8_rows.cuh"
 
@@ -52,63 +53,114 @@ struct Int8FewRowsParams {
   Int8Epilogue epilogue;
   int splits = 1;
   int32_t* sums = nullptr;  // [splits, M, N] if there are several
+  int cluster = 1;          // kFused: blocks that share out depth
+  bool staged_w = false;    // kFused: a block's part of w fits into its shared memory
 };
-
-template <int kTiles>
-constexpr int kInt8PartWords = static_cast<int>(int8_part_bytes(kTiles) / 4);
 
 // The sixteen bytes of w at four steps each.
 struct Int8Fragment {
   Vector v[4];
 };
 
+// y from the sums over depth of `channels` channels from `column` on. A power of two of lanes shares the ranks of an
+// element, so that shuffles add them up: eight at few rows.
+template <class T, class Sum>
+__device__ inline void int8_finish(const Int8FewRowsParams& p, const Int8Branch& branch, const float* scales,
+                                   int column, int channels, const Sum& sum) {
+  const int lane = lane_of_warp(), rows = p.rows.x.rows;
+  int lanes = 8;
+  while (lanes > 1 && lanes * rows * channels > kInt8Threads) lanes /= 2;
+  const int work = channels * rows * lanes;
+  for (int i = static_cast<int>(threadIdx.x); i - lane < work; i += kInt8Threads) {
+    const int element = i / lanes, m = element / channels, n = element % channels;
+    const bool valid = i < work && column + n < p.w.columns;
+    float of_branch = 0;
+    if (valid && p.splits == 1) of_branch = branch.template at<T>(branch.t, m, column + n, i % lanes, lanes);
+    for (int by = lanes / 2; by > 0; by /= 2) of_branch += __shfl_xor_sync(~0u, of_branch, by);
+    if (!valid || i % lanes) continue;
+    if (p.splits == 1)
+      p.epilogue.template store<T>(static_cast<float>(sum(m, n)) * (scales[m] * p.w.scale(column + n)) + of_branch, m,
+                                   column + n);
+    else
+      p.sums[(static_cast<int64_t>(blockIdx.y) * rows + m) * p.w.columns + column + n] = sum(m, n);
+  }
+}
+
 template <class T, int kTiles, bool kFused>
 __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
   if constexpr (kCompiled<T>) {
     Shared shared;
-    const int lane = lane_of_warp(), g = lane / 4, t = lane % 4, rows = p.rows.x.rows, columns = p.w.columns;
-    const int column = static_cast<int>(blockIdx.x) * kInt8FewColumns;
-    const int steps = (p.rows.x.columns + kInt8Step - 1) / kInt8Step, all = kInt8Warps * p.splits;
-    const int part = static_cast<int>(blockIdx.y) * kInt8Warps + static_cast<int>(threadIdx.x) / 32;
-    const int last = static_cast<int>(int64_t{steps} * (part + 1) / all);
-    int step = static_cast<int>(int64_t{steps} * part / all);
+    const int lane = lane_of_warp(), g = lane / 4, t = lane % 4, rows = p.rows.x.rows;
+    // The block's part of depth, among those of a cluster or of a split, in which each warp has one.
+    const int parts = kFused ? p.cluster : p.splits;
+    const int of_parts = kFused ? static_cast<int>(blockIdx.x) % parts : static_cast<int>(blockIdx.y);
+    const int column = static_cast<int>(blockIdx.x) / (kFused ? parts : 1) * kInt8FewColumns;
+    const int64_t steps = (p.rows.x.columns + kInt8Step - 1) / kInt8Step;
+    const int begin = static_cast<int>(steps * of_parts / parts),
+              end = static_cast<int>(steps * (of_parts + 1) / parts);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int last = begin + (end - begin) * (warp + 1) / kInt8Warps;
+    int step = begin + (end - begin) * warp / kInt8Warps;
 
     let_next_kernel_start();
     // Lines of 128 bytes at steps of four k.
     for (int at = step * 16 + lane; at < last * 16 && at < p.w.steps; at += 32) prefetch(p.w.at(column, at), 128, 0, 1);
     if constexpr (kFused) prefetch_factor<T>(p.rows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    const int kept = kFused ? rows : 16 * kTiles;
+    int32_t* sums = shared.take<int32_t>(kInt8Warps * kept * kInt8FewColumns);
+    const int t_stride = p.branch.routing.adapters ? static_cast<int>(p.branch.t_stride) : 0;
+    Int8Exchange exchange(shared, kFused ? parts : 1, rows, t_stride);
     wait_for_kernel_before();
 
-    // Plain loads: those of the read-only path a compiler moves over the wait, as what nothing ever writes.
+    // Plain loads: those of the read-only path a compiler moves over the wait, as what nothing ever writes. In shared
+    // memory, which both are read as, pieces of 16 bytes lie so that eight lanes meet no conflict.
+    const uint8_t* staged_w = nullptr;
     const auto load_weight = [&](int s) {
       Int8Fragment f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = s * 16 + t * 4 + i;
         const Vector zero = {{0, 0, 0, 0}};
-        f.v[i] = s < last && at < p.w.steps ? load16(p.w.at(column + g * 4, at)) : zero;
+        const uint8_t* from =
+            staged_w ? staged_w + (at - begin * 16) * 128 + (g ^ t * 2) * 16 : p.w.at(column + g * 4, at);
+        f.v[i] = s < last && at < p.w.steps ? load16(from) : zero;
       }
       return f;
     };
-    // Weights are on their way while the rows are made.
-    Int8Fragment next = load_weight(step);
-
-    int32_t* parts = shared.take<int32_t>(kInt8PartWords<kTiles>);
     const int8_t* q = p.rows.q;
     const int64_t q_stride = p.rows.q_stride;
     const float* scales = p.rows.scales;
-    const void* t_rows = p.branch.t;
+    Int8Branch branch = p.branch;
     if constexpr (kFused) {
-      int8_t* own_q = shared.take<int8_t>(static_cast<int>(kInt8Rows * q_stride));
+      int8_t* own_q = shared.take<int8_t>(static_cast<int>(rows * q_stride));
       float* own_scales = shared.take<float>(kInt8Rows);
-      T* own_t = shared.take<T>(static_cast<int>(kInt8Rows * p.branch.t_stride));
-      Int8Rows<T, 2>(p.rows, shared, 0).run(own_q, own_scales, own_t);
+      T* own_t = shared.take<T>(static_cast<int>(rows * p.branch.t_stride));
+      Int8Rows<T, 2> own(p.rows, shared, 0, begin * kInt8Step, end * kInt8Step);
+      if (p.staged_w) {  // on its way while the rows are made
+        uint8_t* memory = shared.take<uint8_t>((end - begin) * 16 * 128);
+        const int lines = (end * 16 < p.w.steps ? end * 16 : p.w.steps) - begin * 16;
+#pragma unroll 1
+        for (int i = static_cast<int>(threadIdx.x); i < lines * 8; i += kInt8Threads) {
+          const int line = i / 8, piece = i % 8;
+          copy16_async(memory + line * 128 + (piece ^ line / 4 % 4 * 2) * 16,
+                       p.w.at(column + piece * 4, begin * 16 + line), 16);
+        }
+        staged_w = memory;
+      }
+      own.run(own_q, own_scales, [&](int m, int r, float sum, float scale) {
+        if (parts > 1)
+          exchange.own_t()[m * t_stride + r] = sum;
+        else
+          own_t[m * t_stride + r] = from_float<T>(sum * scale);
+      });
       q = own_q;
       scales = own_scales;
-      t_rows = own_t;
+      branch.t = own_t;
+      branch.routing = own.routing();
     }
 
     int32_t c[kTiles][4][4] = {};
+    Int8Fragment next = load_weight(step);
     for (; step < last; ++step) {
       const Int8Fragment w = next;
       next = load_weight(step + 1);
@@ -126,36 +178,37 @@ __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
         }
       }
     }
-    int32_t* mine = parts + static_cast<int>(threadIdx.x) / 32 * 16 * kTiles * kInt8FewColumns;
+    int32_t* mine = sums + warp * kept * kInt8FewColumns;
 #pragma unroll
     for (int r = 0; r < kTiles; ++r)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
+      for (int e = 0; e < 4; ++e) {
+        const int m = r * 16 + g + e / 2 * 8;
+        if (m >= kept) continue;
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          mine[(r * 16 + g + e / 2 * 8) * kInt8FewColumns + t * 8 + e % 2 * 4 + j] = c[r][j][e];
+        for (int j = 0; j < 4; ++j) mine[m * kInt8FewColumns + t * 8 + e % 2 * 4 + j] = c[r][j][e];
+      }
     __syncthreads();
-
-    // At few rows several lanes share the ranks of an element; a power of two of them, so that shuffles add them up.
-    int lanes = 8;
-    while (lanes > 1 && lanes * rows > 8) lanes /= 2;
-    const int work = kInt8FewColumns * rows * lanes;
-    for (int i = static_cast<int>(threadIdx.x); i - lane < work; i += kInt8Threads) {
-      const int element = i / lanes, m = element / kInt8FewColumns, n = element % kInt8FewColumns;
-      const bool valid = i < work && column + n < columns;
-      float branch = 0;
-      if (valid && p.splits == 1) branch = p.branch.template at<T>(t_rows, m, column + n, i % lanes, lanes);
-      for (int by = lanes / 2; by > 0; by /= 2) branch += __shfl_xor_sync(~0u, branch, by);
-      if (!valid || i % lanes) continue;
+    const auto of_warps = [&](int m, int n) {
       int32_t sum = 0;
 #pragma unroll
-      for (int w = 0; w < kInt8Warps; ++w) sum += parts[(w * 16 * kTiles + m) * kInt8FewColumns + n];
-      if (p.splits == 1)
-        p.epilogue.template store<T>(static_cast<float>(sum) * (scales[m] * p.w.scale(column + n)) + branch, m,
-                                     column + n);
-      else
-        p.sums[(static_cast<int64_t>(blockIdx.y) * rows + m) * columns + column + n] = sum;
+      for (int w = 0; w < kInt8Warps; ++w) sum += sums[(w * kept + m) * kInt8FewColumns + n];
+      return sum;
+    };
+    if (!kFused || parts == 1) {
+      int8_finish<T>(p, branch, scales, column, kInt8FewColumns, of_warps);
+      return;
     }
+    exchange.run(of_warps);
+    T* own_t = static_cast<T*>(const_cast<void*>(branch.t));
+    for (int i = static_cast<int>(threadIdx.x); i < rows * t_stride; i += kInt8Threads) {
+      const int adapter = branch.routing.adapter_of(i / t_stride);
+      if (adapter >= 0) own_t[i] = from_float<T>(exchange.t(i) * branch.routing.scale(adapter));
+    }
+    __syncthreads();
+    const int channels = kInt8FewColumns / parts;
+    int8_finish<T>(p, branch, scales, column + of_parts * channels, channels,
+                   [&](int m, int n) { return exchange.sum(m, n); });
   }
 }
 

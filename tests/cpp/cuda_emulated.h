@@ -22,6 +22,7 @@ inline DeviceInfo device_of(int64_t arch) {
   DeviceInfo device;
   cuda_device(0, &device);
   device.cuda.arch = static_cast<int>(arch);
+  device.cuda.clusters = arch >= 90;
   return device;
 }
 

@@ -16,7 +16,7 @@ struct Call {
   int64_t rows, in_features, out_features, dtype, bias_dtype, norm_dtype, activation, has_bias, has_residual, has_norm;
   int64_t static_scale, top_k, log_sum, adapters, total_rank, max_rank, groups, lora_dtype;
   // path -1: the heuristic's own choice. large_tiles 128 or 256: by wgmma, so wide.
-  int64_t arch, path, large_tiles, splits, staged;
+  int64_t arch, path, large_tiles, splits, cluster, staged;
   int64_t x_stride, a_stride, b_stride_rank, b_stride_out, b_stride_block, shared_bytes;
   double norm_eps, host_x_scale;
   const void *x, *packed, *bias, *lora_a, *lora_b, *scales, *offsets, *adapter_ids, *residual, *x_scale, *norm_weight,
@@ -57,7 +57,16 @@ Status plan_of(const Call* c, Int8LoraLinearPlan* chosen) {
     plan.cuda.large_tiles = c->large_tiles != 0;
     plan.cuda.wgmma_columns = c->large_tiles > 1 ? static_cast<int>(c->large_tiles) : 0;
     plan.cuda.splits = static_cast<int>(c->splits);
-    if (!c->staged) plan.cuda.staged_bytes = 0;
+    plan.cuda.cluster = static_cast<int>(c->cluster);
+    if (plan.cuda.path == CudaInt8LoraLinearPath::kFused) {
+      const cuda::Int8Staged staged =
+          cuda::fused_staged(p, plan.cuda.cluster, static_cast<cuda::Int8Staging>(c->staged));
+      plan.cuda.staged_bytes = static_cast<int>(staged.x_row);
+      plan.cuda.staged_a_bytes = static_cast<int>(staged.a_row);
+      plan.cuda.staged_w = staged.w;
+    } else if (!c->staged) {
+      plan.cuda.staged_bytes = plan.cuda.staged_a_bytes = 0;
+    }
     cuda::Workspace w;
     cuda::Int8Workspace(w, plan);
     plan.workspace = w.used;

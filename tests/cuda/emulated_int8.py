@@ -15,7 +15,7 @@ PATHS = {"tiled": 0, "few_rows": 1, "fused": 2}
 
 _INTEGERS = """rows in_features out_features dtype bias_dtype norm_dtype activation has_bias
 has_residual has_norm static_scale top_k log_sum adapters total_rank max_rank groups lora_dtype arch
-path large_tiles splits staged x_stride a_stride b_stride_rank b_stride_out b_stride_block
+path large_tiles splits cluster staged x_stride a_stride b_stride_rank b_stride_out b_stride_block
 shared_bytes"""
 _POINTERS = """x packed bias lora_a lora_b scales offsets adapter_ids residual x_scale norm_weight
 norm_bias y top_columns top_values log_sums q row_scales"""
@@ -35,7 +35,9 @@ class Call(ctypes.Structure):
 class EmulatedInt8:
     """The kernels in one order of threads; ``path=None``: the plan that the heuristic takes.
 
-    ``large`` 128 or 256: tiles by wgmma, so wide. ``max_rank`` 0: the largest rank of the bank.
+    ``large`` 128 or 256: tiles by wgmma, so wide. ``splits``: of K among blocks, which are a
+    cluster where each makes its rows. ``staged`` in shared memory: nothing (0), what rows are made
+    of (1), or w too (2). ``max_rank`` 0: the largest rank of the bank.
 
     After a call ``q`` and ``row_scales`` are the quantized rows and their scales, where the path
     keeps them in memory, and ``plan`` says what ran.
@@ -43,7 +45,7 @@ class EmulatedInt8:
 
     def __init__(
         self, order: str = "forward", seed: int = 1, *, path: str | None = None,
-        large: int = False, splits: int = 1, staged: bool = True, arch: int = 90,
+        large: int = False, splits: int = 1, staged: int = 2, arch: int = 90,
         shared_bytes: int = 0, max_rank: int = 0,
     ) -> None:  # fmt: skip
         self.lib = library()
@@ -63,7 +65,8 @@ class EmulatedInt8:
         call.dtype, call.x_stride = DTYPES[x.dtype], x.stride(0)
         call.arch, call.shared_bytes = self.arch, self.shared_bytes
         call.path = PATHS[self.path] if self.path else -1
-        call.large_tiles, call.splits, call.staged = self.large, self.splits, self.staged
+        call.large_tiles, call.staged = self.large, self.staged
+        call.splits, call.cluster = (1, self.splits) if self.path == "fused" else (self.splits, 1)
         call.x, call.packed = x.data_ptr(), packed.data_ptr()
         if bias is not None:
             call.has_bias, call.bias, call.bias_dtype = 1, bias.data_ptr(), DTYPES[bias.dtype]

@@ -89,7 +89,7 @@ def lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
 
 def int8_lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
     for path, large, splits, most in int8.PLANS:
-        if large > 1 and OF_SM_75:
+        if OF_SM_75 and (large > 1 or (path == "fused" and splits > 1)):
             continue
         # Large tiles reach beyond a weight of one block, small ones do not; by wgmma more steps
         # than there are places for them.
@@ -97,7 +97,7 @@ def int8_lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
         shape = (rows, k, 40 if large else 70)
         for mode in ("peft", "bank"):
             emulated = EmulatedInt8(*order, path=path, large=large, splits=splits)
-            name = f"int8 {path} {'wgmma ' if large > 1 else ''}{mode}"
+            name = f"int8 {path} {'wgmma ' if large > 1 else ''}splits={splits} {mode}"
             yield name, partial(int8.check, emulated, shape, dtype, mode, "silu")
 
 

@@ -33,7 +33,7 @@ SHAPES = [
 ]
 # By wgmma: both sides of a tile, and more steps of depth than it has places for them.
 WGMMA_SHAPES = [(1, 1, 1), (33, 40, 16), (129, 257, 191), (130, 1030, 264), (140, 516, 400)]
-# path, large tiles (128, 256: by wgmma), splits of K, most rows
+# path, large tiles (128, 256: by wgmma), splits of K (fused: blocks of a cluster), most rows
 PLANS = [
     ("tiled", False, 1, 1 << 20),
     ("tiled", True, 1, 1 << 20),
@@ -42,6 +42,8 @@ PLANS = [
     ("few_rows", False, 1, 32),
     ("few_rows", False, 3, 32),
     ("fused", False, 1, 16),
+    ("fused", False, 2, 16),
+    ("fused", False, 8, 16),
 ]
 NAMES = [
     f"{path}-{f'wgmma{large}' if large > 1 else 'large' if large else splits}"
@@ -102,7 +104,7 @@ def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int, int])
     for index, (shape, order) in enumerate(zip(shapes, itertools.cycle(ORDERS))):
         if shape[0] <= most:
             emulated = EmulatedInt8(
-                *order, path=path, large=large, splits=splits, staged=index % 2 == 0
+                *order, path=path, large=large, splits=splits, staged=(2, 0, 1)[index % 3]
             )
             check(emulated, shape, dtype, mode, next(activations), static=index % 3 == 0)
 

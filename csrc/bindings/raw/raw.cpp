@@ -26,7 +26,8 @@ PYBIND11_MODULE(_raw, m) {
       .def_readwrite("l2_bytes", &CudaDevice::l2_bytes)
       .def_readwrite("clock_hz", &CudaDevice::clock_hz)
       .def_readwrite("memory_bytes_per_second", &CudaDevice::memory_bytes_per_second)
-      .def_readwrite("wgmma", &CudaDevice::wgmma);
+      .def_readwrite("wgmma", &CudaDevice::wgmma)
+      .def_readwrite("clusters", &CudaDevice::clusters);
   py::class_<DeviceInfo>(m, "DeviceInfo").def_readonly("cuda", &DeviceInfo::cuda);
   m.def("host_device", &host_device, "The CPU of this process.");
   m.def("on_cuda", &on_cuda, "A CUDA device by its description, for plans.");

@@ -36,7 +36,16 @@ void land(const PendingCopy& c) {
 
 constexpr int kBoxWidth = 128;  // bytes
 
+void land_sent(const PendingBox& p, Memory& memory) {
+  memory.writers[p.to / 16] = 0;
+  memcpy(memory.shared + p.to, p.words, sizeof p.words);
+  Arrivals& a = memory.arrivals[p.barrier];
+  a.bytes -= static_cast<int64_t>(sizeof p.words);
+  a.look();
+}
+
 void land(const PendingBox& p, Memory& memory) {
+  if (p.sent) return land_sent(p, memory);
   const Box& box = p.box;
   for (int r = 0; r < box.box_planes * box.box_rows; ++r)
     for (int chunk = 0; chunk < kBoxWidth / 16; ++chunk) {
@@ -121,10 +130,15 @@ void load_box(const PendingBox& p, Memory& memory) {
 }
 
 PendingBox pending(void* to, const Box& box, const void* barrier) {
-  const PendingBox p{shared_offset(to), box, shared_offset(barrier)};
+  const PendingBox p{shared_offset(to), box, shared_offset(barrier), false, {}};
   if (p.to % 128) refuse("a box to an address that is no multiple of 128");
   ++boxes;
   return p;
+}
+
+Memory& of_cluster(int block, const char* what) {
+  if (block < 0 || block >= running.cluster->count) refuse(std::string(what) + " a block that is not of its cluster");
+  return *running.cluster->blocks[block];
 }
 
 void arrive(Arrivals& a) {
@@ -273,8 +287,15 @@ void share_box(void* to, const Box& box, const void* barrier) {
 }
 
 void arrive(const void* barrier, int block) {
-  if (block < 0 || block >= running.cluster->count) refuse("arrives in a block that is not of its cluster");
-  arrive(arrivals_at(*running.cluster->blocks[block], shared_offset(barrier)));
+  arrive(arrivals_at(of_cluster(block, "arrives in"), shared_offset(barrier)));
+  wake_cluster();
+}
+
+void send(void* to, const uint32_t (&words)[4], const void* barrier, int block) {
+  const Unwatched here;
+  PendingBox p{shared_offset(to), {}, shared_offset(barrier), true, {words[0], words[1], words[2], words[3]}};
+  if (p.to % 16) refuse("sends sixteen bytes to a misaligned address");
+  load_box(p, of_cluster(block, "sends to"));
   wake_cluster();
 }
 

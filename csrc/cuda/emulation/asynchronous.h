@@ -56,6 +56,8 @@ struct PendingBox {
   uint32_t to;  // by its place in shared memory, as the barrier
   Box box;
   uint32_t barrier;
+  bool sent;  // by a thread of the cluster: sixteen bytes in the place of a box
+  uint32_t words[4];
 };
 // A block's shared memory, and what all its threads share of what is under way there.
 struct Memory {
@@ -73,7 +75,7 @@ struct Memory {
     writers.assign(capacity / 16, 0);
   }
 };
-constexpr int kMostCluster = 2;
+constexpr int kMostCluster = 8;
 struct Cluster {
   Memory* blocks[kMostCluster];
   int count, threads;

@@ -62,7 +62,11 @@ struct CudaInt8LoraLinearPlan {
   // may start before the one before it has, whichever operator that is of; so may the choice among outputs.
   bool early_start = false;
   bool convert_a = false;   // A is of another type than x: a kernel converts it first
-  int staged_bytes = 0;     // of shared memory for each row of x while it is quantized; 0: it is read again from L2
+  int cluster = 1;          // kFused: blocks that share out K; integer parts go from one to the other
+  // Of shared memory while rows are quantized: for each row of x, and of the first ranks of an A of few rows; 0: they
+  // are read from L2.
+  int staged_bytes = 0, staged_a_bytes = 0;
+  bool staged_w = false;    // kFused: and a block's part of w
   double predicted_us = 0;  // as in CudaLoraLinearPlan
 };
 std::string to_string(const CudaInt8LoraLinearPlan& plan);

@@ -30,6 +30,7 @@ struct CudaDevice {
   double clock_hz = 0;                 // of the multiprocessors
   double memory_bytes_per_second = 0;  // of the data sheet: clock times width
   bool wgmma = false;                  // sm_90, and this library has machine code for sm_90a
+  bool clusters = false;               // sm_90 on, and this library has machine code that was made for it
 };
 
 struct DeviceInfo {
