@@ -184,16 +184,52 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize(("path", "large"), WAYS)
 def test_norm(path: str, large: int) -> None:
     """Sums of LayerNorm are in another order than torch's: a value may round to its neighbour."""
-    for dtype in DTYPES:
+    for dtype, rows, norm_type in itertools.product(DTYPES, (1, 9), (torch.float32, None)):
         q, scales, packed = weight_of(333, 40)
-        x = (3 * torch.randn(9, 333) + 1).to(dtype)
-        norm = (torch.rand(333) + 0.5, torch.randn(333), 1e-5)
-        operands = bank("peft", 9, 333, 40, dtype)
+        x = (3 * torch.randn(rows, 333) + 1).to(dtype)
+        # Its bias begins at no multiple of sixteen bytes where x has nine rows.
+        norm = (torch.rand(333) + 0.5, torch.randn(340)[rows // 9 :][:333], 1e-5)
+        norm = (norm[0].to(norm_type or dtype), norm[1].to(norm_type or dtype), norm[2])
+        operands = bank("peft", rows, 333, 40, dtype)
         emulated = EmulatedInt8("shuffled", path=path, large=large)
         got = emulated.forward(x, packed, 40, norm=norm, **operands)
         exact = reference.int8_lora_linear(x, q, scales, norm=norm, **operands)
         step = 127 * scales.max() / 127 * 4 / exact.abs().max()
         assert_close(got, exact, rounded(exact, dtype), extra=2 * step.item(), what=path)
+
+
+def test_a_norm_of_rows_far_from_zero() -> None:
+    """Squares around the mean: a thousand deviations away, q may round to its neighbour, as fp32
+    has lost three digits of x, and no more."""
+    k = 1000
+    q, scales, packed = weight_of(k, 40)
+    x = torch.randn(3, k) + torch.tensor([[0.0], [1e3], [-1e3]])
+    norm = (torch.ones(k), torch.zeros(k), 1e-5)
+    exact = reference.int8_lora_linear(x.double(), q, scales, norm=norm)
+    for staged in (0, 2):
+        emulated = EmulatedInt8("shuffled", path="fused", staged=staged)
+        got = emulated.forward(x, packed, 40, norm=norm)
+        assert (got - exact).abs().max() < 4 * scales.max()
+
+
+def test_a_bank_of_more_adapters_than_have_their_places_in_shared_memory() -> None:
+    torch.manual_seed(3)
+    ranks = torch.randint(0, 4, (300,))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), ranks.cumsum(0).int()])
+    total = int(offsets[-1])
+    q, scales, packed = weight_of(130, 70)
+    x, a, b = torch.randn(9, 130), torch.randn(total, 130) / 8, torch.randn(total, 70)
+    for count in (300, 127, 128):
+        operands = {
+            "lora_a": a, "lora_b": b, "offsets": offsets[: count + 1], "scales": torch.rand(count),
+            "adapter_ids": torch.randint(-1, count, (9,), dtype=torch.int32),
+        }  # fmt: skip
+        operands["adapter_ids"][4] = count - 1
+        exact = reference.int8_lora_linear(x, q, scales, **operands)
+        for path, splits in (("few_rows", 1), ("fused", 1), ("fused", 2)):
+            emulated = EmulatedInt8("shuffled", path=path, splits=splits)
+            got = emulated.forward(x, packed, 70, **operands)
+            assert_close(got, exact, rounded(exact, torch.float32), what=f"{count} {path}")
 
 
 def test_blocks_of_b_and_misaligned_x() -> None:
