@@ -1,9 +1,9 @@
 // What the blocks of a cluster that share out the depth of int8_lora_linear send each other (sm_90 on).
 //
-// Each block has sums of 32 channels and of t over its part of depth. It sends the sums of the channels that another
-// one finishes to that one, and its part of t to all, straight into their shared memory; whoever has got what it
-// expects goes on, and nobody waits for the others besides. Integers are exact in any order, and t is added up in that
-// of the blocks.
+// Each block has sums of 32 channels, and of t where it makes rows itself, over its part of depth. It sends the sums of
+// the channels that another one finishes to that one, and its part of t to all, straight into their shared memory;
+// whoever has got what it expects goes on, and nobody waits for the others besides. Integers are exact in any order,
+// and t is added up in that of the blocks.
 //
 // Not measured: no GPU has run this.
 #pragma once

@@ -47,6 +47,7 @@ Int8RowsParams rows_params(const Int8LoraLinearPlan& plan, const Int8LoraLinearA
   rows.scales = w.scales;
   rows.t = w.t;
   rows.staged_bytes = plan.cuda.staged_bytes;
+  rows.rows_of_block = plan.cuda.rows_of_block;
   rows.t_stride = t_stride(p.lora);
   if (p.lora.present() && p.in_features > 0) {
     rows.routing = routing_of(p.lora, args.lora, p.rows);
@@ -71,9 +72,10 @@ inline Int8FewRowsParams few_rows_params(const Int8LoraLinearPlan& plan, const I
                         int8_epilogue(p, args, w.y),
                         plan.cuda.splits,
                         w.sums};
+  out.cluster = plan.cuda.cluster;
   if (plan.cuda.path == CudaInt8LoraLinearPath::kFused) {
     out.rows.q_stride = int8_shared_row(round_up(p.in_features, kInt8Step));
-    out.cluster = plan.cuda.cluster;
+    out.rows.rows_of_block = kInt8Rows;
     out.staged_w = plan.cuda.staged_w;
   }
   return out;
@@ -83,7 +85,7 @@ inline Int8FewRowsParams few_rows_params(const Int8LoraLinearPlan& plan, const I
 inline int64_t staged_bytes(const Int8RowsParams& p, int tiles) {
   if (!p.staged_bytes) return 0;
   const int64_t norm_size = p.norm_weight ? static_cast<int64_t>(size_of(p.norm_type)) : 0;
-  return std::min<int64_t>(p.x.rows, kInt8Rows) * p.staged_bytes + 2 * round_up(p.x.columns * norm_size, 16) +
+  return std::min(p.x.rows, p.rows_of_block) * int64_t{p.staged_bytes} + 2 * round_up(p.x.columns * norm_size, 16) +
          8 * tiles * p.staged_a_bytes;
 }
 template <class T>
@@ -110,7 +112,7 @@ bool int8_tiled_wgmma(Sequence* s, const char* name, const Int8GemmParams& p, bo
 
 template <class T>
 void int8_rows_all(Sequence* s, const Int8RowsParams& p, bool early) {
-  const dim3 grid(tiles(p.x.rows, kInt8Rows), 1, 1);
+  const dim3 grid(tiles(p.x.rows, p.rows_of_block), 1, 1);
   const auto bytes = [&](int tiles) { return static_cast<size_t>(int8_rows_bytes(tiles) + staged_bytes(p, tiles)); };
   if (p.routing.max_rank <= 16)
     s->run<&int8_rows<T, 2>>("int8_rows<16>", grid, kInt8Threads, bytes(2), p, early);
@@ -198,12 +200,15 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
                                         chosen.early_start, false, cluster);
     } else {
       int8_rows_all<T>(&s, rows, chosen.early_start);
+      const auto bytes = [&](int tiles) {
+        return static_cast<size_t>(int8_part_bytes(tiles) + int8_exchanged_bytes(M, 0, chosen.cluster));
+      };
       if (M <= 16)
-        s.run<&int8_few_rows<T, 1, false>>("int8_few_rows<16>", grid, kInt8Threads, int8_part_bytes(1), p,
-                                           chosen.early_start);
+        s.run<&int8_few_rows<T, 1, false>>("int8_few_rows<16>", grid, kInt8Threads, bytes(1), p, chosen.early_start,
+                                           false, cluster);
       else
-        s.run<&int8_few_rows<T, 2, false>>("int8_few_rows<32>", grid, kInt8Threads, int8_part_bytes(2), p,
-                                           chosen.early_start);
+        s.run<&int8_few_rows<T, 2, false>>("int8_few_rows<32>", grid, kInt8Threads, bytes(2), p, chosen.early_start,
+                                           false, cluster);
     }
     if (p.splits > 1)
       s.run<&int8_combine<T>>("int8_combine", dim3(tiles(M * N, 256), 1, 1), 256, 0, p, chosen.early_start);

@@ -54,14 +54,14 @@ struct Sizes {
   double convert_us(const Machine& machine) const {
     return convert_bytes > 0 ? kLaunchUs + machine.memory_us(convert_bytes) : 0;
   }
-  // Up to sixteen rows and who their adapters are; A. What is not staged: a norm's weights, where the adapters lie, and
+  // So many rows and who their adapters are; A. What is not staged: a norm's weights, where the adapters lie, and
   // A in turns of two steps of a warp.
-  Waits rows(bool staged, double depth) const {
+  Waits rows(double count, bool staged, double depth) const {
     const double steps = depth * element / kStepBytes / kInt8Warps, norm = norm_size ? 1 : 0;
     Waits w;
     w.trips = 1 + (lora ? staged ? 1 : 1 + std::ceil(steps / 2) : 0) + (staged ? 0 : norm);
     w.sums = 1 + (lora ? 1 : 0) + norm;
-    w.instructions = std::min(M, 16.0) * K * (kRowInstructions + norm * kNormInstructions);
+    w.instructions = count * K * (kRowInstructions + norm * kNormInstructions);
     return w;
   }
 };
@@ -122,7 +122,7 @@ Fused fused_of(const Machine& machine, const CudaDevice& device, const Int8LoraL
       const double blocks = std::ceil(s.N / kInt8FewColumns) * cluster,
                    shared_by = std::min(at_once, machine.turns(blocks));
       const Stream w{blocks, s.K * kInt8FewColumns / cluster, s.base_bytes, at_once};
-      Waits waits = s.rows(staged.bytes > 0, static_cast<double>(depth));
+      Waits waits = s.rows(s.M, staged.bytes > 0, static_cast<double>(depth));
       waits.trips += (s.lora || p.has_bias ? 1 : 0) + (cluster > 1 ? 1 : 0);  // B and the bias; parts
       waits.sums += 1;                                                        // of y
       // w is on its way from L2 while the rows are made, or read behind them.
@@ -191,19 +191,26 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   const Sizes s(p);
   c.convert_a = s.convert_bytes > 0;
 
-  // Two blocks share a multiprocessor's memory; rows that are wider are read again, from L2. Of few rows A comes there
-  // too.
+  // Rows: as many multiprocessors as there are, and up to sixteen rows for each. Where there are more blocks two share
+  // the memory of one. What does not fit is read from L2, rows in every pass.
   const bool few = p.rows <= kMostFewRows;
+  c.rows_of_block = static_cast<int>(std::clamp(std::ceil(s.M / machine.multiprocessors), 1.0, double{kInt8Rows}));
+  const double row_blocks = std::ceil(s.M / c.rows_of_block);
   const int passes = p.lora.max_rank <= 16 ? 2 : 4;
-  const Int8Staged staged =
-      int8_staged(p.rows, p.in_features, s.size, s.norm_size, s.lora && few ? p.in_features : 0, passes);
-  const bool stages = staged.bytes + int8_rows_bytes(passes) <= (shared_bytes - 1024) / 2;
-
-  // The rows: x from memory, and for each sixteen of them all of A from L2, by one multiprocessor.
-  const double own_bytes = (std::min(s.M, 16.0) + s.total) * s.K * s.element;
-  const double row_blocks = std::ceil(s.M / 16);
-  const double block_us =
-      s.rows(stages && few, s.K).us(machine, std::min(2.0, machine.turns(row_blocks))) + machine.l2_us(1, own_bytes);
+  const int64_t room =
+      (row_blocks <= machine.multiprocessors ? shared_bytes : (shared_bytes - 1024) / 2) - int8_rows_bytes(passes);
+  Int8Staged staged;
+  for (const int64_t a_depth : {s.lora ? p.in_features : 0, int64_t{0}}) {
+    const Int8Staged one =
+        int8_staged(std::min<int64_t>(p.rows, c.rows_of_block), p.in_features, s.size, s.norm_size, a_depth, passes);
+    if (staged.bytes == 0 && one.bytes <= room) staged = one;
+  }
+  const bool has_a = staged.a_row > 0 || !s.lora;
+  const double waits_us =
+      s.rows(c.rows_of_block, staged.bytes > 0 && has_a, s.K).us(machine, std::min(2.0, machine.turns(row_blocks)));
+  // x from memory; all of A from L2 for each block, at once or while it is multiplied.
+  const double port_us = machine.l2_us(1, (c.rows_of_block + s.total) * s.K * s.element);
+  const double block_us = has_a ? std::max(waits_us, port_us) : waits_us + port_us;
   const double rows_us = std::max(machine.memory_us(s.M * s.K * (s.element + 1) + s.total * s.K * s.element),
                                   machine.turns(row_blocks, 2) * block_us) +
                          s.convert_us(machine);
@@ -221,21 +228,27 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   c.predicted_us = tiles.us + rows_us + launch_us;
 
   const double few_blocks = std::ceil(s.N / kInt8FewColumns), few_bytes = s.K * kInt8FewColumns;
-  if (p.rows <= kMostFewRows && p.in_features > 0) {
+  if (few && p.in_features > 0) {
     double best = 0;
-    int best_splits = 0;
-    for (const int splits : {1, 2, 4, 8, 16}) {
-      if (splits > 1 && p.in_features / kInt8Step < kInt8Warps * splits) break;  // every warp has a step
-      const Stream w{few_blocks * splits, few_bytes / splits, s.base_bytes, 2};
-      // q and t; B and the bias; the sum of the warps.
-      const double arrived = w.arrived_us(machine), read = w.read_us(machine) + Waits{2, 1}.us(machine);
+    int best_splits = 1, best_cluster = 1;
+    const auto consider = [&](int splits, int cluster) {
+      const int parts = splits * cluster;
+      if (parts > 1 && p.in_features / kInt8Step < kInt8Warps * parts) return;  // every warp has a step
+      const Stream w{few_blocks * parts, few_bytes / parts, s.base_bytes, 2};
+      // q and t, or what else was asked for; parts; B and the bias. Sums of the warps.
+      const double waits = Waits{cluster > 1 ? 3.0 : 2.0, 1}.us(machine);
+      const double arrived = w.arrived_us(machine), read = w.read_us(machine) + waits;
       const double us = (machine.early ? std::max(arrived, rows_us) + read : rows_us + std::max(arrived, read)) +
                         (splits > 1 ? 3 : 2) * launch_us;
-      if (best_splits == 0 || us < kWorthwhile * best) best = us, best_splits = splits;
-    }
+      if (best == 0 || us < kWorthwhile * best) best = us, best_splits = splits, best_cluster = cluster;
+    };
+    for (const int splits : {1, 2, 4, 8, 16}) consider(splits, 1);
+    for (const int cluster : {2, 4, 8})
+      if (device.cuda.clusters) consider(1, cluster);
     if (kWorthwhile * best <= c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kFewRows;
       c.splits = best_splits;
+      c.cluster = best_cluster;
       c.predicted_us = best;
     }
   }
@@ -262,12 +275,10 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
     }
   }
   if (c.path != CudaInt8LoraLinearPath::kTiled) c.large_tiles = false;
-  if (c.path == CudaInt8LoraLinearPath::kFused || stages) {
-    const Int8Staged& of_path = c.path == CudaInt8LoraLinearPath::kFused ? fused.staged : staged;
-    c.staged_bytes = static_cast<int>(of_path.x_row);
-    c.staged_a_bytes = static_cast<int>(of_path.a_row);
-    c.staged_w = of_path.w;
-  }
+  if (c.path == CudaInt8LoraLinearPath::kFused) staged = fused.staged;
+  c.staged_bytes = static_cast<int>(staged.x_row);
+  c.staged_a_bytes = static_cast<int>(staged.a_row);
+  c.staged_w = staged.w;
   if (p.top_k) c.predicted_us += machine.memory_us(s.M * s.N * 4) + 2 * launch_us;
   Workspace w;
   const Int8Workspace parts(w, *plan);

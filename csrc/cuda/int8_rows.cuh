@@ -7,13 +7,13 @@
 //   x [M, K] in any floating type -> q [M, K64] int8, zeros from K on (K64 = K rounded up to 64); scales [M];
 //   t [M, t_stride] in the type of x, by the ranks of each row's own adapter
 //
-// A block takes sixteen rows: what one tensor-core product of t has. FLOPs 2 M r K; bytes M K (size + 1), A from L2 for
-// every block: bound by memory, and at few rows by what has to wait for what. x is read from there once: where sixteen
-// rows fit they wait in shared memory between the passes (maximum, or mean and variance before it; t; q), elsewhere in
-// L2. What nothing here computes is asked for beforehand: a norm's weight and bias, who the adapters are and where they
-// lie, A as soon as that is known. Few rows share the warps: all eight work on one row. A device function, so that
-// few_rows (int8_skinny.cuh) can do the same inside its own blocks.
-// It may start before the kernel before it has finished, and waits for it before it loads anything.
+// A block takes up to sixteen rows: what one tensor-core product of t has. FLOPs 2 M r K; bytes M K (size + 1), A from
+// L2 for every block: bound by memory, and at few rows by what has to wait for what. x is read from there once: where
+// sixteen rows fit they wait in shared memory between the passes (maximum, or mean and variance before it; t; q),
+// elsewhere in L2. What nothing here computes is asked for beforehand: a norm's weight and bias, who the adapters are
+// and where they lie, A as soon as that is known. Few rows share the warps: all eight work on one row. A device
+// function, so that few_rows (int8_skinny.cuh) can do the same inside its own blocks. It may start before the kernel
+// before it has finished, and waits for it before it loads anything.
 //
 // Not measured: no GPU has run this.
 #pragma once
@@ -40,7 +40,8 @@ struct Int8RowsParams {
   Routing routing;
   void* t = nullptr;  // [M, t_stride]
   int64_t t_stride = 0;
-  bool precise = true;  // fp32 in three tf32 products
+  bool precise = true;            // fp32 in three tf32 products
+  int rows_of_block = kInt8Rows;  // at most; fewer where that busies more multiprocessors
   // Of shared memory, for a row of x and for one of A of the part of depth; 0: they are read from L2 where they are
   // wanted, x in every pass. With x the norm's weight and bias come there too.
   int staged_bytes = 0, staged_a_bytes = 0;
@@ -54,7 +55,7 @@ __device__ inline T element_of(const Vector& v, int j) {
     return from_bits<T>(v.v[j / 2] >> 16 * (j % 2));
 }
 
-// Sixteen rows from `first` on. kTiles: ranks of one pass over depth, in eights.
+// Up to sixteen rows from `first` on. kTiles: ranks of one pass over depth, in eights.
 template <class T, int kTiles>
 class Int8Rows {
   using Adapters = TileAdapters<kInt8Rows, kInt8Threads>;
@@ -81,7 +82,7 @@ class Int8Rows {
     offsets_ = shared.template take<int>(kInt8MostOffsets + 1);
     rows_ = static_cast<const char*>(p.x.data) + int64_t{first} * p.x.stride * sizeof(T);
     stride_ = p.x.stride * static_cast<int64_t>(sizeof(T));
-    present_ = p.x.rows - first < kInt8Rows ? p.x.rows - first : kInt8Rows;
+    present_ = p.x.rows - first < p.rows_of_block ? p.x.rows - first : p.rows_of_block;
     aligned_ = p.x.aligned;
     norm_weight_ = static_cast<const char*>(p.norm_weight);
     norm_bias_ = static_cast<const char*>(p.norm_bias);
@@ -107,7 +108,7 @@ class Int8Rows {
       quantize_all(q, scales);
       return;
     }
-    const Adapters adapters(routing_, words_, first_, p_.x.rows);
+    const Adapters adapters(routing_, words_, first_, first_ + present_);
     const bool staged = p_.staged_a_bytes && adapters.count() > 0;
     if (staged) stage_factor(adapters.adapter(0));
     commit_copies();
@@ -191,7 +192,8 @@ class Int8Rows {
 
   __device__ void stage(Shared& shared) {
     const int bytes = p_.x.columns * static_cast<int>(sizeof(T)), chunks = (bytes + 15) / 16;
-    char* memory = shared.template take<char>((p_.x.rows < kInt8Rows ? p_.x.rows : kInt8Rows) * p_.staged_bytes);
+    char* memory =
+        shared.template take<char>((p_.x.rows < p_.rows_of_block ? p_.x.rows : p_.rows_of_block) * p_.staged_bytes);
     for (int i = static_cast<int>(threadIdx.x); i < present_ * chunks; i += kInt8Threads) {
       const int m = i / chunks, at = i % chunks * 16;
       char* to = memory + m * p_.staged_bytes + at;
@@ -425,7 +427,8 @@ __device__ inline void prefetch_factor(const Int8RowsParams& p, int block, int b
   prefetch(p.a.data, bytes, block * kInt8Threads + static_cast<int>(threadIdx.x), blocks * kInt8Threads);
 }
 
-// Grid (rows / 16). Two blocks on a multiprocessor leave 128 registers, a few too few for fp32 and many ranks.
+// Grid (rows / rows_of_block). Two blocks on a multiprocessor leave 128 registers, a few too few for fp32 and many
+// ranks.
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kInt8Threads, sizeof(T) == 4 && kTiles > 2 ? 1 : 2)
     int8_rows(const Int8RowsParams p) {
@@ -434,7 +437,7 @@ __global__ void __launch_bounds__(kInt8Threads, sizeof(T) == 4 && kTiles > 2 ? 1
     prefetch_factor<T>(p, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
     wait_for_kernel_before();
     Shared shared;
-    const int first = static_cast<int>(blockIdx.x) * kInt8Rows;
+    const int first = static_cast<int>(blockIdx.x) * p.rows_of_block;
     Int8Rows<T, kTiles> rows(p, shared, first, 0, p.x.columns);
     T* t = static_cast<T*>(p.t) + first * p.t_stride;
     rows.run(p.q + first * p.q_stride, p.scales + first,

@@ -50,12 +50,16 @@ constexpr Int8Staged int8_staged(int64_t rows, int64_t in_features, int64_t size
 // Of few_rows: the parts of the warps.
 constexpr int64_t int8_part_bytes(int tiles) { return kInt8Warps * 16 * tiles * kInt8FewColumns * 4; }
 
-// Of few_rows where every block makes q, scales and t for itself, without what is staged. The blocks of a cluster,
-// which share out depth, send each other their sums and parts of t.
+// What the blocks of a cluster, which share out depth, send each other: sums, and parts of t if each has a part of it.
+constexpr int64_t int8_exchanged_bytes(int64_t rows, int64_t t_stride, int cluster) {
+  return cluster > 1 ? 16 + rows * (kInt8FewColumns + (cluster + 1) * t_stride) * 4 : 0;
+}
+
+// Of few_rows where every block makes q, scales and t for itself, without what is staged.
 constexpr int64_t int8_fused_bytes(int64_t rows, int64_t in_features, int64_t t_stride, int64_t size, int cluster) {
-  const int64_t exchanged = cluster > 1 ? 16 + rows * (kInt8FewColumns + (cluster + 1) * t_stride) * 4 : 0;
   return rows * kInt8Warps * kInt8FewColumns * 4 + rows * int8_shared_row(round_up(in_features, kInt8Step)) +
-         kInt8Rows * 4 + round_up(rows * t_stride * size, 16) + int8_rows_bytes(2) + exchanged;
+         kInt8Rows * 4 + round_up(rows * t_stride * size, 16) + int8_rows_bytes(2) +
+         int8_exchanged_bytes(rows, t_stride, cluster);
 }
 
 }  // namespace lora_kernels::cuda

@@ -53,7 +53,7 @@ struct Int8FewRowsParams {
   Int8Epilogue epilogue;
   int splits = 1;
   int32_t* sums = nullptr;  // [splits, M, N] if there are several
-  int cluster = 1;          // kFused: blocks that share out depth
+  int cluster = 1;          // blocks that share out depth, if splits is 1
   bool staged_w = false;    // kFused: a block's part of w fits into its shared memory
 };
 
@@ -92,9 +92,9 @@ __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
     Shared shared;
     const int lane = lane_of_warp(), g = lane / 4, t = lane % 4, rows = p.rows.x.rows;
     // The block's part of depth, among those of a cluster or of a split, in which each warp has one.
-    const int parts = kFused ? p.cluster : p.splits;
-    const int of_parts = kFused ? static_cast<int>(blockIdx.x) % parts : static_cast<int>(blockIdx.y);
-    const int column = static_cast<int>(blockIdx.x) / (kFused ? parts : 1) * kInt8FewColumns;
+    const int parts = p.cluster > 1 ? p.cluster : p.splits;
+    const int of_parts = p.cluster > 1 ? static_cast<int>(blockIdx.x) % p.cluster : static_cast<int>(blockIdx.y);
+    const int column = static_cast<int>(blockIdx.x) / p.cluster * kInt8FewColumns;
     const int64_t steps = (p.rows.x.columns + kInt8Step - 1) / kInt8Step;
     const int begin = static_cast<int>(steps * of_parts / parts),
               end = static_cast<int>(steps * (of_parts + 1) / parts);
@@ -108,8 +108,8 @@ __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
     if constexpr (kFused) prefetch_factor<T>(p.rows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
     const int kept = kFused ? rows : 16 * kTiles;
     int32_t* sums = shared.take<int32_t>(kInt8Warps * kept * kInt8FewColumns);
-    const int t_stride = p.branch.routing.adapters ? static_cast<int>(p.branch.t_stride) : 0;
-    Int8Exchange exchange(shared, kFused ? parts : 1, rows, t_stride);
+    const int t_stride = kFused && p.branch.routing.adapters ? static_cast<int>(p.branch.t_stride) : 0;
+    Int8Exchange exchange(shared, p.cluster, rows, t_stride);
     wait_for_kernel_before();
 
     // Plain loads: those of the read-only path a compiler moves over the wait, as what nothing ever writes. In shared
@@ -148,7 +148,7 @@ __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
         staged_w = memory;
       }
       own.run(own_q, own_scales, [&](int m, int r, float sum, float scale) {
-        if (parts > 1)
+        if (p.cluster > 1)
           exchange.own_t()[m * t_stride + r] = sum;
         else
           own_t[m * t_stride + r] = from_float<T>(sum * scale);
@@ -195,18 +195,20 @@ __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
       for (int w = 0; w < kInt8Warps; ++w) sum += sums[(w * kept + m) * kInt8FewColumns + n];
       return sum;
     };
-    if (!kFused || parts == 1) {
+    if (p.cluster == 1) {
       int8_finish<T>(p, branch, scales, column, kInt8FewColumns, of_warps);
       return;
     }
     exchange.run(of_warps);
-    T* own_t = static_cast<T*>(const_cast<void*>(branch.t));
-    for (int i = static_cast<int>(threadIdx.x); i < rows * t_stride; i += kInt8Threads) {
-      const int adapter = branch.routing.adapter_of(i / t_stride);
-      if (adapter >= 0) own_t[i] = from_float<T>(exchange.t(i) * branch.routing.scale(adapter));
+    if constexpr (kFused) {
+      T* own_t = static_cast<T*>(const_cast<void*>(branch.t));
+      for (int i = static_cast<int>(threadIdx.x); i < rows * t_stride; i += kInt8Threads) {
+        const int adapter = branch.routing.adapter_of(i / t_stride);
+        if (adapter >= 0) own_t[i] = from_float<T>(exchange.t(i) * branch.routing.scale(adapter));
+      }
+      __syncthreads();
     }
-    __syncthreads();
-    const int channels = kInt8FewColumns / parts;
+    const int channels = kInt8FewColumns / p.cluster;
     int8_finish<T>(p, branch, scales, column + of_parts * channels, channels,
                    [&](int m, int n) { return exchange.sum(m, n); });
   }

@@ -58,6 +58,7 @@ Status plan_of(const Call* c, Int8LoraLinearPlan* chosen) {
     plan.cuda.wgmma_columns = c->large_tiles > 1 ? static_cast<int>(c->large_tiles) : 0;
     plan.cuda.splits = static_cast<int>(c->splits);
     plan.cuda.cluster = static_cast<int>(c->cluster);
+    if (c->staged < 2) plan.cuda.rows_of_block = cuda::kInt8Rows;  // and else as many as the heuristic takes
     if (plan.cuda.path == CudaInt8LoraLinearPath::kFused) {
       const cuda::Int8Staged staged =
           cuda::fused_staged(p, plan.cuda.cluster, static_cast<cuda::Int8Staging>(c->staged));

@@ -11,7 +11,7 @@ from emulated import ACTIVATIONS, DTYPES, ORDERS, EmulationError, _pointer, _run
 
 __all__ = ["EmulatedInt8", "EmulationError"]
 
-PATHS = {"tiled": 0, "few_rows": 1, "fused": 2}
+PATHS = {"tiled": 0, "few_rows": 1, "clustered": 1, "fused": 2}
 
 _INTEGERS = """rows in_features out_features dtype bias_dtype norm_dtype activation has_bias
 has_residual has_norm static_scale top_k log_sum adapters total_rank max_rank groups lora_dtype arch
@@ -35,9 +35,9 @@ class Call(ctypes.Structure):
 class EmulatedInt8:
     """The kernels in one order of threads; ``path=None``: the plan that the heuristic takes.
 
-    ``large`` 128 or 256: tiles by wgmma, so wide. ``splits``: of K among blocks, which are a
-    cluster where each makes its rows. ``staged`` in shared memory: nothing (0), what rows are made
-    of (1), or w too (2). ``max_rank`` 0: the largest rank of the bank.
+    ``large`` 128 or 256: tiles by wgmma, so wide. ``splits``: of K among blocks; on ``clustered``
+    (``few_rows``) and ``fused`` those of a cluster. ``staged`` in shared memory: nothing (0), what
+    rows are made of (1), or all that fits (2). ``max_rank`` 0: the largest rank of the bank.
 
     After a call ``q`` and ``row_scales`` are the quantized rows and their scales, where the path
     keeps them in memory, and ``plan`` says what ran.
@@ -66,7 +66,8 @@ class EmulatedInt8:
         call.arch, call.shared_bytes = self.arch, self.shared_bytes
         call.path = PATHS[self.path] if self.path else -1
         call.large_tiles, call.staged = self.large, self.staged
-        call.splits, call.cluster = (1, self.splits) if self.path == "fused" else (self.splits, 1)
+        clusters = self.path in ("clustered", "fused")
+        call.splits, call.cluster = (1, self.splits) if clusters else (self.splits, 1)
         call.x, call.packed = x.data_ptr(), packed.data_ptr()
         if bias is not None:
             call.has_bias, call.bias, call.bias_dtype = 1, bias.data_ptr(), DTYPES[bias.dtype]

@@ -33,7 +33,7 @@ SHAPES = [
 ]
 # By wgmma: both sides of a tile, and more steps of depth than it has places for them.
 WGMMA_SHAPES = [(1, 1, 1), (33, 40, 16), (129, 257, 191), (130, 1030, 264), (140, 516, 400)]
-# path, large tiles (128, 256: by wgmma), splits of K (fused: blocks of a cluster), most rows
+# path, large tiles (128, 256: by wgmma), splits of K (clustered, fused: blocks of a cluster), most rows
 PLANS = [
     ("tiled", False, 1, 1 << 20),
     ("tiled", True, 1, 1 << 20),
@@ -41,6 +41,7 @@ PLANS = [
     ("tiled", 256, 1, 1 << 20),
     ("few_rows", False, 1, 32),
     ("few_rows", False, 3, 32),
+    ("clustered", False, 4, 32),
     ("fused", False, 1, 16),
     ("fused", False, 2, 16),
     ("fused", False, 8, 16),

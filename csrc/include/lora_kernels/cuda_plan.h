@@ -62,7 +62,8 @@ struct CudaInt8LoraLinearPlan {
   // may start before the one before it has, whichever operator that is of; so may the choice among outputs.
   bool early_start = false;
   bool convert_a = false;   // A is of another type than x: a kernel converts it first
-  int cluster = 1;          // kFused: blocks that share out K; integer parts go from one to the other
+  int cluster = 1;          // kFewRows, kFused: blocks that share out K; integer parts go from one to the other
+  int rows_of_block = 16;   // kTiled, kFewRows: that the kernel before quantizes in a block
   // Of shared memory while rows are quantized: for each row of x, and of the first ranks of an A of few rows; 0: they
   // are read from L2.
   int staged_bytes = 0, staged_a_bytes = 0;
