@@ -22,7 +22,8 @@ std::string what_threads_do(const Block& block) {
   for (int i = 0, shown = 0; i < block.threads && shown < 8; ++i) {
     const Fiber &f = block.fibers[i], &before = block.fibers[i ? i - 1 : 0];
     if (i && f.state == before.state && f.call.line == before.call.line) continue;
-    text += "\n  from thread " + std::to_string(i) + (&block == here ? " on: " : " of the other block on: ");
+    text += "\n  from thread " + std::to_string(i) +
+            (&block == here ? " on: " : " of block " + std::to_string(block.rank) + " of the cluster on: ");
     if (f.state == State::kDone)
       text += "exited";
     else if (f.state == State::kReady)
