@@ -7,6 +7,7 @@
 #include "cuda/primitives/copy.h"
 #include "cuda/primitives/launch.h"
 #include "cuda/primitives/tma.h"
+#include "cuda/primitives/wgmma.h"
 #include "emulation_orders.h"
 
 using namespace lora_kernels;
@@ -26,6 +27,8 @@ enum class Fault {
   kMisaligned,
   kLeavesEarly,
   kSharesBox,
+  kBoxOver,
+  kBoxOverFenced,  // which is none
 };
 
 constexpr unsigned kThreads = 64, kPart = kThreads * 4;  // words
@@ -45,11 +48,12 @@ template <Fault kFault, unsigned kBlocks>
 __global__ void parts(const Params p) {
   Shared shared;
   uint32_t* parts = shared.take<uint32_t>(kBlocks * kPart);
-  uint64_t* landed = shared.take<uint64_t>(1);
+  uint64_t *landed = shared.take<uint64_t>(1), *box = shared.take<uint64_t>(1);
   const unsigned rank = rank_in_cluster(kBlocks), t = threadIdx.x, first = blockIdx.x - rank;
   const bool odd_one = rank == 1 && t == 5;
   if (t == 0 && !(kFault == Fault::kNothingMade && rank == 2)) {
     init_arrivals(landed);
+    init_arrivals(box);
     fence_arrivals();
     expect_bytes(landed, static_cast<int>(kBlocks) * kPartBytes);
   }
@@ -74,6 +78,15 @@ __global__ void parts(const Params p) {
     for (unsigned i = 0; i < 4; ++i) sums[i] += read_shared(parts + from * kPart + other * 4 + i);
   for (unsigned i = 0; i < 4; ++i) p.out[blockIdx.x * kPart + other * 4 + i] = sums[i];
   if (kFault == Fault::kNoBarrierBefore) wait_for_cluster();
+  if (kFault == Fault::kBoxOver || kFault == Fault::kBoxOverFenced) {
+    if (kFault == Fault::kBoxOverFenced) fence_proxy();
+    __syncthreads();
+    if (t == 0) {
+      expect_bytes(box, kPartBytes);
+      load_box(parts, p.map, 0, 0, box);
+    }
+    wait_for_phase(box, 0);
+  }
 }
 
 // How many sums of the blocks of two clusters are wrong.
@@ -83,7 +96,7 @@ Status add_up(int* wrong) {
   Buffer<uint16_t> matrix = Buffer<uint16_t>::aligned(8 * 64);
   Params p{{}, out.data()};
   check(make_tensor_map(&p.map, matrix.get(), false, 8, 64, 128, 8), "a map");
-  Launch l{"parts", dim3(2 * kBlocks, 1, 1), dim3(kThreads, 1, 1), kBlocks * kPartBytes + 16, nullptr};
+  Launch l{"parts", dim3(2 * kBlocks, 1, 1), dim3(kThreads, 1, 1), kBlocks * kPartBytes + 32, nullptr};
   l.cluster = kBlocks;
   const Status status = launch<&parts<kFault, kBlocks>>(l, p);
   *wrong = 0;
@@ -117,6 +130,8 @@ void test_send() {
   expect<Fault::kOutside>("parts for a block outside the cluster", "not of its cluster");
   expect<Fault::kMisaligned>("a misaligned place", "no multiple of 16");
   expect<Fault::kSharesBox>("a box for two blocks in a cluster of four", "a box for 2 blocks");
+  expect<Fault::kBoxOver>("a box over parts", "over what another block sent");
+  expect_in(kFiveOrders, "a box over parts, fenced", "", Caught::kNever, add_up<Fault::kBoxOverFenced>);
   // At their wait, they are still on their way; at once, they come too late.
   expect_in({{emulation::Order::kForward, 1}}, "a block that ends before parts have landed", "ends while boxes",
             Caught::kInEveryOrder, add_up<Fault::kLeavesEarly>);

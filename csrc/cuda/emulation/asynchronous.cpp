@@ -38,8 +38,8 @@ constexpr int kBoxWidth = 128;  // bytes
 
 std::string writer_of(const Memory& memory, uint32_t chunk) {
   const uint16_t writer = memory.writers[chunk];
-  return (writer == kAnotherBlock ? "another block sent" : "thread " + std::to_string(writer - 1) + " wrote") +
-         " and has not fenced for its proxy";
+  if (writer == kAnotherBlock) return "another block sent and no thread has fenced for its proxy";
+  return "thread " + std::to_string(writer - 1) + " wrote and has not fenced for its proxy";
 }
 
 // Puts them where they belong and returns how many bytes they are.
