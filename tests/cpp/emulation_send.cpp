@@ -17,6 +17,7 @@ namespace {
 
 enum class Fault {
   kNone,
+  kExpectedLate,  // which is none
   kNoWait,
   kNoBarrierBefore,
   kNothingMade,
@@ -55,7 +56,7 @@ __global__ void parts(const Params p) {
     init_arrivals(landed);
     init_arrivals(box);
     fence_arrivals();
-    expect_bytes(landed, static_cast<int>(kBlocks) * kPartBytes);
+    if (kFault != Fault::kExpectedLate) expect_bytes(landed, static_cast<int>(kBlocks) * kPartBytes);
   }
   arrive_in_cluster();
   if (kFault != Fault::kNoBarrierBefore) wait_for_cluster();
@@ -70,6 +71,7 @@ __global__ void parts(const Params p) {
     send16(kFault == Fault::kMisaligned && odd_one ? place + 1 : place, v, landed, block);
     if (kFault == Fault::kSendsMore && odd_one && to == 2) send16(place, v, landed, block);
   }
+  if (kFault == Fault::kExpectedLate && t == 0) expect_bytes(landed, static_cast<int>(kBlocks) * kPartBytes);
   if (kFault == Fault::kLeavesEarly && rank == 1) return;
   if (kFault != Fault::kNoWait) wait_for_phase(landed, 0);
   const unsigned other = t ^ 33;  // what other threads have sent, of another warp
@@ -120,6 +122,7 @@ void test_send() {
   expect_in(kFiveOrders, "parts of two blocks", "", Caught::kNever, add_up<Fault::kNone, 2>);
   expect_in(kFiveOrders, "parts of four blocks", "", Caught::kNever, add_up<Fault::kNone, 4>);
   expect_in(kFiveOrders, "parts of eight blocks", "", Caught::kNever, add_up<Fault::kNone, 8>);
+  expect_in(kFiveOrders, "parts that are expected late", "", Caught::kNever, add_up<Fault::kExpectedLate>);
   expect_in(kFiveOrders, "nine blocks", "in clusters of 9", Caught::kInEveryOrder, add_up<Fault::kNone, 9>);
   expect<Fault::kNoWait>("sums before the parts have come", "nothing has written");
   expect<Fault::kNoBarrierBefore>("parts for a block that has not begun", "nobody has made");

@@ -254,11 +254,13 @@ void expect_bytes(const void* barrier, int bytes) {
   Arrivals& a = arrivals_at(*running.memory, shared_offset(barrier));
   a.bytes += bytes;
   arrive(a);
+  if (running.cluster->count > 1) wake_cluster();  // all of them may have come before
 }
 
 void load_box(void* to, const Box& box, const void* barrier) {
   const Unwatched here;
   bring(pending(to, box, barrier), *running.memory);
+  if (running.cluster->count > 1) wake_cluster();
 }
 
 void wait_for_phase(const void* barrier, int parity) {
