@@ -230,6 +230,37 @@ Status run_shared_box(const Registers& p) {
   return launch<&shared_box>(l, b);
 }
 
+// Four blocks of a cluster, each lane of which sends each block four words, its own too; sums of what has come, each
+// sender's times a number of its own.
+__global__ void sends(const Registers p) {
+  constexpr unsigned kBlocks = 4;
+  Shared shared;
+  uint32_t* parts = shared.take<uint32_t>(kBlocks * 128);
+  uint64_t* landed = shared.take<uint64_t>(1);
+  const unsigned rank = rank_in_cluster(kBlocks), lane = threadIdx.x;
+  if (lane == 0) {
+    init_arrivals(landed);
+    fence_arrivals();
+    expect_bytes(landed, kBlocks * 512);
+  }
+  arrive_in_cluster();
+  wait_for_cluster();
+  for (unsigned block = 0; block < kBlocks; ++block)
+    send16(parts + rank * 128 + lane * 4, load16(p.in + (rank * 128 + (lane + 5 * block) % 32 * 4)), landed, block);
+  wait_for_phase(landed, 0);
+  uint32_t sums[4] = {};
+  for (unsigned from = 0; from < kBlocks; ++from)
+    for (unsigned i = 0; i < 4; ++i) sums[i] += parts[from * 128 + (lane ^ 1) * 4 + i] * (2 * from + 1);
+  p.out[rank * 64 + lane] = sums[0] + 3 * sums[1];
+  p.out[rank * 64 + 32 + lane] = sums[2] + 3 * sums[3];
+}
+
+Status run_sends(const Registers& p) {
+  Launch l{"sends", dim3(4, 1, 1), dim3(32, 1, 1), 2064, nullptr};
+  l.cluster = 4;
+  return launch<&sends>(l, p);
+}
+
 constexpr int kPrimitives = 12;
 
 template <int kWhich = 0>
@@ -247,6 +278,7 @@ Status run_one(int which, const Registers& p) {
     return launch<&integers>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kWgmmaInt8Columns * 128, nullptr}, p);
   if (which == kPrimitives + 10) return run_box<true>(p);
   if (which == kPrimitives + 11) return run_shared_box(p);
+  if (which == kPrimitives + 12) return run_sends(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

@@ -13,6 +13,7 @@ using namespace lora_kernels::cuda;
 
 void test_activations();  // emulation_activation.cpp
 void test_cluster();      // emulation_cluster.cpp
+void test_send();         // emulation_send.cpp
 void test_wgmma();        // emulation_wgmma.cpp
 void test_wgmma_int8();   // emulation_wgmma_int8.cpp
 
@@ -348,6 +349,7 @@ int main() {
   test_wgmma();
   test_wgmma_int8();
   test_cluster();
+  test_send();
   if (failures) std::printf("%d checks failed\n", failures);
   if (!failures) std::printf("all checks passed\n");
   return failures != 0;

@@ -43,6 +43,7 @@ PRIMITIVES = [
     "wgmma.s8",
     "tma of planes",
     "tma of a cluster",
+    "send16 in a cluster",
 ]
 # Sums in another order, and approximations of exp2 and the reciprocal; everything else is exact.
 ROUNDED = {"mma.f16", "mma.bf16", "mma.tf32", "mma.f16.k8", "activations"}
@@ -129,7 +130,7 @@ def test_device_and_emulation_agree(device: ctypes.CDLL, host: ctypes.CDLL, name
     which = PRIMITIVES.index(name)
     if name in ("mma.bf16", "mma.tf32", "mma.s8") and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("sm_80 has it, this device does not")
-    if name.startswith("tma") and torch.cuda.get_device_capability() < (9, 0):
+    if name.startswith(("tma", "send16")) and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("sm_90 has it, this device does not")
     if name.startswith("wgmma") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("sm_90 has it, this device does not")

@@ -36,20 +36,17 @@ void land(const PendingCopy& c) {
 
 constexpr int kBoxWidth = 128;  // bytes
 
-void land_sent(const PendingBox& p, Memory& memory) {
-  memory.writers[p.to / 16] = 0;
-  memcpy(memory.shared + p.to, p.words, sizeof p.words);
-  Arrivals& a = memory.arrivals[p.barrier];
-  a.bytes -= static_cast<int64_t>(sizeof p.words);
-  a.look();
+std::string writer_of(const Memory& memory, uint32_t chunk) {
+  const uint16_t writer = memory.writers[chunk];
+  if (writer == kAnotherBlock) return "another block sent and no thread has fenced for its proxy";
+  return "thread " + std::to_string(writer - 1) + " wrote and has not fenced for its proxy";
 }
 
-void land(const PendingBox& p, Memory& memory) {
-  if (p.sent) return land_sent(p, memory);
-  const Box& box = p.box;
+// Puts them where they belong and returns how many bytes they are.
+int put(const Box& box, uint32_t to, Memory& memory) {
   for (int r = 0; r < box.box_planes * box.box_rows; ++r)
     for (int chunk = 0; chunk < kBoxWidth / 16; ++chunk) {
-      uint32_t at = p.to + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
+      uint32_t at = to + static_cast<uint32_t>(r * kBoxWidth + chunk * 16);
       at ^= (at >> 7 & 7) << 4;
       const int64_t plane = box.plane + r / box.box_rows, row = box.row + r % box.box_rows;
       const int64_t column = box.column + chunk * 16;
@@ -59,12 +56,23 @@ void land(const PendingBox& p, Memory& memory) {
       if (inside)
         memcpy(memory.shared + at, box.data + plane * box.plane_stride + row * box.stride + column,
                static_cast<size_t>(inside));
-      if (memory.writers[at / 16])
-        refuse("a box over what thread " + std::to_string(memory.writers[at / 16] - 1) +
-               " wrote and has not fenced for its proxy");
+      if (memory.writers[at / 16]) refuse("a box over what " + writer_of(memory, at / 16));
     }
+  return box.box_planes * box.box_rows * kBoxWidth;
+}
+
+// As a store of the generic proxy, which a thread that has waited may fence in the sender's place.
+int put(const Sent& sent, uint32_t to, Memory& memory) {
+  memcpy(memory.shared + to, sent.words, sizeof sent.words);
+  memory.writers[to / 16] = kAnotherBlock;
+  memory.sent.push_back(to / 16);
+  return sizeof sent.words;
+}
+
+void land(const PendingBytes& p, Memory& memory) {
+  const int bytes = std::visit([&](const auto& what) { return put(what, p.to, memory); }, p.what);
   Arrivals& a = memory.arrivals[p.barrier];
-  a.bytes -= box.box_planes * box.box_rows * kBoxWidth;
+  a.bytes -= bytes;
   a.look();
 }
 
@@ -121,24 +129,19 @@ Arrivals& arrivals_at(Memory& memory, uint32_t place) {
   return found->second;
 }
 
-void load_box(const PendingBox& p, Memory& memory) {
+void bring(const PendingBytes& p, Memory& memory) {
   arrivals_at(memory, p.barrier);
   if (at_once())
     land(p, memory);
   else
-    memory.boxes.push_back(p);
+    memory.coming.push_back(p);
 }
 
-PendingBox pending(void* to, const Box& box, const void* barrier) {
-  const PendingBox p{shared_offset(to), box, shared_offset(barrier), false, {}};
+PendingBytes pending(void* to, const Box& box, const void* barrier) {
+  const PendingBytes p{shared_offset(to), box, shared_offset(barrier)};
   if (p.to % 128) refuse("a box to an address that is no multiple of 128");
   ++boxes;
   return p;
-}
-
-Memory& of_cluster(int block, const char* what) {
-  if (block < 0 || block >= running.cluster->count) refuse(std::string(what) + " a block that is not of its cluster");
-  return *running.cluster->blocks[block];
 }
 
 void arrive(Arrivals& a) {
@@ -184,14 +187,14 @@ void fence_proxy() {
   for (uint32_t i : running.started->unfenced)
     if (running.memory->writers[i] == running.thread + 1) running.memory->writers[i] = 0;
   running.started->unfenced.clear();
+  for (uint32_t i : running.memory->sent)
+    if (running.memory->writers[i] == kAnotherBlock) running.memory->writers[i] = 0;
+  running.memory->sent.clear();
 }
 
 void expect_visible(const void* chunk) {
-  const int writer =
-      running.memory->writers[static_cast<size_t>(static_cast<const char*>(chunk) - running.memory->shared) / 16];
-  if (writer)
-    refuse("wgmma reads shared memory that thread " + std::to_string(writer - 1) +
-           " wrote and has not fenced for its proxy");
+  const auto i = static_cast<uint32_t>((static_cast<const char*>(chunk) - running.memory->shared) / 16);
+  if (running.memory->writers[i]) refuse("wgmma reads shared memory that " + writer_of(*running.memory, i));
 }
 
 uint32_t shared_offset(const void* p) {
@@ -251,11 +254,13 @@ void expect_bytes(const void* barrier, int bytes) {
   Arrivals& a = arrivals_at(*running.memory, shared_offset(barrier));
   a.bytes += bytes;
   arrive(a);
+  if (running.cluster->count > 1) wake_cluster();  // all of them may have come before
 }
 
 void load_box(void* to, const Box& box, const void* barrier) {
   const Unwatched here;
-  load_box(pending(to, box, barrier), *running.memory);
+  bring(pending(to, box, barrier), *running.memory);
+  if (running.cluster->count > 1) wake_cluster();
 }
 
 void wait_for_phase(const void* barrier, int parity) {
@@ -264,13 +269,13 @@ void wait_for_phase(const void* barrier, int parity) {
   Memory& memory = *running.memory;
   Arrivals& a = arrivals_at(memory, place);
   while (true) {
-    for (size_t i = 0; i < memory.boxes.size() && (a.phase & 1) == parity;) {
-      if (memory.boxes[i].barrier != place) {
+    for (size_t i = 0; i < memory.coming.size() && (a.phase & 1) == parity;) {
+      if (memory.coming[i].barrier != place) {
         ++i;
         continue;
       }
-      const PendingBox p = memory.boxes[i];
-      memory.boxes.erase(memory.boxes.begin() + static_cast<ptrdiff_t>(i));
+      const PendingBytes p = memory.coming[i];
+      memory.coming.erase(memory.coming.begin() + static_cast<ptrdiff_t>(i));
       land(p, memory);
     }
     if ((a.phase & 1) != parity) return;
@@ -279,23 +284,28 @@ void wait_for_phase(const void* barrier, int parity) {
   }
 }
 
-void share_box(void* to, const Box& box, const void* barrier) {
+void share_box(void* to, const Box& box, const void* barrier, int blocks) {
   const Unwatched here;
-  const PendingBox p = pending(to, box, barrier);
-  for (int i = 0; i < running.cluster->count; ++i) load_box(p, *running.cluster->blocks[i]);
+  if (running.cluster->count != blocks) refuse("a box for " + std::to_string(blocks) + " blocks in another cluster");
+  const PendingBytes p = pending(to, box, barrier);
+  for (int i = 0; i < running.cluster->count; ++i) bring(p, *running.cluster->blocks[i]);
+  wake_cluster();
+}
+
+void send16(void* to, const uint32_t (&words)[4], const void* barrier, int block) {
+  const Unwatched here;
+  if (block < 0 || block >= running.cluster->count) refuse("sends to a block that is not of its cluster");
+  Memory& memory = *running.cluster->blocks[block];
+  if (memory.gone) refuse("sends to a block that has ended");
+  const PendingBytes p{shared_offset(to), Sent{{words[0], words[1], words[2], words[3]}}, shared_offset(barrier)};
+  if (p.to % 16) refuse("sends to an address that is no multiple of 16");
+  bring(p, memory);
   wake_cluster();
 }
 
 void arrive(const void* barrier, int block) {
-  arrive(arrivals_at(of_cluster(block, "arrives in"), shared_offset(barrier)));
-  wake_cluster();
-}
-
-void send(void* to, const uint32_t (&words)[4], const void* barrier, int block) {
-  const Unwatched here;
-  PendingBox p{shared_offset(to), {}, shared_offset(barrier), true, {words[0], words[1], words[2], words[3]}};
-  if (p.to % 16) refuse("sends sixteen bytes to a misaligned address");
-  load_box(p, of_cluster(block, "sends to"));
+  if (block < 0 || block >= running.cluster->count) refuse("arrives in a block that is not of its cluster");
+  arrive(arrivals_at(*running.cluster->blocks[block], shared_offset(barrier)));
   wake_cluster();
 }
 
@@ -317,7 +327,10 @@ void wait_for_cluster() {
 }
 
 void end_block() {
-  if (!running.memory->boxes.empty()) refuse("ends while boxes are on their way to its shared memory");
+  if (!running.memory->coming.empty())
+    refuse("ends while boxes, or bytes of another block, are on their way to its shared memory");
+  for (const auto& [place, a] : running.memory->arrivals)
+    if (a.bytes < 0) refuse("ends with more bytes in its shared memory than its barriers expected");
   running.memory->gone = true;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <variant>
 #include <vector>
 
 #include "cuda/emulation/emulation.h"
@@ -52,13 +53,15 @@ struct Arrivals {  // of one phase at a time: so many arrivals, and bytes that a
     arrived = 0;
   }
 };
-struct PendingBox {
-  uint32_t to;  // by its place in shared memory, as the barrier
-  Box box;
-  uint32_t barrier;
-  bool sent;  // by a thread of the cluster: sixteen bytes in the place of a box
+struct Sent {
   uint32_t words[4];
 };
+struct PendingBytes {
+  uint32_t to;  // by its place in shared memory, as the barrier
+  std::variant<Box, Sent> what;
+  uint32_t barrier;
+};
+constexpr uint16_t kAnotherBlock = 0xFFFF;  // in the place of a thread's index + 1
 // A block's shared memory, and what all its threads share of what is under way there.
 struct Memory {
   char* shared = nullptr;
@@ -66,12 +69,14 @@ struct Memory {
   bool gone = false;                      // with its block, which has ended
   std::vector<uint16_t> writers;          // of each chunk: a thread's index + 1, until it has fenced what it wrote
   std::map<uint32_t, Arrivals> arrivals;  // by their place in shared memory
-  std::vector<PendingBox> boxes;
+  std::vector<PendingBytes> coming;
+  std::vector<uint32_t> sent;  // chunks that came from blocks, until a thread has fenced
 
   void begin() {
     gone = false;
     arrivals.clear();
-    boxes.clear();
+    coming.clear();
+    sent.clear();
     writers.assign(capacity / 16, 0);
   }
 };

@@ -109,11 +109,11 @@ void init_arrivals(const void* barrier, int count);
 void expect_bytes(const void* barrier, int bytes);
 void load_box(void* to, const Box& box, const void* barrier);
 void wait_for_phase(const void* barrier, int parity);
-// To the same places of all blocks of the cluster, each of which its own barrier tells.
-void share_box(void* to, const Box& box, const void* barrier);
+// To the same places of all blocks of the cluster, so many, each of which its own barrier tells.
+void share_box(void* to, const Box& box, const void* barrier, int blocks);
+// To the same place of one of them. The bytes land as boxes do.
+void send16(void* to, const uint32_t (&words)[4], const void* barrier, int block);
 void arrive(const void* barrier, int block);  // at the barrier in the same place of a block of the cluster
-// Sixteen bytes to the place of `to` in a block of the cluster, whose barrier counts them; they land as boxes do.
-void send(void* to, const uint32_t (&words)[4], const void* barrier, int block);
 void arrive_in_cluster();
 void wait_for_cluster();  // until every thread of every block has arrived
 

@@ -152,7 +152,7 @@ __device__ inline void load_box(void* to, const TensorMap& map, int row, int col
   memcpy(&box, map.opaque, sizeof box);
   box.row = row;
   box.column = column * 2;
-  kShared ? emulation::share_box(to, box, barrier) : emulation::load_box(to, box, barrier);
+  kShared ? emulation::share_box(to, box, barrier, kClusterBlocks) : emulation::load_box(to, box, barrier);
 #else
   if constexpr (kArch >= 90 && kShared)
     asm volatile(
@@ -177,7 +177,7 @@ __device__ inline void load_planes(void* to, const TensorMap& map, int plane, in
   box.plane = plane;
   box.row = row;
   box.column = column;
-  kShared ? emulation::share_box(to, box, barrier) : emulation::load_box(to, box, barrier);
+  kShared ? emulation::share_box(to, box, barrier, kClusterBlocks) : emulation::load_box(to, box, barrier);
 #else
   if constexpr (kArch >= 90 && kShared)
     asm volatile(
