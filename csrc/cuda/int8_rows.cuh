@@ -18,42 +18,11 @@
 // Not measured: no GPU has run this.
 #pragma once
 
-#include "cuda/int8_shapes.h"
+#include "cuda/int8_source.cuh"
 #include "cuda/primitives/launch.h"
 #include "cuda/skinny.cuh"
 
 namespace lora_kernels::cuda {
-
-struct Int8RowsParams {
-  Matrix x;                           // [M, K]
-  const void* norm_weight = nullptr;  // [K], or null: no LayerNorm
-  const void* norm_bias = nullptr;    // [K]
-  DType norm_type = DType::kFloat32;
-  float norm_eps = 0;
-  // Static scale: [1] on the device, where one that is no positive finite number gives NaN rows, or a value over 0.
-  const float* x_scale = nullptr;
-  float host_x_scale = 0;
-  int8_t* q = nullptr;      // [M, q_stride]
-  int64_t q_stride = 0;     // a multiple of 16, at least K64
-  float* scales = nullptr;  // [M]
-  Matrix a;                 // [R, K]
-  Routing routing;
-  void* t = nullptr;  // [M, t_stride]
-  int64_t t_stride = 0;
-  bool precise = true;            // fp32 in three tf32 products
-  int rows_of_block = kInt8Rows;  // at most; fewer where that busies more multiprocessors
-  // Of shared memory, for a row of x and for one of A of the part of depth; 0: they are read from L2 where they are
-  // wanted, x in every pass. With x the norm's weight and bias come there too.
-  int staged_bytes = 0, staged_a_bytes = 0;
-};
-
-template <class T>
-__device__ inline T element_of(const Vector& v, int j) {
-  if constexpr (sizeof(T) == 4)
-    return from_bits<T>(v.v[j]);
-  else
-    return from_bits<T>(v.v[j / 2] >> 16 * (j % 2));
-}
 
 // Up to sixteen rows from `first` on. kTiles: ranks of one pass over depth, in eights.
 template <class T, int kTiles>
@@ -68,6 +37,7 @@ class Int8Rows {
   // is made, multiples of kInt8Step. All that is not made in between is asked for at once.
   __device__ Int8Rows(const Int8RowsParams& p, Shared& shared, int first, int from, int to)
       : p_(p),
+        source_(p, first),
         routing_(p.routing),
         first_(first),
         from_(from),
@@ -76,18 +46,12 @@ class Int8Rows {
         lane_(lane_of_warp()) {
     moments_ = shared.template take<float>(3 * kInt8Warps);
     most_ = shared.template take<int>(kInt8Warps);
-    norms_ = shared.template take<Norm>(kInt8Rows);
+    norms_ = shared.template take<Int8Norm>(kInt8Rows);
     parts_ = shared.template take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
     words_ = shared.template take<int>(Adapters::kWords);
     offsets_ = shared.template take<int>(kInt8MostOffsets + 1);
-    rows_ = static_cast<const char*>(p.x.data) + int64_t{first} * p.x.stride * sizeof(T);
-    stride_ = p.x.stride * static_cast<int64_t>(sizeof(T));
     present_ = p.x.rows - first < p.rows_of_block ? p.x.rows - first : p.rows_of_block;
-    aligned_ = p.x.aligned;
-    norm_weight_ = static_cast<const char*>(p.norm_weight);
-    norm_bias_ = static_cast<const char*>(p.norm_bias);
-    norm_aligned_ = (reinterpret_cast<uintptr_t>(norm_weight_) | reinterpret_cast<uintptr_t>(norm_bias_)) % 16 == 0;
-    if (p.staged_bytes) stage(shared);
+    if (p.staged_bytes) source_.stage(shared, present_);
     commit_copies();
     if (p.staged_a_bytes) factor_ = shared.template take<char>(8 * kTiles * p.staged_a_bytes);
     // By other warps than that which looks up the adapters of rows, so that neither waits for the other.
@@ -125,9 +89,6 @@ class Int8Rows {
   }
 
  private:
-  struct Norm {
-    float mean, factor;
-  };
   // Of some values: how many, their mean, and the sum of the squares around it.
   struct Moments {
     float count, mean, squares;
@@ -136,84 +97,6 @@ class Int8Rows {
   __device__ static Moments merged(const Moments& a, const Moments& b) {
     const float count = a.count + b.count, part = count > 0 ? b.count / count : 0.0f, apart = b.mean - a.mean;
     return {count, a.mean + apart * part, a.squares + b.squares + apart * apart * a.count * part};
-  }
-
-  __device__ const T* row(int m) const { return reinterpret_cast<const T*>(rows_ + m * stride_); }
-
-  // Sixteen bytes of a row from element k on, k < K; zeros behind the row.
-  __device__ Vector chunk(int m, int k) const {
-    const int left = p_.x.columns - k;
-    const T* from = row(m) + k;
-    if (aligned_ && left >= kElements) return load16(from);
-    return gather16<T>(left < kElements ? left : kElements, [&](int j) { return from[j]; });
-  }
-
-  // As many elements of a norm's weight or bias; zeros behind it.
-  __device__ void norm_chunk(float (&out)[kElements], const char* of_norm, int k) const {
-    const int left = p_.x.columns - k;
-    if (norm_aligned_ && left >= kElements && p_.norm_type == DType::kFloat32) {
-#pragma unroll
-      for (int part = 0; part < kElements; part += 4) {
-        const Vector v = load16(of_norm + (k + part) * 4);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) out[part + j] = __uint_as_float(v.v[j]);
-      }
-    } else if (kElements == 8 && norm_aligned_ && left >= kElements) {
-      const Vector v = load16(of_norm + k * 2);
-      const bool half = p_.norm_type == DType::kFloat16;
-#pragma unroll
-      for (int j = 0; j < kElements; ++j)
-        out[j] = half ? to_float(element_of<__half>(v, j)) : to_float(element_of<__nv_bfloat16>(v, j));
-    } else {
-#pragma unroll
-      for (int j = 0; j < kElements; ++j) out[j] = j < left ? load_as_float(of_norm, k + j, p_.norm_type) : 0.0f;
-    }
-  }
-
-  // What the operator sees as x, sixteen bytes of its storage; zeros behind the row.
-  __device__ void values(float (&v)[kElements], int m, int k, const Norm& norm) const {
-    const Vector x = chunk(m, k);
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) v[j] = to_float(element_of<T>(x, j));
-    if (!p_.norm_weight) return;
-    float weight[kElements], bias[kElements];
-    norm_chunk(weight, norm_weight_, k);
-    norm_chunk(bias, norm_bias_, k);
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) v[j] = (v[j] - norm.mean) * norm.factor * weight[j] + bias[j];
-  }
-
-  // `bytes` from `from` on (aligned to 16) by threads of which this is `thread`.
-  __device__ static void copy(char* to, const char* from, int bytes, int thread, int threads) {
-#pragma unroll 1
-    for (int at = thread * 16; at < bytes; at += threads * 16)
-      copy16_async(to + at, from + at, bytes - at < 16 ? bytes - at : 16);
-  }
-
-  __device__ void stage(Shared& shared) {
-    const int bytes = p_.x.columns * static_cast<int>(sizeof(T)), chunks = (bytes + 15) / 16;
-    char* memory =
-        shared.template take<char>((p_.x.rows < p_.rows_of_block ? p_.x.rows : p_.rows_of_block) * p_.staged_bytes);
-    for (int i = static_cast<int>(threadIdx.x); i < present_ * chunks; i += kInt8Threads) {
-      const int m = i / chunks, at = i % chunks * 16;
-      char* to = memory + m * p_.staged_bytes + at;
-      if (aligned_)
-        copy16_async(to, rows_ + m * stride_ + at, bytes - at < 16 ? bytes - at : 16);
-      else
-        store16(to, chunk(m, at / static_cast<int>(sizeof(T))));
-    }
-    rows_ = memory;
-    stride_ = p_.staged_bytes;
-    aligned_ = true;
-    if (!p_.norm_weight || !norm_aligned_) return;
-    const int norm_bytes = p_.x.columns * (p_.norm_type == DType::kFloat32 ? 4 : 2);
-    const int norm_row = (norm_bytes + 15) / 16 * 16;
-    char* norm = shared.template take<char>(2 * norm_row);
-    const int half = static_cast<int>(threadIdx.x) / (kInt8Threads / 2);
-    copy(norm + half * norm_row, half ? norm_bias_ : norm_weight_, norm_bytes,
-         static_cast<int>(threadIdx.x) % (kInt8Threads / 2), kInt8Threads / 2);
-    norm_weight_ = norm;
-    norm_bias_ = norm + norm_row;
   }
 
   // The first 8 kTiles ranks of A of an adapter, as many as it has, and zeros.
@@ -263,10 +146,10 @@ class Int8Rows {
   }
 
   // LayerNorm's mean and factor of row m, the same for all lanes of the team.
-  __device__ Norm normalize(int m, int team) {
+  __device__ Int8Norm normalize(int m, int team) {
     const auto each_value = [&](const auto& body) {
       each(m, team, [&](int k) {
-        const Vector x = chunk(m, k);
+        const Vector x = source_.chunk(m, k);
 #pragma unroll
         for (int j = 0; j < kElements; ++j)
           if (k + j < p_.x.columns) body(to_float(element_of<T>(x, j)));
@@ -292,19 +175,19 @@ class Int8Rows {
     for (int w = begin + 1; w < begin + team; ++w) all = merged(all, {counts[w], means[w], squares[w]});
     if (team == 1) __syncwarp();  // read, before the next row's are written
     const float variance = all.squares / static_cast<float>(p_.x.columns);
-    const Norm norm = {all.mean, 1.0f / sqrtf((variance > 0 ? variance : 0.0f) + p_.norm_eps)};
+    const Int8Norm norm = {all.mean, 1.0f / sqrtf((variance > 0 ? variance : 0.0f) + p_.norm_eps)};
     if (m < present_ && lane_ == 0 && warp_ % team == 0) norms_[m] = norm;
     return norm;
   }
 
   // Row m by a team of warps; all warps call, also those whose row is not there.
   __device__ void quantize(int m, int team, int8_t* q, float* scales) {
-    const Norm norm = p_.norm_weight ? normalize(m, team) : Norm{0, 1};
+    const Int8Norm norm = p_.norm_weight ? normalize(m, team) : Int8Norm{0, 1};
     // Among the bits of magnitudes, infinities and NaNs are the largest, so they always win.
     int bits = 0;
     each(m, team, [&](int k) {
       float v[kElements];
-      values(v, m, k, norm);
+      source_.values(v, m, k, norm);
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
         const int b = __float_as_int(v[j]) & 0x7FFFFFFF;
@@ -323,32 +206,31 @@ class Int8Rows {
     if (!usable || !finite) inverse = 0;
     if (lane_ == 0 && warp_ % team == 0) scales[m] = scale;
     int8_t* to = q + m * p_.q_stride;
+    const int end = (to_ + kInt8Step - 1) / kInt8Step * kInt8Step;
 #pragma unroll 1
-    for (int k = from_ + (warp_ % team * 32 + lane_) * 16; k < (to_ + kInt8Step - 1) / kInt8Step * kInt8Step;
-         k += team * 32 * 16) {
-      Vector bytes = {{0, 0, 0, 0}};
+    for (int k = from_ + (warp_ % team * 32 + lane_) * kElements; k < end; k += team * 32 * kElements) {
+      uint32_t bytes[kElements / 4] = {};
+      float v[kElements] = {};
+      if (k < p_.x.columns) source_.values(v, m, k, norm);
 #pragma unroll
-      for (int part = 0; part < 16; part += kElements) {
-        if (k + part >= p_.x.columns) continue;
-        float v[kElements];
-        values(v, m, k + part, norm);
-#pragma unroll
-        for (int j = 0; j < kElements; ++j) {
-          const float product = v[j] * inverse;
-          const int rounded = inverse == 0 ? 0 : static_cast<int>(rintf(fminf(fmaxf(product, -127.0f), 127.0f)));
-          bytes.v[(part + j) / 4] |= static_cast<uint32_t>(rounded & 0xFF) << (part + j) % 4 * 8;
-        }
+      for (int j = 0; j < kElements; ++j) {
+        const float product = v[j] * inverse;
+        const int rounded = inverse == 0 ? 0 : static_cast<int>(rintf(fminf(fmaxf(product, -127.0f), 127.0f)));
+        bytes[j / 4] |= static_cast<uint32_t>(rounded & 0xFF) << j % 4 * 8;
       }
-      store16(to + k, bytes);
+      if constexpr (kElements == 8)
+        *reinterpret_cast<uint2*>(to + k) = make_uint2(bytes[0], bytes[1]);
+      else
+        *reinterpret_cast<uint32_t*>(to + k) = bytes[0];
     }
   }
 
   // What the LoRA branch sees of row m: x as it lies, or normalized and rounded to its type.
   __device__ Vector left_operand(int m, int k) const {
     if (m >= present_ || k >= p_.x.columns) return {{0, 0, 0, 0}};
-    if (!p_.norm_weight) return chunk(m, k);
+    if (!p_.norm_weight) return source_.chunk(m, k);
     float v[kElements];
-    values(v, m, k, norms_[m]);
+    source_.values(v, m, k, norms_[m]);
     return gather16<T>(kElements, [&](int j) { return from_float<T>(v[j]); });
   }
 
@@ -406,16 +288,14 @@ class Int8Rows {
   }
 
   const Int8RowsParams& p_;
+  Int8Source<T> source_;
   Routing routing_;
   const int first_, from_, to_, warp_, lane_;
   float *moments_, *parts_;
   int *most_, *words_, *offsets_;
-  Norm* norms_;
+  Int8Norm* norms_;
   char* factor_ = nullptr;
-  const char *rows_, *norm_weight_, *norm_bias_;
-  int64_t stride_;
   int present_;
-  bool aligned_, norm_aligned_;
 };
 
 // A of the only adapter to L2, by the threads of a block that is one of `blocks`; of several, which are wanted is not
