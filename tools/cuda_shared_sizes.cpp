@@ -19,12 +19,12 @@ void gemm_of(const char* name) {
   gemm_of<T, S, Product::kInputGradient>(#T ", " #S ", kInputGradient");   \
   gemm_of<T, S, Product::kMaskedGradient>(#T ", " #S ", kMaskedGradient"); \
   gemm_of<T, S, Product::kRowSums>(#T ", " #S ", kRowSums");
-#define SKINNY(T)                                                    \
-  std::printf("down<" #T ", 2>\t%zu\n", kDownSharedBytes<2>);        \
-  std::printf("down<" #T ", 4>\t%zu\n", kDownSharedBytes<4>);        \
-  std::printf("few_rows<" #T ", 1>\t%zu\n", kFewRowsSharedBytes<1>); \
-  std::printf("few_rows<" #T ", 2>\t%zu\n", kFewRowsSharedBytes<2>); \
-  std::printf("few_rows<" #T ", 4>\t%zu\n", kFewRowsSharedBytes<4>);
+#define SKINNY(T)                                                        \
+  std::printf("down<" #T ", 2>\t%zu\n", kDownSharedBytes<2>);            \
+  std::printf("down<" #T ", 4>\t%zu\n", kDownSharedBytes<4>);            \
+  std::printf("few_rows<" #T ", 1>\t%zu\n", few_rows_bytes<1>(true, 1)); \
+  std::printf("few_rows<" #T ", 2>\t%zu\n", few_rows_bytes<2>(true, 1)); \
+  std::printf("few_rows<" #T ", 4>\t%zu\n", few_rows_bytes<4>(true, 1));
 #define SIZE(name, bytes) std::printf(name "\t%zu\n", static_cast<size_t>(bytes));
 #define INT8(T)                                                                         \
   SIZE("dy_once<" #T ">", dy_once_bytes<T>(1, 16));                                     \

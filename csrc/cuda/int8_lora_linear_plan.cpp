@@ -15,11 +15,9 @@ namespace lora_kernels::cuda {
 namespace {
 
 // What few rows wait for besides bytes, in clocks: kL2Clocks each time that something is asked for when something else
-// is there; for each sum over the threads of a block (the largest of a row, a norm, t, y) two barriers, shuffles and
-// shared memory; and instructions, of which 128 lanes are issued per clock. A cluster hands sums on as far as L2 is
-// away.
-constexpr double kBlockSum = 250;
-// For each value of a row: its conversion, magnitude and quantization; and with a norm its sums and two normalizations.
+// is there; kBlockSum for the largest of a row, a norm, t and y; and instructions, of which 128 lanes are issued per
+// clock. A cluster hands sums on as far as L2 is away. For each value of a row: its conversion, magnitude and
+// quantization; and with a norm its sums and two normalizations.
 constexpr double kRowInstructions = 12, kNormInstructions = 16;
 struct Waits {
   double trips = 0, sums = 0, instructions = 0;

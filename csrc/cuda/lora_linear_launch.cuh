@@ -2,12 +2,12 @@
 #pragma once
 
 #include "cuda/dy_once.cuh"
+#include "cuda/few_rows.cuh"
 #include "cuda/gemm.cuh"
 #include "cuda/gemm_wgmma.cuh"
 #include "cuda/helpers.cuh"
 #include "cuda/lora_linear_kernels.h"
 #include "cuda/sequence.h"
-#include "cuda/skinny.cuh"
 
 namespace lora_kernels::cuda {
 namespace launching {
@@ -135,8 +135,10 @@ void dy_at_once(Sequence* s, const DyOnceParams& p, const CudaLoraLinearBackward
 
 template <class T, int kTiles>
 void few(Sequence* s, const FewRowsParams& p, bool early) {
-  s->run<&few_rows<T, kTiles>>("few_rows", dim3(tiles(p.w.rows, kSkinnyRows), static_cast<unsigned>(p.splits), 1),
-                               kSkinnyThreads, kFewRowsSharedBytes<kTiles>, p, early);
+  const unsigned cluster = static_cast<unsigned>(p.cluster);
+  const unsigned blocks = tiles(tiles(p.w.rows, kSkinnyRows), p.cluster) * cluster;
+  s->run<&few_rows<T, kTiles>>("few_rows", dim3(blocks, static_cast<unsigned>(p.splits), 1), kSkinnyThreads,
+                               few_rows_bytes<kTiles>(p.makes_t, p.cluster), p, early, false, cluster);
 }
 
 }  // namespace launching
@@ -201,6 +203,7 @@ Status LoraLinearKernels<T>::forward(const LoraLinearPlan& plan, const LoraLinea
     p.sums = w.sums;
     p.precise = precise;
     p.makes_t = lora && plan.cuda.t_in_blocks;
+    p.cluster = p.makes_t ? plan.cuda.cluster : 1;
     p.a = a;
     if (M <= 8)
       few<T, 1>(&s, p, early);

@@ -2,6 +2,7 @@
 // itself. Times are predicted from bytes and FLOPs, in microseconds; they order the paths, and nothing has measured
 // them.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <sstream>
 
@@ -12,13 +13,11 @@
 namespace lora_kernels::cuda {
 namespace {
 
-// What a second pass over depth in every block costs besides bytes.
-constexpr double kT = 0.3;
-
-constexpr int64_t kMostFewRows = 32;       // four products of eight columns for each fragment of W
-constexpr int64_t kMostInTileRank = 32;    // registers beside the base's sums (kInTileRank of gemm.cuh)
-constexpr int64_t kMostRankInBlocks = 16;  // rows of one product
-constexpr int64_t kMostRankBeside = 16;    // of t in half the registers (down_beside of skinny.cuh)
+constexpr double kStepBytes = 64, kStepsOfSplit = 8;  // of depth; every warp of a block has one
+constexpr int64_t kMostFewRows = 32;                  // four products of eight columns for each fragment of W
+constexpr int64_t kMostInTileRank = 32;               // registers beside the base's sums (kInTileRank of gemm.cuh)
+constexpr int64_t kMostRankInBlocks = 16;             // rows of one product
+constexpr int64_t kMostRankBeside = 16;               // of t in half the registers (down_beside of skinny.cuh)
 
 // FLOPs of one multiprocessor per clock, 16 bits into fp32, through mma.sync. On sm_90 that is about 60 % of what wgmma
 // reaches. Unknown ones are taken for the slowest: a path that needs less arithmetic then wins, and all work.
@@ -208,21 +207,40 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
     }
   }
   if (p.rows <= kMostFewRows && p.in_features > 0) {
-    double us = 0;
-    const int splits = few_rows_splits(machine, (p.out_features + 15) / 16, p.in_features * static_cast<int64_t>(size),
-                                       base_bytes, &us);
-    us += kLaunchUs;
-    // t in every block: A comes from L2 for each sixteen columns, beside W's own bytes.
+    // W, which every block asks for at once, from memory; and what comes to a multiprocessor, from memory or L2: W, x,
+    // and so many ranks of A.
+    const double blocks = std::ceil(N / 16);
+    const auto streams_us = [&](int splits, double ranks) {
+      const double depth = K * size / splits, all = blocks * splits;
+      const double asked = std::min(all, 2 * machine.multiprocessors) * 16 * depth;
+      const double memory_us = machine.memory_us(base_bytes) / std::min(1.0, asked / (machine.bytes * kLatencySeconds));
+      return std::max(memory_us, machine.l2_us(all, (16 + M + ranks) * depth, 2)) + (splits > 1 ? 2 : 1) * kLaunchUs;
+    };
+    double us = streams_us(1, 0);
+    int splits = 1;
+    for (const int parts : {2, 4, 8, 16}) {
+      if (K * size / kStepBytes < kStepsOfSplit * parts) break;
+      if (streams_us(parts, 0) < us) us = streams_us(parts, 0), splits = parts;
+    }
+    // t in every block, or in each of a cluster a part of it, while W comes from memory. What is left is a sum over the
+    // block.
     const bool one = lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 &&
                      !c.convert_a && !p.keeps_t;
-    const double in_blocks_us = machine.memory_us((N / 16 + 1) * total * K * size) / kL2 + kT;
-    const bool t_in_blocks = one && splits == 1 && in_blocks_us < down_us;
-    us += t_in_blocks ? in_blocks_us : down_us;
+    int cluster = 1;
+    double with_t = 0;
+    for (const int together : {1, 2, 4, 8}) {
+      if (!one || (together > 1 && !device.cuda.clusters)) break;
+      const double one_us = streams_us(1, total / together) + kBlockSum / machine.clock * 1e6;
+      if (with_t == 0 || one_us < kWorthwhile * with_t) with_t = one_us, cluster = together;
+    }
+    const bool t_in_blocks = with_t > 0 && with_t < us + down_us;
+    us = t_in_blocks ? with_t : us + down_us;
     if (us <= c.predicted_us) {
       c.path = CudaLoraLinearPath::kFewRows;
       c.large_tiles = false;
-      c.splits = splits;
+      c.splits = t_in_blocks ? 1 : splits;
       c.t_in_blocks = t_in_blocks;
+      c.cluster = t_in_blocks ? cluster : 1;
       c.predicted_us = us;
     }
   }
@@ -231,7 +249,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
     c.wgmma_columns = wgmma.columns;
     c.t_blocks = t_blocks;
     c.large_tiles = true;
-    c.splits = 1;
+    c.splits = c.cluster = 1;
     c.t_in_blocks = false;
     c.predicted_us = wgmma.us;
   }
@@ -322,6 +340,7 @@ std::string to_string(const CudaLoraLinearPlan& c) {
                                                      : "few_rows")
        << (c.wgmma_columns ? " wgmma" : "") << " tile=" << c.tile_rows << "x" << c.tile_columns
        << " splits=" << c.splits << (c.t_in_blocks ? " t_in_blocks" : "")
+       << (c.cluster > 1 ? " cluster=" + std::to_string(c.cluster) : "")
        << (c.t_blocks ? " t_blocks=" + std::to_string(c.t_blocks) : "") << (c.early_start ? " early_start" : "")
        << (c.convert_a ? " convert_a" : "");
   char predicted[32];

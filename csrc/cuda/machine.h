@@ -16,6 +16,8 @@ constexpr double kMemory = 0.85;
 constexpr double kWorthwhile = 0.97;
 // From a load to its data on a busy device: bandwidth times this must be in flight, or memory idles.
 constexpr double kLatencySeconds = 0.8e-6;
+// A sum over the threads of a block, in clocks: two barriers, shuffles and shared memory.
+constexpr double kBlockSum = 250;
 // How much faster than memory L2 is taken to be, and what one multiprocessor gets of it: bytes per clock, at best 64.
 constexpr double kL2 = 2.5, kL2BytesPerClock = 48;
 
@@ -82,27 +84,6 @@ TiledTime tiled(const Machine& machine, int64_t rows, int64_t columns, double by
 inline DeviceInfo without_wgmma(DeviceInfo device) {
   device.cuda.wgmma = false;
   return device;
-}
-
-// Into how many parts few rows split K, so many bytes of it: enough for memory to be busy, where that gains more than
-// the sum costs. `blocks`: of one part. (Those of int8_lora_linear ask for all of theirs ahead, and are split for what
-// one multiprocessor gets of L2.)
-inline int few_rows_splits(const Machine& machine, int64_t blocks, int64_t depth_bytes, double bytes, double* us) {
-  constexpr double kInFlight =
-      256 * 16 * 2 * 4;  // bytes of one block: threads, loads and how many of them, steps ahead
-  const double needed = machine.bytes * kLatencySeconds / kInFlight;
-  int best = 1;
-  *us = 0;
-  for (int splits : {1, 2, 4, 8, 16}) {
-    if (splits > 1 && depth_bytes / 64 < 8 * splits) break;  // every warp has a step
-    const double time = machine.memory_us(bytes) / std::min(1.0, static_cast<double>(blocks * splits) / needed) +
-                        (splits > 1 ? kLaunchUs : 0);
-    if (splits == 1 || time < *us) {
-      best = splits;
-      *us = time;
-    }
-  }
-  return best;
 }
 
 }  // namespace lora_kernels::cuda

@@ -1,18 +1,15 @@
 // Products with one short side, whose operands stream from memory straight into registers: t = s drop(x) At (also
-// u = s dy Bt of the backward pass), and y for up to 32 rows.
+// u = s dy Bt of the backward pass) here, and y for up to 32 rows in few_rows.cuh.
 //
 //   down      t [M, r]   16 rows of x against the rank rows of their adapters
-//   few_rows  y [M, N]   16 rows of W (columns of y) against up to 32 rows of x
-//   combine              sums of the parts into which few_rows was split, in order
 //
-// Bytes: down reads x once for up to 32 ranks (r / 32 times beyond, from L2) and r K of A for every 16 rows; few_rows
-// reads W once: N K * element size over the bandwidth is its time, x and A are small and come from L2.
+// Bytes: down reads x once for up to 32 ranks (r / 32 times beyond, from L2) and r K of A for every 16 rows.
 //
 // Sums over depth do not care for the order of k, so each lane takes the 16 bytes that lie together: four lanes read 64
 // bytes of a row in one access, and both operands are permuted alike (lane t's 16 bytes are registers 0 and 1 of one
 // tensor-core step, 2 and 3 of the next). The eight warps of a block take eight parts of depth and are added in order.
-// Not measured: no GPU has run this. Not tried: x in shared memory (at 32 rows it is read twice as often as W, from
-// L1).
+//
+// Not measured: no GPU has run this.
 #pragma once
 
 #include "cuda/epilogue.h"
@@ -210,119 +207,6 @@ __global__ void __launch_bounds__(kSkinnyThreads, 4) down_beside(const DownParam
     __trap();  // a plan takes it only beside gemm_wgmma
 #endif
   }
-}
-
-// The LoRA branch of few_rows and combine, element by element.
-struct Branch {
-  const void* t = nullptr;
-  int64_t t_stride = 0;
-  Factor up;
-  Routing routing;
-
-  // The terms part, part + parts, ... of (t B)(row, column).
-  template <class T>
-  __device__ float at(int row, int column, int part, int parts) const {
-    const int adapter = routing.adapter_of(row);
-    if (adapter < 0) return 0;
-    const int begin = routing.begin(adapter), rank = routing.rank(adapter);
-    const T* of_row = static_cast<const T*>(t) + row * t_stride;
-    float sum = 0;
-#pragma unroll 4
-    for (int r = part; r < rank; r += parts) sum += to_float(of_row[r]) * up.at(begin + r, column);
-    return sum;
-  }
-
-  // The same with t of adapter 0 in shared memory, unscaled: rank r at r * stride.
-  __device__ float of_t(const float* t_of_row, int stride, int row, int column, int part, int parts) const {
-    if (routing.adapter_of(row) != 0) return 0;
-    const int rank = routing.rank(0);
-    float sum = 0;
-    for (int r = part; r < rank; r += parts) sum += t_of_row[r * stride] * up.at(r, column);
-    return sum * routing.scale(0);
-  }
-};
-
-struct FewRowsParams {
-  Matrix w;  // [N, K]
-  Matrix x;  // [M, K], M <= 32
-  Branch branch;
-  Epilogue epilogue;
-  int splits = 1;
-  float* sums = nullptr;  // [splits, M, N] if there are several
-  bool precise = false;
-  // Every block makes t of one adapter of at most 16 ranks for itself: r K of A from L2 in place of another kernel.
-  bool makes_t = false;
-  Matrix a;  // [r, K]
-};
-
-// Parts of y and of t.
-template <int kTiles>
-constexpr size_t kFewRowsSharedBytes = 2 * (kSkinnyWarps * kSkinnyRows * 8 * kTiles) * sizeof(float);
-
-// Grid (N / 16, splits); kTiles * 8 >= M.
-template <class T, int kTiles>
-__global__ void __launch_bounds__(kSkinnyThreads, 2) few_rows(const FewRowsParams p) {
-  if constexpr (kCompiled<T>) {
-    Shared shared;
-    float* parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
-    const int column = static_cast<int>(blockIdx.x) * kSkinnyRows, rows = p.x.rows, columns = p.w.rows;
-    const int steps = (p.x.columns + kStep<T> - 1) / kStep<T>, all = kSkinnyWarps * p.splits;
-    const int part = static_cast<int>(blockIdx.y) * kSkinnyWarps + static_cast<int>(threadIdx.x) / 32;
-    float c[kTiles][4] = {};
-    skinny_product<T, kTiles>(c, p.w, column, columns, p.x, 0, rows, static_cast<int>(int64_t{steps} * part / all),
-                              static_cast<int>(int64_t{steps} * (part + 1) / all), p.precise, Dropout());
-    float* t_parts = shared.take<float>(kSkinnyWarps * kSkinnyRows * 8 * kTiles);
-    if (p.makes_t) {  // the same parts of depth of A in the place of W: t transposed
-      float t[kTiles][4] = {};
-      skinny_product<T, kTiles>(t, p.a, 0, p.a.rows, p.x, 0, rows, steps * part / all, steps * (part + 1) / all,
-                                p.precise, Dropout());
-      share_parts<kTiles>(t_parts, t);
-      for (int i = static_cast<int>(threadIdx.x); i < kSkinnyRows * rows; i += kSkinnyThreads) {
-        const int r = i % kSkinnyRows, m = i / kSkinnyRows;  // each element is added up and left by one thread
-        t_parts[r * 8 * kTiles + m] = sum_of_parts<kTiles>(t_parts, r, m);
-      }
-    }
-    share_parts<kTiles>(parts, c);
-    wait_for_kernel_before();
-    // At few rows several lanes share the ranks of an element; a power of two of them, so that shuffles add them up.
-    int lanes = 16;
-    while (lanes > 1 && lanes * rows > 16) lanes /= 2;
-    const int work = kSkinnyRows * rows * lanes;
-    for (int i = static_cast<int>(threadIdx.x); i - lane_of_warp() < work; i += kSkinnyThreads) {
-      const int element = i / lanes, m = element / kSkinnyRows, n = element % kSkinnyRows;
-      const bool valid = i < work && column + n < columns;
-      float branch = 0;
-      if (valid && p.makes_t)
-        branch = p.branch.of_t(t_parts + m, 8 * kTiles, m, column + n, i % lanes, lanes);
-      else if (valid && p.splits == 1)
-        branch = p.branch.template at<T>(m, column + n, i % lanes, lanes);
-      for (int by = lanes / 2; by > 0; by /= 2) branch += __shfl_xor_sync(~0u, branch, by);
-      if (!valid || i % lanes) continue;
-      const float sum = sum_of_parts<kTiles>(parts, n, m);
-      if (p.splits == 1)
-        p.epilogue.template store<T>(sum + branch, m, column + n);
-      else
-        p.sums[(static_cast<int64_t>(blockIdx.y) * rows + m) * columns + column + n] = sum;
-    }
-  }
-}
-
-struct CombineParams {
-  const float* sums = nullptr;  // [splits, rows, columns]
-  int splits = 1, rows = 0;
-  Branch branch;
-  Epilogue epilogue;
-};
-
-// A thread for each element.
-template <class T>
-__global__ void __launch_bounds__(256) combine(const CombineParams p) {
-  const int i = static_cast<int>(blockIdx.x * 256 + threadIdx.x), all = p.rows * p.epilogue.columns;
-  if (i >= all) return;
-  const int row = i / p.epilogue.columns, column = i % p.epilogue.columns;
-  float sum = 0;
-  for (int s = 0; s < p.splits; ++s) sum += p.sums[static_cast<int64_t>(s) * all + i];
-  p.epilogue.template store<T>(sum + p.branch.template at<T>(row, column, 0, 1), row, column);
 }
 
 }  // namespace lora_kernels::cuda

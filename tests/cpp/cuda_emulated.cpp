@@ -117,9 +117,10 @@ int emulated_forward(const Call* c, char* message, int64_t size) {
     plan.cuda.path = static_cast<CudaLoraLinearPath>(c->path);
     plan.cuda.large_tiles = c->large_tiles != 0;
     plan.cuda.wgmma_columns = c->large_tiles > 1 ? static_cast<int>(c->large_tiles) : 0;
-    // Few rows have no tiles: the same wish says whether blocks make t.
+    // Few rows have no tiles: the same wish says whether blocks make t, and splits how many of them together.
     plan.cuda.t_in_blocks = plan.cuda.path == CudaLoraLinearPath::kFewRows && c->large_tiles != 0;
-    plan.cuda.splits = static_cast<int>(c->splits);
+    (plan.cuda.t_in_blocks ? plan.cuda.cluster : plan.cuda.splits) = static_cast<int>(c->splits);
+    (plan.cuda.t_in_blocks ? plan.cuda.splits : plan.cuda.cluster) = 1;
     plan.cuda.t_blocks = static_cast<int>(c->t_blocks);
     cuda::Workspace w;
     cuda::ForwardWorkspace(w, plan);

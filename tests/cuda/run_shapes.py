@@ -41,7 +41,7 @@ PLANS = [
 # In a library for another architecture than sm_90 the kernels by wgmma are empty.
 OF_SM_75 = "LORA_KERNELS_EMULATED_WITHOUT_WGMMA" in os.environ
 if not OF_SM_75:
-    PLANS.append(("two_steps", 128, 1))
+    PLANS += [("two_steps", 128, 1), ("few_rows", True, 4)]
 
 
 def same_bits() -> None:
@@ -70,7 +70,7 @@ def lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
                 continue
             t_blocks = 2 if large > 1 and mode != "dropout" else 0
             emulated = Emulated(*order, path=path, large=large, splits=splits, t_blocks=t_blocks)
-            name = f"{path} {'wgmma ' if large > 1 else ''}{mode}"
+            name = f"{path} {'wgmma ' if large > 1 else ''}splits={splits} {mode}"
             yield name, partial(check_forward, emulated, shape, dtype, mode, "silu")
     emulated = Emulated(*order, path="two_steps", splits=2)
     for mode in ("dropout", "bank"):

@@ -31,7 +31,8 @@ SHAPES = [
 ]
 # By wgmma: one row, both sides of a tile and of its step of depth, more steps than places.
 WGMMA_SHAPES = [(1, 64, 64), (33, 40, 16), (129, 257, 191), (140, 520, 260)]
-# path, large tiles (in few_rows: t is made in every block; 128, 256: by wgmma), splits of K
+# path, large tiles (in few_rows: blocks make t; 128, 256: by wgmma), splits of K (blocks of a
+# cluster, which make t together)
 PLANS = [
     ("two_steps", False, 1),
     ("two_steps", True, 1),
@@ -42,6 +43,8 @@ PLANS = [
     ("few_rows", False, 1),
     ("few_rows", False, 3),
     ("few_rows", True, 1),
+    ("few_rows", True, 2),
+    ("few_rows", True, 8),
 ]
 ORDERS = [("forward", 1), ("reverse", 1), ("shuffled", 1), ("shuffled", 2)]
 
@@ -101,7 +104,7 @@ def check_forward(emulated: Emulated, shape, dtype, mode, activation, rank: int 
 
 def plan_id(plan: tuple[str, int, int]) -> str:
     path, large, splits = plan
-    return f"{path}-{f'wgmma{large}' if large > 1 else 'large' if large else splits}"
+    return f"{path}-{f'wgmma{large}' if large > 1 else f'large{splits}' if large else splits}"
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=plan_id)

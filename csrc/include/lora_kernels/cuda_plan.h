@@ -22,9 +22,10 @@ struct CudaLoraLinearPlan {
   bool large_tiles = false;  // which of the two tile shapes
   int wgmma_columns = 0;     // kBase, kTwoSteps: 128 or 256, of tiles by wgmma; 0: by mma.sync
   bool early_start = false;  // a kernel may start before the one whose result it needs at its end has finished
-  bool t_in_blocks = false;  // kFewRows: every block makes t for itself, which saves the kernel before
-  int t_blocks =
-      0;  // kTwoSteps: so many at most make t, beside which the product has room; 0: a block for every 16 rows
+  bool t_in_blocks = false;  // kFewRows: blocks make t themselves, which saves the kernel before
+  int cluster = 1;           // t_in_blocks: blocks that make it together
+  // kTwoSteps: so many at most make t, beside which the product has room; 0: a block for every 16 rows
+  int t_blocks = 0;
   bool convert_a = false;   // A is of another type than x: a kernel converts it first
   double predicted_us = 0;  // by the plan's bytes and FLOPs; orders the paths, and is no measurement
 };
@@ -61,9 +62,9 @@ struct CudaInt8LoraLinearPlan {
   // kTiled: the product may start before the kernel that makes its rows has finished. kFewRows, kFused: every kernel
   // may start before the one before it has, whichever operator that is of; so may the choice among outputs.
   bool early_start = false;
-  bool convert_a = false;   // A is of another type than x: a kernel converts it first
-  int cluster = 1;          // kFewRows, kFused: blocks that share out K; integer parts go from one to the other
-  int rows_of_block = 16;   // kTiled, kFewRows: that the kernel before quantizes in a block
+  bool convert_a = false;  // A is of another type than x: a kernel converts it first
+  int cluster = 1;         // kFewRows, kFused: blocks that share out K; integer parts go from one to the other
+  int rows_of_block = 16;  // kTiled, kFewRows: that the kernel before quantizes in a block
   // Of shared memory while rows are quantized: for each row of x, and of the first ranks of an A of few rows; 0: they
   // are read from L2.
   int staged_bytes = 0, staged_a_bytes = 0;

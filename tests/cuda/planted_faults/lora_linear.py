@@ -192,6 +192,27 @@ FAULTS = [
         ("two_steps wgmma",),
     ),
     _Fault(
+        "parts of t sent to a block that has not begun",
+        "few_rows.cuh",
+        "    wait_for_cluster();  // the barriers of all are there\n",
+        "",
+        ("nobody has made", "arrives in its cluster", "ends before"),
+    ),
+    _Fault(
+        "parts of t that are not waited for",
+        "few_rows.cuh",
+        "    wait_for_phase(arrived_, 0);\n",
+        "",
+        ("few_rows", "ends while"),
+    ),
+    _Fault(
+        "t of other ranks than the block's columns of B",
+        "few_rows.cuh",
+        "b_[threadIdx.x] = of_b_;",
+        "b_[threadIdx.x % 16 * 16 + threadIdx.x / 16] = of_b_;",
+        ("few_rows",),
+    ),
+    _Fault(
         "boxes of the same columns",
         "gemm_wgmma.cuh",
         "all_.b, depth, n_ + tile * 64, landed_ + place);",
