@@ -56,6 +56,11 @@ inline CudaDevice with_wgmma(CudaDevice device) {
   device.wgmma = true;
   return device;
 }
+// And as one with machine code that was made for sm_90 or later does.
+inline CudaDevice with_clusters(CudaDevice device) {
+  device.clusters = true;
+  return device;
+}
 
 }  // namespace lora_kernels
 

@@ -126,6 +126,31 @@ void test_int8_wgmma() {
   check(contains(launched.text, "LORA_KERNELS_CUDA=ON"), "it is launched as a CUDA kernel is: " + launched.text);
 }
 
+// Blocks that share out depth, where there are such; what blocks have in shared memory from the beginning.
+void test_int8_clusters() {
+  using Path = CudaInt8LoraLinearPath;
+  const CudaDevice with = with_clusters(kH200);
+  const Int8LoraLinearProblem deep = int8_problem(1, 5120, 1280, 16);
+  const Int8LoraLinearPlan alone = int8_plan(deep, kH200), together = int8_plan(deep, with);
+  check(alone.cuda.cluster == 1 && together.cuda.cluster > 1 && together.cuda.path == Path::kFused,
+        "40 blocks of 5,120 channels are few: " + to_string(alone) + ", " + to_string(together));
+  check(together.cuda.predicted_us < 0.7 * alone.cuda.predicted_us && workspace_bytes(together) == 0,
+        "which takes less time and no memory: " + to_string(together));
+  check(contains(to_string(together), "cluster=" + std::to_string(together.cuda.cluster)), to_string(together));
+  const Int8LoraLinearPlan rows = int8_plan(int8_problem(16, 5120, 1280, 16), with);
+  check(rows.cuda.path == Path::kFewRows && rows.cuda.cluster > 1 && rows.cuda.splits == 1,
+        "16 rows are made once, by a block each, before a cluster reads them: " + to_string(rows));
+  check(rows.cuda.rows_of_block == 1 && rows.cuda.staged_a_bytes > 0, to_string(rows));
+  check(int8_plan(int8_problem(4096, 1280, 5120, 16), with).cuda.rows_of_block == 16, "many rows are sixteen a block");
+  check(int8_plan(int8_problem(1, 1280, 5120, 16), with).cuda.cluster == 1, "160 blocks are enough");
+  check(int8_plan(deep, kA100).cuda.cluster == 1, "and before sm_90 there are none");
+
+  const Int8LoraLinearPlan staged = int8_plan(int8_problem(1, 1280, 1280, 16), kH200);
+  check(staged.cuda.staged_w && staged.cuda.staged_a_bytes > 0 && contains(to_string(staged), "staged_all"),
+        "all that a block reads is asked for at once: " + to_string(staged));
+  check(!int8_plan(int8_problem(1, 1280, 1280, 16), kT4).cuda.staged_w, "where it fits");
+}
+
 // Calls of a composite that one launch makes: as many from the first on as need nothing of each other.
 void test_int8_together() {
   const Int8LoraLinearPlan one = int8_plan(int8_problem(1, 1280, 1280, 16), kH200);
@@ -179,7 +204,7 @@ void test_int8_banks() {
     p.lora.max_rank = p.lora.total_rank;
     return std::pair{known, int8_plan(p, kA100)};
   };
-  const auto [one, one_of_sum] = plans(1);
+  const auto [one, one_of_sum] = plans(16);
   check(
       one.cuda.path == Path::kFused && one_of_sum.cuda.path != Path::kFused,
       "rows of t as wide as all ranks leave fused no shared memory: " + to_string(one) + ", " + to_string(one_of_sum));
@@ -193,6 +218,7 @@ void test_int8_banks() {
 
 void test_int8_plans() {
   test_int8_together();
+  test_int8_clusters();
   test_int8_paths();
   test_int8_banks();
   test_int8_wgmma();

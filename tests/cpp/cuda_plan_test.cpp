@@ -43,7 +43,7 @@ void test_who_is_offered_what() {
 
 void test_paths() {
   for (const CudaDevice& d : {kT4, kA100, kA10, kL4, kH100, kB200, k5090}) {
-    for (int64_t rows : {1, 8, 32}) {
+    for (int64_t rows : {1, 8, 16}) {  // x of more rows than W has in a block takes more of the way from L2
       const LoraLinearPlan few = plan_of(problem_of(rows, 1280, 1280, 16, 4), d);
       check(few.cuda.path == CudaLoraLinearPath::kFewRows, "few rows stream W: " + to_string(few));
     }
@@ -80,6 +80,16 @@ void test_paths() {
   check(plan_of(problem_of(1, 1280, 1280, 16), kA100).cuda.t_in_blocks, "A100: t in blocks");
   check(!plan_of(problem_of(1, 1280, 1280, 32), kA100).cuda.t_in_blocks, "not with more ranks than a product has rows");
   check(!plan_of(problem_of(8, 1280, 1280, 16, 4), kA100).cuda.t_in_blocks, "nor with several adapters");
+  // In a cluster each block makes a part of t, where A would take as much of the way from L2 as W does.
+  const LoraLinearPlan together = plan_of(problem_of(1, 1280, 5120, 16), with_clusters(kH200));
+  check(together.cuda.t_in_blocks && together.cuda.cluster > 1 && together.cuda.splits == 1, to_string(together));
+  check(contains(to_string(together), "cluster=" + std::to_string(together.cuda.cluster)), to_string(together));
+  check(plan_of(problem_of(1, 1280, 5120, 16), kH200).cuda.cluster == 1, "not without machine code for it");
+  check(plan_of(problem_of(1, 1280, 5120, 0), with_clusters(kH200)).cuda.cluster == 1, "nor without an adapter");
+  for (const int64_t rows : {1, 32})
+    check(plan_of(problem_of(rows, 1280, 1280, 16), with_clusters(kH200)).cuda.predicted_us <
+              1.1 * plan_of(problem_of(rows, 1280, 1280, 0), with_clusters(kH200)).cuda.predicted_us,
+          "an adapter is a tenth at most");
   // More arithmetic for fp32 in three products than for one.
   p = problem_of(8192, 1280, 1280, 16);
   p.dtype = p.lora.dtype = DType::kFloat32;
