@@ -23,9 +23,12 @@ enum class Fault {
   kNothingMade,
   kSendsLess,
   kSendsMore,
+  kSendsMoreLate,
   kOtherBlock,
+  kOneToOther,
   kOutside,
   kMisaligned,
+  kNotShared,
   kLeavesEarly,
   kSharesBox,
   kBoxOver,
@@ -67,13 +70,22 @@ __global__ void parts(const Params p) {
     const Vector v = {{word(first + rank, to, t, 0), word(first + rank, to, t, 1), word(first + rank, to, t, 2),
                        word(first + rank, to, t, 3)}};
     unsigned block = kFault == Fault::kOtherBlock ? (to + 1) % kBlocks : to;
+    if (kFault == Fault::kOneToOther && odd_one && to == 2) block = 3;
     if (kFault == Fault::kOutside && odd_one && to == 3) block = kBlocks;
+    if (kFault == Fault::kNotShared && odd_one && to == 3) place = p.out;
     send16(kFault == Fault::kMisaligned && odd_one ? place + 1 : place, v, landed, block);
     if (kFault == Fault::kSendsMore && odd_one && to == 2) send16(place, v, landed, block);
   }
   if (kFault == Fault::kExpectedLate && t == 0) expect_bytes(landed, static_cast<int>(kBlocks) * kPartBytes);
   if (kFault == Fault::kLeavesEarly && rank == 1) return;
   if (kFault != Fault::kNoWait) wait_for_phase(landed, 0);
+  if (kFault == Fault::kSendsMoreLate) {  // than its phase counts, which is over, to a block that is still there
+    arrive_in_cluster();
+    wait_for_cluster();
+    if (odd_one) send16(parts + rank * kPart + t * 4, load16(parts + rank * kPart + t * 4), landed, 2);
+    arrive_in_cluster();
+    wait_for_cluster();
+  }
   const unsigned other = t ^ 33;  // what other threads have sent, of another warp
   uint32_t sums[4] = {};
   for (unsigned from = 0; from < kBlocks; ++from)
@@ -111,9 +123,10 @@ Status add_up(int* wrong) {
   return status;
 }
 
-template <Fault kFault>
+// By the same words in each order.
+template <Fault kFault, unsigned kBlocks = 4>
 void expect(const char* name, const char* words) {
-  expect_in(kFiveOrders, name, words, Caught::kInEveryOrder, add_up<kFault>);
+  for (const InOrder& in : kFiveOrders) expect_in({in}, name, words, Caught::kInEveryOrder, add_up<kFault, kBlocks>);
 }
 
 }  // namespace
@@ -128,16 +141,27 @@ void test_send() {
   expect<Fault::kNoBarrierBefore>("parts for a block that has not begun", "nobody has made");
   expect<Fault::kNothingMade>("parts for a barrier that is none", "nobody has made");
   expect<Fault::kSendsLess>("a part that nobody sends", "deadlock");
-  expect<Fault::kSendsMore>("a part that is sent twice", "");
-  expect<Fault::kOtherBlock>("parts for another block", "");
+  expect<Fault::kSendsLess, 8>("a part that nobody sends, of eight blocks", "deadlock");
+  // A phase is over with the bytes that it expects, whichever they are: a part is read before it has come.
+  expect<Fault::kSendsMore>("a part that is sent twice", "nothing has written");
+  expect<Fault::kOneToOther>("a part for another block", "nothing has written");
+  expect<Fault::kOtherBlock>("each block's parts for the next one", "");  // as many as are expected: wrong sums alone
   expect<Fault::kOutside>("parts for a block outside the cluster", "not of its cluster");
+  expect<Fault::kOutside, 8>("parts for a ninth block", "not of its cluster");
   expect<Fault::kMisaligned>("a misaligned place", "no multiple of 16");
+  expect<Fault::kNotShared>("a place in global memory", "outside shared memory");
   expect<Fault::kSharesBox>("a box for two blocks in a cluster of four", "a box for 2 blocks");
   expect<Fault::kBoxOver>("a box over parts", "over what another block sent");
   expect_in(kFiveOrders, "a box over parts, fenced", "", Caught::kNever, add_up<Fault::kBoxOverFenced>);
   // At their wait, they are still on their way; at once, they come too late.
-  expect_in({{emulation::Order::kForward, 1}}, "a block that ends before parts have landed", "ends while boxes",
+  const std::vector<InOrder> late = {{emulation::Order::kForward, 1}}, at_once = {{emulation::Order::kReverse, 1}};
+  expect_in(late, "a block that ends before parts have landed", "ends while boxes, or bytes of another block",
             Caught::kInEveryOrder, add_up<Fault::kLeavesEarly>);
-  expect_in({{emulation::Order::kReverse, 1}}, "parts for a block that has ended", "sends to a block that has ended",
-            Caught::kInEveryOrder, add_up<Fault::kLeavesEarly>);
+  expect_in(at_once, "parts for a block that has ended", "sends to a block that has ended", Caught::kInEveryOrder,
+            add_up<Fault::kLeavesEarly>);
+  expect_in(late, "a part that nobody waits for", "ends while boxes, or bytes of another block", Caught::kInEveryOrder,
+            add_up<Fault::kSendsMoreLate>);
+  expect_in(at_once, "a part that nobody expects", "ends with more bytes", Caught::kInEveryOrder,
+            add_up<Fault::kSendsMoreLate>);
+  expect_in(kFiveOrders, "parts more than a phase counts", "", Caught::kInEveryOrder, add_up<Fault::kSendsMoreLate>);
 }

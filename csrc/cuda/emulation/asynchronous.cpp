@@ -200,7 +200,7 @@ void expect_visible(const void* chunk) {
 uint32_t shared_offset(const void* p) {
   const char* at = static_cast<const char*>(p);
   if (at < running.memory->shared || at >= running.memory->shared + running.memory->capacity)
-    refuse("an operand of wgmma outside shared memory");
+    refuse("names a place outside shared memory");
   return static_cast<uint32_t>(at - running.memory->shared);
 }
 
