@@ -33,7 +33,8 @@ SHAPES = [
 ]
 # By wgmma: both sides of a tile, and more steps of depth than it has places for them.
 WGMMA_SHAPES = [(1, 1, 1), (33, 40, 16), (129, 257, 191), (130, 1030, 264), (140, 516, 400)]
-# path, large tiles (128, 256: by wgmma), splits of K (clustered, fused: blocks of a cluster), most rows
+# path, large tiles (128, 256: by wgmma), splits of K (clustered, fused: blocks of a cluster), most
+# rows
 PLANS = [
     ("tiled", False, 1, 1 << 20),
     ("tiled", True, 1, 1 << 20),
@@ -200,8 +201,7 @@ def test_norm(path: str, large: int) -> None:
 
 
 def test_a_norm_of_rows_far_from_zero() -> None:
-    """Squares around the mean: a thousand deviations away, q may round to its neighbour, as fp32
-    has lost three digits of x, and no more."""
+    """A mean of a thousand deviations takes three digits from x, and no more from q."""
     k = 1000
     q, scales, packed = weight_of(k, 40)
     x = torch.randn(3, k) + torch.tensor([[0.0], [1e3], [-1e3]])
