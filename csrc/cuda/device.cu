@@ -1,4 +1,5 @@
 // What a CUDA device says of itself, asked once.
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <string>

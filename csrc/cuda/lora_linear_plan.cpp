@@ -224,7 +224,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
     }
     // t in every block, or in each of a cluster a part of it, while W comes from memory. What is left is a sum over the
     // block.
-    const bool one = lora && p.lora.adapters == 1 && p.lora.max_rank <= kMostRankInBlocks && p.dropout_p == 0 &&
+    const bool one = lora && p.lora.adapters == 1 && p.lora.total_rank <= kMostRankInBlocks && p.dropout_p == 0 &&
                      !c.convert_a && !p.keeps_t;
     int cluster = 1;
     double with_t = 0;

@@ -52,6 +52,37 @@ void test_what_a_plan_can_do_without_is_not() {
         "0 stands for unknown");
 }
 
+void test_which_machine_code_has_clusters() {
+  const struct {
+    const char* built_for;
+    int arch;
+    bool has;
+  } cases[] = {
+      {"75-real/80", 90, false},
+      {"75-real/80/90a-real/120", 90, true},
+      {"90a-real", 100, false},
+      {"90a-real", 80, false},
+      {"90", 90, true},
+      {"80/90", 120, true},
+      {"80/90-real", 120, false},
+      {"80/100-real", 103, true},
+      {"80/100-real", 120, false},
+      {"75-real/80/120", 121, true},
+      {"75-real/80/120", 100, false},
+      {"100f-real", 103, true},
+      {"unknown", 90, false},
+      {"", 90, false},
+  };
+  for (const auto& c : cases)
+    check(made_for_clusters(c.built_for, c.arch) == c.has,
+          std::string(c.built_for) + " on " + std::to_string(c.arch) + ": expected " + (c.has ? "clusters" : "none"));
+  everything_is_said();
+  attributes[cudaDevAttrComputeCapabilityMajor] = 9, attributes[cudaDevAttrComputeCapabilityMinor] = 0;
+  DeviceInfo hopper;
+  check(cuda_device(12, &hopper).ok() && hopper.cuda.arch == 90 && !hopper.cuda.clusters,
+        "a library for sm_75 and sm_80 has none on sm_90");
+}
+
 std::string text_of(cudaError_t error) {
   return cuda::not_launched({"gemm", dim3(3, 2, 1), dim3(128, 1, 1), 1024, nullptr}, error).text;
 }
@@ -109,6 +140,7 @@ const char* cudaGetErrorString(cudaError_t) { return "of a test"; }
 int main() {
   test_what_a_plan_needs_is_fatal();
   test_what_a_plan_can_do_without_is_not();
+  test_which_machine_code_has_clusters();
   test_a_launch_without_machine_code_names_the_way_out();
   if (failures == 0) std::printf("all checks passed\n");
   return failures != 0;
