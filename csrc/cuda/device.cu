@@ -11,17 +11,18 @@ namespace lora_kernels {
 namespace {
 
 // Whether what such a device runs of CMAKE_CUDA_ARCHITECTURES (slashes for semicolons) was made for sm_90 or later:
-// machine code of the same major, or text that its driver compiles. Older text has no clusters, wherever it runs.
+// machine code of the same major, or text that its driver compiles; of a number with an `a` for that alone, with an `f`
+// for its family. Older text has no clusters, wherever it runs. Names in the place of numbers (native) say nothing.
 bool made_for_clusters(const std::string& built_for, int arch) {
   for (size_t at = 0; at < built_for.size();) {
     const size_t end = std::min(built_for.find('/', at), built_for.size());
     const std::string one = built_for.substr(at, end - at);
     at = end + 1;
     const int made_for = std::atoi(one.c_str());
-    const bool alone = one.find('a') != std::string::npos && one.find("-real") > one.find('a');
-    const bool fits = alone                                    ? made_for == arch
-                      : one.find("-real") != std::string::npos ? made_for / 10 == arch / 10 && made_for <= arch
-                                                               : made_for <= arch;
+    const size_t digits = one.find_first_not_of("0123456789");
+    const char suffix = digits == std::string::npos ? ' ' : one[digits];
+    const bool of_family = suffix == 'f' || one.find("-real") != std::string::npos;
+    const bool fits = suffix == 'a' ? made_for == arch : made_for <= arch && (!of_family || made_for / 10 == arch / 10);
     if (made_for >= 90 && fits) return true;
   }
   return false;

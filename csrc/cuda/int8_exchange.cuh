@@ -14,8 +14,6 @@
 
 namespace lora_kernels::cuda {
 
-// What the blocks of a cluster send each other: sums of the channels that another one finishes, and t, of which all
-// need the whole. Both are the block's part of depth.
 class Int8Exchange {
  public:
   // By all threads; of one block alone nothing.

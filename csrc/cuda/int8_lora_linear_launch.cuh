@@ -160,7 +160,7 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
         {args.lora.a, args.lora.a_stride, 1, problem.lora.dtype}, w.a, static_cast<int>(R), static_cast<int>(K)};
     s.run<&convert_factor<T>>("convert_factor", dim3(tiles(K, 32), tiles(R, 32), 1), 256, 32 * 33 * 4, p);
     rows.a = matrix<T>(w.a, K, R, K);
-    if (!rows.a.aligned) rows.staged_a_bytes = 0;
+    rows.staged_a_bytes = rows.a.aligned ? chosen.staged_a_bytes : 0;
   }
 
   if (chosen.path == Path::kTiled) {

@@ -110,7 +110,8 @@ Fused fused_of(const Machine& machine, const CudaDevice& device, const Int8LoraL
   const int64_t steps = (p.in_features + kInt8Step - 1) / kInt8Step;
   if (p.rows > kInt8Rows || steps == 0) return best;
   for (const int cluster : {1, 2, 4, 8}) {
-    if (cluster > 1 && (!device.clusters || steps < cluster * kInt8Warps)) break;  // every warp has a step
+    if (cluster > most_cluster(device) || (cluster > 1 && steps < cluster * kInt8Warps))
+      break;  // every warp has a step
     const int64_t depth = (steps + cluster - 1) / cluster * kInt8Step;
     const int64_t bytes = int8_fused_bytes(p.rows, p.in_features, t_stride(p.lora), s.size, cluster);
     for (const Int8Staging staging : {Int8Staging::kAll, Int8Staging::kRows, Int8Staging::kNone}) {
@@ -242,7 +243,7 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
     };
     for (const int splits : {1, 2, 4, 8, 16}) consider(splits, 1);
     for (const int cluster : {2, 4, 8})
-      if (device.cuda.clusters) consider(1, cluster);
+      if (cluster <= most_cluster(device.cuda)) consider(1, cluster);
     if (kWorthwhile * best <= c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kFewRows;
       c.splits = best_splits;

@@ -33,7 +33,7 @@ class Int8Rows {
   static constexpr int kElements = kPerChunk<T>;
 
  public:
-  // Takes int8_rows_bytes(kTiles) and int8_staged_bytes(). Of q and of t's sums over depth the part from `from` to `to`
+  // Takes int8_rows_bytes(kTiles) and what is staged. Of q and of t's sums over depth the part from `from` to `to`
   // is made, multiples of kInt8Step. All that is not made in between is asked for at once.
   __device__ Int8Rows(const Int8RowsParams& p, Shared& shared, int first, int from, int to)
       : p_(p),

@@ -112,8 +112,8 @@ __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
     Int8Exchange exchange(shared, p.cluster, rows, t_stride);
     wait_for_kernel_before();
 
-    // Plain loads: those of the read-only path a compiler moves over the wait, as what nothing ever writes. In shared
-    // memory, which both are read as, pieces of 16 bytes lie so that eight lanes meet no conflict.
+    // Plain loads: those of the read-only path a compiler moves over the wait, as what nothing ever writes. They read
+    // shared memory as well, where pieces of 16 bytes lie so that eight lanes meet no conflict.
     const uint8_t* staged_w = nullptr;
     const auto load_weight = [&](int s) {
       Int8Fragment f;
@@ -214,7 +214,7 @@ __device__ inline void int8_few_rows_of(const Int8FewRowsParams& p) {
   }
 }
 
-// Grid (N / 32, splits); kTiles * 16 >= M.
+// Grid (N / 32 * cluster, splits); kTiles * 16 >= M.
 template <class T, int kTiles, bool kFused>
 __global__ void __launch_bounds__(kInt8Threads, 2) int8_few_rows(const Int8FewRowsParams p) {
   int8_few_rows_of<T, kTiles, kFused>(p);
@@ -226,8 +226,8 @@ struct Int8Together {
 };
 static_assert(sizeof(Int8Together) <= 4096, "a kernel has no more parameters everywhere");
 
-// Grid (N / 32, 1, calls). Parameters that are found by an index want registers beyond the 128 of two blocks; there are
-// hardly more blocks than multiprocessors.
+// Grid (N / 32 * cluster, 1, calls). Parameters that are found by an index want registers beyond the 128 of two blocks;
+// there are hardly more blocks than multiprocessors.
 template <class T>
 __global__ void __launch_bounds__(kInt8Threads, 1) int8_together(const __grid_constant__ Int8Together p) {
   int8_few_rows_of<T, 1, true>(p.of[blockIdx.z]);

@@ -229,7 +229,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
     int cluster = 1;
     double with_t = 0;
     for (const int together : {1, 2, 4, 8}) {
-      if (!one || (together > 1 && !device.cuda.clusters)) break;
+      if (!one || together > most_cluster(device.cuda)) break;
       const double one_us = streams_us(1, total / together) + kBlockSum / machine.clock * 1e6;
       if (with_t == 0 || one_us < kWorthwhile * with_t) with_t = one_us, cluster = together;
     }

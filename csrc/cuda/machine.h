@@ -62,6 +62,13 @@ struct Machine {
   }
 };
 
+// Blocks of a cluster, of at most eight: those run in one group of multiprocessors, of which a part of a device, or a
+// small one, has fewer than that. Where eight may not fit they are not asked for.
+inline int most_cluster(const CudaDevice& device) {
+  if (!device.clusters) return 1;
+  return device.multiprocessors >= 64 ? 8 : device.multiprocessors >= 16 ? 4 : 1;
+}
+
 struct TiledTime {
   bool large;
   double us;

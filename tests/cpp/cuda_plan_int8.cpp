@@ -144,6 +144,15 @@ void test_int8_clusters() {
   check(int8_plan(int8_problem(4096, 1280, 5120, 16), with).cuda.rows_of_block == 16, "many rows are sixteen a block");
   check(int8_plan(int8_problem(1, 1280, 5120, 16), with).cuda.cluster == 1, "160 blocks are enough");
   check(int8_plan(deep, kA100).cuda.cluster == 1, "and before sm_90 there are none");
+  CudaDevice part = with;  // of a device: a group of its multiprocessors may not have room for eight blocks
+  for (part.multiprocessors = 132; part.multiprocessors > 0; part.multiprocessors -= 6)
+    for (const int64_t out : {64, 512, 1280}) {
+      const int cluster = int8_plan(int8_problem(1, 20480, out, 16), part).cuda.cluster;
+      check(cluster <= (part.multiprocessors >= 64   ? 8
+                        : part.multiprocessors >= 16 ? 4
+                                                     : 1),
+            "clusters of a small device are small: " + std::to_string(cluster));
+    }
 
   const Int8LoraLinearPlan staged = int8_plan(int8_problem(1, 1280, 1280, 16), kH200);
   check(staged.cuda.staged_w && staged.cuda.staged_a_bytes > 0 && contains(to_string(staged), "staged_all"),

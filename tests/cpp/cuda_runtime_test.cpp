@@ -70,6 +70,10 @@ void test_which_machine_code_has_clusters() {
       {"75-real/80/120", 121, true},
       {"75-real/80/120", 100, false},
       {"100f-real", 103, true},
+      {"80/100f", 120, false},
+      {"100f", 103, true},
+      {"90-virtual", 100, true},
+      {"90a", 100, false},
       {"unknown", 90, false},
       {"", 90, false},
   };

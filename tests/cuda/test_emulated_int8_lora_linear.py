@@ -111,24 +111,26 @@ def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int, int])
             check(emulated, shape, dtype, mode, next(activations), static=index % 3 == 0)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_calls_together_have_the_bits_of_each_alone(dtype: torch.dtype) -> None:
+def test_calls_together_have_the_bits_of_each_alone(dtype: torch.dtype, blocks: int) -> None:
     """q, k and v of a layer: one x and one size, each its own weight, bias and adapters."""
-    x = torch.randn(5, 136).to(dtype)
-    norm = (torch.rand(136) + 0.5, torch.randn(136), 1e-5)
+    k = 1100 if blocks > 1 else 136  # every warp of a cluster has a step
+    x = torch.randn(5, k).to(dtype)
+    norm = (torch.rand(k) + 0.5, torch.randn(k), 1e-5)
     calls = []
-    for mode in ("none", "peft", "bank"):
-        operands = bank(mode, 5, 136, 70, dtype)
-        calls.append((weight_of(136, 70)[2], torch.randn(70).to(dtype), operands))
+    for staged, mode in enumerate(("none", "peft", "bank")):
+        operands = bank(mode, 5, k, 70, dtype)
+        calls.append((staged, weight_of(k, 70)[2], torch.randn(70).to(dtype), operands))
 
     def run(emulated: EmulatedInt8) -> list[torch.Tensor]:
-        return [
-            emulated.forward(x, packed, 70, bias, norm=norm, **operands)
-            for packed, bias, operands in calls
-        ]
+        made = []
+        for emulated.staged, packed, bias, operands in calls:
+            made.append(emulated.forward(x, packed, 70, bias, norm=norm, **operands))
+        return made
 
     for order in ORDERS:
-        emulated = EmulatedInt8(*order, path="fused")
+        emulated = EmulatedInt8(*order, path="fused", splits=blocks)
         alone = run(emulated)
         with emulated.together():
             made = run(emulated)
