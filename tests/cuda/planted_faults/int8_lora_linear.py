@@ -113,14 +113,14 @@ FAULTS = [
         "int8_exchange.cuh",
         "    wait_for_phase(arrived_, 0);\n",
         "",
-        ("int8 fused", "ends while"),
+        ("int8 clustered", "int8 fused", "ends while"),
     ),
     _Fault(
         "sums sent to the block that finishes others",
         "int8_exchange.cuh",
         "static_cast<unsigned>(n / channels_));",
         "static_cast<unsigned>(n % blocks_));",
-        ("int8 fused", "deadlock"),
+        ("int8 clustered", "int8 fused", "deadlock"),
     ),
     _Fault(
         "rows quantized before they have landed",
