@@ -11,7 +11,8 @@
 //
 // It starts before the kernel before it has finished (sm_90 on), and asks for its part of w to come to L2 meanwhile:
 // all of it at once, where registers hold two steps of a warp. Nothing is loaded before that kernel has finished,
-// whichever operator it belongs to.
+// whichever operator it belongs to. Then w comes to shared memory while the block makes its rows (staged_w), or to
+// registers.
 //
 // Sums over depth do not care for the order of k: lane t takes the sixteen k that lie together in q, 16 t ... of 64,
 // and the steps 4 t ... 4 t + 3 of w, which are the same k. Registers 0 and 1 go to one product, 2 and 3 to the next.
