@@ -36,9 +36,13 @@ void gemm_of(const char* name) {
   SIZE("int8_together<" #T ">", int8_fused_bytes(16, 1280, 16, sizeof(T), 1));          \
   INT8_GEMM(T, LargeShape) INT8_GEMM(T, SmallShape)
 #define INT8_GEMM(T, S) SIZE("int8_gemm<" #T ", " #S ">", (Int8GemmLayout<T, S>::kSharedBytes));
-#define KV_ATTEND(Q, S, G, PLACES, COUNT)                \
-  SIZE("kv_attend<" #Q ", " #S ", " #G ", " #PLACES ">", \
-       kv_shared_bytes(G, kKvQueries, COUNT, kv_query_bytes(G, sizeof(KvProduct<Q, S>))));
+#define KV_ATTEND(Q, S, G, PLACES, COUNT)                                                  \
+  SIZE("kv_attend<" #Q ", " #S ", " #G ", " #PLACES ">",                                   \
+       kv_shared_bytes(G, kKvQueries, COUNT, kv_query_bytes(G, sizeof(KvProduct<Q, S>))) + \
+           (kv_shares(G, false) ? kv_exchange_bytes(G, kKvQueries) : 0));
+#define KV_BLOCKED(Q, G)             \
+  SIZE("kv_blocked<" #Q ", " #G ">", \
+       kv_shared_bytes(G, kKvBlockedQueries, 0) + kv_exchange_bytes(G, kKvBlockedQueries));
 #define KV_RELATIVE(Q, S, G) \
   SIZE("kv_relative<" #Q ", " #S ", " #G ">", kv_relative_shared_bytes(G, sizeof(KvProduct<Q, S>)));
 #define KV_FRAMES(Q, S) KV_RELATIVE(Q, S, 1) KV_RELATIVE(Q, S, 2)
@@ -47,12 +51,10 @@ void gemm_of(const char* name) {
   KV_ATTEND(Q, S, 2, false, 0)            \
   KV_ATTEND(Q, S, 1, true, kKvMostPlaces) \
   KV_ATTEND(Q, S, 2, true, kKvMostPlaces)
-#define KV(Q)                                                              \
-  KV_CACHE(Q, Q);                                                          \
-  KV_CACHE(Q, signed char);                                                \
-  SIZE("kv_blocked<" #Q ", 1>", kv_shared_bytes(1, kKvBlockedQueries, 0)); \
-  SIZE("kv_blocked<" #Q ", 2>", kv_shared_bytes(2, kKvBlockedQueries, 0)); \
-  SIZE("kv_pack_kernel<" #Q ">", kKvPackSharedBytes);
+#define KV(Q)               \
+  KV_CACHE(Q, Q);           \
+  KV_CACHE(Q, signed char); \
+  KV_BLOCKED(Q, 1) KV_BLOCKED(Q, 2) SIZE("kv_pack_kernel<" #Q ">", kKvPackSharedBytes);
 #define WGMMA_OF(T, N, P) \
   SIZE("gemm_wgmma<" #T ", WgmmaShape<" #N ">, " #P ">", (WgmmaLayout<T, WgmmaShape<N>, Product::P>::kSharedBytes));
 #define BESIDE(T) SIZE("down_beside<" #T ">", kDownSharedBytes<2>);

@@ -22,8 +22,8 @@
 // Not measured: no GPU has run this.
 #pragma once
 
+#include "cuda/kv_exchange.cuh"
 #include "cuda/kv_products.cuh"
-#include "cuda/kv_result.cuh"
 
 namespace lora_kernels::cuda {
 
@@ -42,7 +42,8 @@ struct KvAttendParams {
   KvWeights weights;
 };
 
-// Grid (units * H * splits, chunks of queries). kGroups: of 64 channels. kPlaces: positions are looked up.
+// Grid (units * H * splits, chunks of queries), all splits in one cluster or none. kGroups: of 64 channels. kPlaces:
+// positions are looked up.
 template <class Q, class S, int kGroups, bool kPlaces>
 class KvAttend {
   using T = KvProduct<Q, S>;
@@ -58,7 +59,8 @@ class KvAttend {
         list_memory_(shared_.take<int>(kKvListWords)),
         places_(shared_.take<int>(kPlaces ? p.split_positions : 0)),
         queries_(shared_),
-        parts_(shared_) {
+        parts_(shared_),
+        exchange_(shared_, p.result) {
     const int heads = p.result.heads, block = static_cast<int>(blockIdx.x);
     split_ = block % p.result.splits;
     head_ = block / p.result.splits % heads;
@@ -69,7 +71,7 @@ class KvAttend {
     int first = static_cast<int>(blockIdx.y) * kKvQueries;
     while (true) {
       const KvQueryList list(p_.rows, p_.grouped, unit_, first, kKvQueries, list_memory_);
-      if (list.count() > 0) attend(list);
+      if (list.count() > 0) attend(list, first);
       first += static_cast<int>(gridDim.y) * kKvQueries;
       if (first >= list.total()) return;
       __syncthreads();  // the list and the sums are free again
@@ -77,7 +79,8 @@ class KvAttend {
   }
 
  private:
-  __device__ void attend(const KvQueryList& list) {
+  __device__ void attend(const KvQueryList& list, int first) {
+    exchange_.expect(list.count());
     const int row = list.query(0) / p_.rows.tokens;
     const int begin = split_ * p_.split_positions, end = min(begin + p_.split_positions, list.longest());
     begin_ = begin;
@@ -120,8 +123,8 @@ class KvAttend {
     __syncthreads();
     const bool channels = kInt8 && p_.scales == KvScales::kPerChannel;
     const int64_t at_channel = channels ? vector_ / p_.rows.capacity * p_.result.head_size : 0;
-    parts_.template finish<Q>(p_.result, list, head_, split_,
-                              [&](int d) { return channels ? kv_usable(p_.v_scales[at_channel + d]) : 1.0f; });
+    const auto scale_of_channel = [&](int d) { return channels ? kv_usable(p_.v_scales[at_channel + d]) : 1.0f; };
+    exchange_.template finish<Q>(parts_, list, first, head_, split_, scale_of_channel);
   }
 
   // The vector of a position, in k or v or in the cache; null: nowhere.
@@ -349,6 +352,7 @@ class KvAttend {
   int *list_memory_, *places_;
   KvQueries<T, kGroups> queries_;
   KvParts<kKvQueries, kGroups> parts_;
+  KvExchange<kKvQueries, kGroups, kv_shares(kGroups, false) && kArch >= 90> exchange_;
   const int warp_ = static_cast<int>(threadIdx.x) / 32, g_ = static_cast<int>(threadIdx.x) % 32 / 4,
             t_ = static_cast<int>(threadIdx.x) % 4;
   int split_ = 0, head_ = 0, unit_ = 0, begin_ = 0, end_ = 0;

@@ -16,7 +16,7 @@ void configure(const DeviceInfo& device, KvAttentionStepPlan* plan);
 Status launch(const KvAttentionStepPlan& plan, const KvAttentionStepArgs& args, const Executor& executor);
 
 struct KvWorkspace {
-  float* parts;  // [splits, rows, T, H, D] if there are several
+  float* parts;  // [splits, rows, T, H, D] if there are several, not of one cluster
   float* stats;  // [splits, rows, T, H, 2]
   KvWorkspace(Workspace& w, const KvAttentionStepPlan& plan);
 };

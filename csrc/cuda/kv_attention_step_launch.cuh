@@ -43,12 +43,17 @@ void with_cache_type(DType type, const Body& body) {
   body(Q());
 }
 
+inline int64_t kv_cluster_bytes(const CudaKvAttentionStepPlan& c, int queries) {
+  return c.cluster > 1 ? kv_exchange_bytes(c.groups, queries) : 0;
+}
+
 template <class Q, class S, int kGroups, bool kPlaces>
 void kv_attend_all(Sequence* s, const CudaKvAttentionStepPlan& c, dim3 grid, const KvAttendParams& p) {
   const int64_t shared = kv_shared_bytes(kGroups, kKvQueries, kPlaces ? c.split_positions : 0,
-                                         kv_query_bytes(kGroups, sizeof(KvProduct<Q, S>)));
+                                         kv_query_bytes(kGroups, sizeof(KvProduct<Q, S>))) +
+                         kv_cluster_bytes(c, kKvQueries);
   s->run<&kv_attend<Q, S, kGroups, kPlaces>>("kv_attend", grid, kKvThreads, static_cast<size_t>(shared), p,
-                                             c.early_start);
+                                             c.early_start, false, static_cast<unsigned>(c.cluster));
 }
 
 }  // namespace launching
@@ -79,8 +84,9 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
                                           c.early_start);
     });
   }
-  KvResult result{args.out, w.parts, w.stats, c.splits, static_cast<int>(p.heads), static_cast<int>(p.head_size),
-                  vectors};
+  KvResult result{
+      args.out, w.parts, w.stats, c.splits, c.cluster, static_cast<int>(p.heads), static_cast<int>(p.head_size),
+      vectors};
   KvWeights weights;
   weights.data = p.weight_heads > 0 ? args.weights : nullptr;
   weights.count = static_cast<int>(p.weight_heads);
@@ -106,11 +112,13 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
     b.ask = c.ask;
     b.result = result;
     b.weights = weights;
-    const auto shared = static_cast<size_t>(kv_shared_bytes(c.groups, kKvBlockedQueries, 0));
+    const auto shared =
+        static_cast<size_t>(kv_shared_bytes(c.groups, kKvBlockedQueries, 0) + kv_cluster_bytes(c, kKvBlockedQueries));
+    const auto cluster = static_cast<unsigned>(c.cluster);
     if (c.groups == 1)
-      s.run<&kv_blocked<Q, 1>>("kv_blocked<64>", grid, kKvThreads, shared, b, c.early_start);
+      s.run<&kv_blocked<Q, 1>>("kv_blocked<64>", grid, kKvThreads, shared, b, c.early_start, false, cluster);
     else
-      s.run<&kv_blocked<Q, 2>>("kv_blocked<128>", grid, kKvThreads, shared, b, c.early_start);
+      s.run<&kv_blocked<Q, 2>>("kv_blocked<128>", grid, kKvThreads, shared, b, c.early_start, false, cluster);
   } else {
     KvAttendParams a;
     a.rows = rows;
@@ -137,7 +145,7 @@ Status KvAttentionStepKernels<Q>::run(const KvAttentionStepPlan& plan, const KvA
         c.places ? kv_attend_all<Q, S, 2, true>(&s, c, grid, a) : kv_attend_all<Q, S, 2, false>(&s, c, grid, a);
     });
   }
-  if (c.splits > 1)
+  if (c.splits > c.cluster)
     s.run<&kv_combine<Q>>("kv_combine", dim3(tiles(vectors * p.head_size, kKvFinishThreads), 1, 1), kKvFinishThreads, 0,
                           KvCombineParams{rows, result}, c.early_start);
   if (weights.data)

@@ -20,7 +20,7 @@
 // Not measured: no GPU has run this.
 #pragma once
 
-#include "cuda/kv_result.cuh"
+#include "cuda/kv_exchange.cuh"
 #include "lora_kernels/kv_packing.h"
 
 namespace lora_kernels::cuda {
@@ -41,14 +41,14 @@ struct KvBlockedParams {
   KvWeights weights;
 };
 
-// Grid (units * H * splits, chunks of queries). kGroups: of 64 channels.
+// Grid (units * H * splits, chunks of queries), all splits in one cluster or none. kGroups: of 64 channels.
 template <class Q, int kGroups>
 class KvBlocked {
   static constexpr int kStride = kKvWarps * kKvBlockedTile;
 
  public:
   __device__ explicit KvBlocked(const KvBlockedParams& p)
-      : p_(p), list_memory_(shared_.take<int>(kKvListWords)), parts_(shared_) {
+      : p_(p), list_memory_(shared_.take<int>(kKvListWords)), parts_(shared_), exchange_(shared_, p.result) {
     const int heads = p.result.heads, block = static_cast<int>(blockIdx.x);
     split_ = block % p.result.splits;
     head_ = block / p.result.splits % heads;
@@ -69,7 +69,7 @@ class KvBlocked {
     int first = static_cast<int>(blockIdx.y) * kKvBlockedQueries;
     while (true) {
       const KvQueryList list(p_.rows, p_.grouped, unit_, first, kKvBlockedQueries, list_memory_);
-      if (list.count() > 0) attend(list);
+      if (list.count() > 0) attend(list, first);
       first += static_cast<int>(gridDim.y) * kKvBlockedQueries;
       if (first >= list.total()) return;
       __syncthreads();  // the list and the sums are free again
@@ -77,7 +77,8 @@ class KvBlocked {
   }
 
  private:
-  __device__ void attend(const KvQueryList& list) {
+  __device__ void attend(const KvQueryList& list, int first) {
+    exchange_.expect(list.count());
     const int begin = split_ * p_.split_positions, end = min(begin + p_.split_positions, list.longest());
     const int64_t at_head = static_cast<int64_t>(unit_) * p_.result.heads + head_;
     end_ = end;
@@ -108,7 +109,8 @@ class KvBlocked {
     for (int i = 0; i < 16 * kGroups; ++i) parts_.sum(warp_, g_, channel_of(i)) = sums_[i];
     __syncthreads();
     const float* v_scales = p_.v_scales + at_head * p_.result.head_size;
-    parts_.template finish<Q>(p_.result, list, head_, split_, [&](int d) { return v_scales[d]; });
+    const auto scale_of_channel = [&](int d) { return v_scales[d]; };
+    exchange_.template finish<Q>(parts_, list, first, head_, split_, scale_of_channel);
   }
 
   // Sum i = 8 c + 2 j + e of a lane: column 2 t + e of product j of 32 channels.
@@ -263,6 +265,7 @@ class KvBlocked {
   Shared shared_;
   int* list_memory_;
   KvParts<kKvBlockedQueries, kGroups> parts_;
+  KvExchange<kKvBlockedQueries, kGroups, kv_shares(kGroups, true) && kArch >= 90> exchange_;
   const int warp_ = static_cast<int>(threadIdx.x) / 32, g_ = static_cast<int>(threadIdx.x) % 32 / 4,
             t_ = static_cast<int>(threadIdx.x) % 4;
   int split_ = 0, head_ = 0, unit_ = 0, end_ = 0;

@@ -1,12 +1,13 @@
 // What becomes of the sums of a block's warps, and of the parts into which positions were split.
 //
 //   merged    m = max_w m_w; sum = sum_w 2^(m_w - m) sum_w; total likewise: in the order of the warps
-//   combined  the same over the splits, in their order
+//   combined  the same over the splits, in their order: by blocks of a cluster (kv_exchange.cuh), or by way of memory
+//             and kv_combine
 //   out       sum / total; 0 where nothing is visible, NaN for a row that is not valid
 //   weights   2^(score - max) / sum over the visible positions, 0 behind them
 //
-// Scores are kept in units of log2, which saves a product for each exponential. Bytes of a split: 4 (D + 2) for each
-// query and head, written and read once.
+// Scores are kept in units of log2, which saves a product for each exponential. Bytes of a split without a cluster:
+// 4 (D + 2) for each query and head, written and read once.
 //
 // Not measured: no GPU has run this.
 #pragma once
@@ -19,12 +20,33 @@ namespace lora_kernels::cuda {
 
 constexpr float kLog2OfE = 1.44269504f;
 
+// What sums beside the largest score `most` are worth beside `all`; also where both are minus infinity.
+__device__ inline float kv_share(float most, float all) { return most == all ? 1.0f : exp2f(most - all); }
+
+// A channel of a query, from several parts of its positions, whose largest score is set first.
+struct KvSum {
+  float most = negative_infinity(), total = 0, sum = 0;
+
+  __device__ void add(float part_most, float part_total, float part_sum) {
+    const float share = kv_share(part_most, most);
+    total += share * part_total;
+    sum += share * part_sum;
+  }
+};
+
 struct KvResult {
   void* out = nullptr;     // [rows, T, H, D]
-  float* parts = nullptr;  // [splits, rows, T, H, D] if there are several
+  float* parts = nullptr;  // [splits, rows, T, H, D] if there are several, not of one cluster
   float* stats = nullptr;  // [splits, rows, T, H, 2]: largest score, total
-  int splits = 1, heads = 0, head_size = 0;
+  int splits = 1, cluster = 1, heads = 0, head_size = 0;
   int64_t vectors = 0;  // rows * T * H
+
+  // Channel d of `vector`, of all positions, to out.
+  template <class Q>
+  __device__ void store(const KvSum& s, int visible, int64_t vector, int d) const {
+    const float v = visible < 0 ? not_a_number() : visible == 0 ? 0.0f : s.sum / s.total;
+    static_cast<Q*>(out)[vector * head_size + d] = from_float<Q>(v);
+  }
 };
 
 // Weights of chosen heads. Attention leaves scores there, which kv_weights turns into weights.
@@ -42,9 +64,6 @@ struct KvWeights {
     return data + ((row * count + w) * rows.tokens + token) * rows.capacity;
   }
 };
-
-// What sums beside the largest score `most` are worth beside `all`; also where both are minus infinity.
-__device__ inline float kv_share(float most, float all) { return most == all ? 1.0f : exp2f(most - all); }
 
 // A scale per channel that nobody has filled, or that is not finite, makes NaN: a CPU refuses it.
 __device__ inline float kv_usable(float scale) { return scale > 0 && scale <= 3.4028235e38f ? scale : not_a_number(); }
@@ -95,31 +114,33 @@ struct KvParts {
     }
   }
 
-  // After a barrier behind the sums. `list`: a KvQueryList, or what has its count(), query() and visible().
-  // `channel_scale(d)`: of V.
+  // After a barrier behind the sums: channel d of a query, of all warps in their order.
+  __device__ KvSum whole(int query, int d) const {
+    KvSum all;
+    for (int w = 0; w < kKvWarps; ++w) all.most = fmaxf(all.most, most[w * kQueries + query]);
+    for (int w = 0; w < kKvWarps; ++w)
+      all.add(most[w * kQueries + query], total[w * kQueries + query], sum(w, query, d));
+    return all;
+  }
+
+  // The same of all queries, to out or to memory. `list`: a KvQueryList, or what has its count(), query() and
+  // visible(). `channel_scale(d)`: of V.
   template <class Q, class List, class ChannelScale>
   __device__ void finish(const KvResult& r, const List& list, int head, int split,
                          const ChannelScale& channel_scale) const {
     for (int i = static_cast<int>(threadIdx.x); i < list.count() * r.head_size; i += kKvThreads) {
       const int query = i / r.head_size, d = i % r.head_size;
-      float all = negative_infinity(), of_all = 0, v = 0;
-      for (int w = 0; w < kKvWarps; ++w) all = fmaxf(all, most[w * kQueries + query]);
-      for (int w = 0; w < kKvWarps; ++w) {
-        const float share = kv_share(most[w * kQueries + query], all);
-        of_all += share * total[w * kQueries + query];
-        v += share * sum(w, query, d);
-      }
-      v *= channel_scale(d);
+      KvSum all = whole(query, d);
+      all.sum *= channel_scale(d);
       const int64_t vector = static_cast<int64_t>(list.query(query)) * r.heads + head;
       if (r.splits == 1) {
-        v = list.visible(query) < 0 ? not_a_number() : list.visible(query) == 0 ? 0.0f : v / of_all;
-        static_cast<Q*>(r.out)[vector * r.head_size + d] = from_float<Q>(v);
+        r.template store<Q>(all, list.visible(query), vector, d);
         continue;
       }
-      r.parts[(split * r.vectors + vector) * r.head_size + d] = v;
+      r.parts[(split * r.vectors + vector) * r.head_size + d] = all.sum;
       if (d == 0) {
-        r.stats[(split * r.vectors + vector) * 2] = all;
-        r.stats[(split * r.vectors + vector) * 2 + 1] = of_all;
+        r.stats[(split * r.vectors + vector) * 2] = all.most;
+        r.stats[(split * r.vectors + vector) * 2 + 1] = all.total;
       }
     }
   }
@@ -141,19 +162,13 @@ __global__ void __launch_bounds__(kKvFinishThreads) kv_combine(const KvCombinePa
   const int64_t vector = i / r.head_size;
   const int query = static_cast<int>(vector / r.heads);
   const int visible = p.rows.visible(query / p.rows.tokens, query % p.rows.tokens);
-  float v = visible < 0 ? not_a_number() : 0.0f;
+  KvSum sum;
   if (visible > 0) {
-    float all = negative_infinity(), of_all = 0;
-    for (int s = 0; s < r.splits; ++s) all = fmaxf(all, r.stats[(s * r.vectors + vector) * 2]);
-    for (int s = 0; s < r.splits; ++s) {
-      const float* stats = r.stats + (s * r.vectors + vector) * 2;
-      const float share = kv_share(stats[0], all);
-      of_all += share * stats[1];
-      v += share * r.parts[s * r.vectors * r.head_size + i];
-    }
-    v /= of_all;
+    const auto stats = [&](int s) { return r.stats + (s * r.vectors + vector) * 2; };
+    for (int s = 0; s < r.splits; ++s) sum.most = fmaxf(sum.most, stats(s)[0]);
+    for (int s = 0; s < r.splits; ++s) sum.add(stats(s)[0], stats(s)[1], r.parts[s * r.vectors * r.head_size + i]);
   }
-  static_cast<Q*>(r.out)[i] = from_float<Q>(v);
+  r.template store<Q>(sum, visible, vector, static_cast<int>(i % r.head_size));
 }
 
 struct KvWeightsParams {

@@ -47,6 +47,17 @@ constexpr int64_t kv_shared_bytes(int groups, int queries, int64_t places, int64
          int64_t{kKvWarps} * queries * (kv_part_stride(groups) + 2) * 4;
 }
 
+// Whether the blocks of a cluster may share out positions: heads of more than 64 channels in the order of positions
+// leave them no register for it. Clusters are powers of two up to kKvMostCluster, which divide the queries of a list.
+constexpr bool kv_shares(int groups, bool blocked) { return blocked || groups == 1; }
+constexpr int kKvMostCluster = 8;
+static_assert(kKvQueries % kKvMostCluster == 0 && kKvBlockedQueries % kKvMostCluster == 0);
+// What a block of a cluster is sent, from each of them the sums of the queries that it finishes, and a barrier.
+// As much for any size.
+constexpr int64_t kv_exchange_bytes(int groups, int queries) {
+  return 16 + int64_t{queries} * kv_part_stride(groups) * 4;
+}
+
 // kv_relative_step: the queries with one bias and with the other, and the sums of the warps, in whose place scores by
 // distance wait for their frames before.
 constexpr int kKvDistances = kKvQueries + kKvTile;  // of sixteen queries to a tile, and one more

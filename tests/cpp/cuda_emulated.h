@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/primitives/platform.h"
 #include "lora_kernels/device.h"
 
 namespace lora_kernels {
@@ -22,7 +23,7 @@ inline DeviceInfo device_of(int64_t arch) {
   DeviceInfo device;
   cuda_device(0, &device);
   device.cuda.arch = static_cast<int>(arch);
-  device.cuda.clusters = arch >= 90;
+  device.cuda.clusters = arch >= 90 && cuda::kArch >= 90;
   return device;
 }
 

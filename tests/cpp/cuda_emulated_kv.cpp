@@ -1,6 +1,7 @@
 // kv_attention_step's and kv_pack's CUDA kernels behind the C interface of cuda_emulated.cpp.
 #include "cuda/kv_attention_step.h"
 #include "cuda/kv_pack.h"
+#include "cuda/kv_shapes.h"
 #include "cuda_emulated.h"
 
 namespace lora_kernels {
@@ -15,8 +16,7 @@ namespace {
 // tests/cuda/emulated_kv.py has its twin.
 struct Call {
   int64_t rows, tokens, heads, head_size, cache_rows, capacity, dtype, cache_dtype, scales, slot_kind, layout, append;
-  int64_t weight_heads, arch, apart, split_positions,
-      chunks;  // apart, split_positions, chunks 0: the plan's own choice
+  int64_t weight_heads, arch, apart, split_positions, cluster, chunks;  // the last four 0: the plan's own choice
   double scale;
   const void *q, *k, *v;
   void *k_cache, *v_cache, *k_scales, *v_scales;
@@ -66,6 +66,11 @@ int emulated_kv_attention_step(const Call* c, char* message, int64_t size) {
     chosen.split_positions = static_cast<int>(c->split_positions);
     const int64_t splits = (p.capacity + c->split_positions - 1) / c->split_positions;
     chosen.splits = static_cast<int>(splits > 0 ? splits : 1);
+    chosen.cluster = 1;
+  }
+  if (c->cluster && cuda::kv_shares(chosen.groups, p.layout == KvLayout::kBlocked)) {
+    chosen.splits = chosen.cluster = static_cast<int>(c->cluster);
+    chosen.split_positions = static_cast<int>(round_up((p.capacity + c->cluster - 1) / c->cluster, 128));
   }
   cuda::Workspace w;
   cuda::KvWorkspace(w, plan);

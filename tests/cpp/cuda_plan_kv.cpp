@@ -40,9 +40,9 @@ KvAttentionStepPlan kv_plan(const KvAttentionStepProblem& p, const CudaDevice& d
 void test_kv_attention_plans() {
   CudaDevice unknown;
   unknown.arch = 130;
-  for (const CudaDevice& d : {kT4, kA100, kL4, kH200, unknown}) {
+  for (const CudaDevice& d : {kT4, kA100, kL4, kH200, with_clusters(kH200), unknown}) {
     const KvAttentionStepPlan own = kv_plan(kv_problem(16, 448, true), d);
-    check(own.cuda.fused && own.cuda.splits == 1 && own.cuda.chunks == 1,
+    check(own.cuda.fused && own.cuda.splits == own.cuda.cluster && own.cuda.chunks == 1,
           "a step of self-attention is one launch: " + to_string(own));
     check(workspace_bytes(own) == 0, "which needs no memory: " + to_string(own));
     check(std::isfinite(own.cuda.predicted_us) && own.cuda.predicted_us > 0, to_string(own));
@@ -51,11 +51,14 @@ void test_kv_attention_plans() {
     check((alone.cuda.splits > 1) == (d.memory_bytes_per_second > 1e12),
           "few heads over many positions are split: " + to_string(alone));
     check(alone.cuda.ask > 0, "what few blocks ask for is on its way at once: " + to_string(alone));
-    const bool parts = alone.cuda.splits > 1;
+    check((alone.cuda.cluster > 1) == d.clusters, "by a cluster where there are any: " + to_string(alone));
+    check(alone.cuda.cluster == 1 || alone.cuda.cluster == alone.cuda.splits,
+          "which is all splits: " + to_string(alone));
+    const bool parts = alone.cuda.splits > alone.cuda.cluster;
     check(workspace_bytes(alone) >= (parts ? alone.cuda.splits * 5 * 20 * 66 * 4 : 0),
           "partial sums have room: " + to_string(alone));
-    check(int64_t{alone.cuda.splits} * alone.cuda.split_positions >= 1500 &&
-              int64_t{alone.cuda.splits - 1} * alone.cuda.split_positions < 1500,
+    check(int64_t{alone.cuda.splits} * alone.cuda.split_positions >= 1500, "all positions: " + to_string(alone));
+    check(d.clusters || int64_t{alone.cuda.splits - 1} * alone.cuda.split_positions < 1500,
           "no split is empty: " + to_string(alone));
     check(to_string(alone) == to_string(kv_plan(cross_problem(1, 5), d)), "a plan is a function");
     // The beams of an utterance are one block's queries: K and V are read once, whoever shares them.
@@ -65,7 +68,34 @@ void test_kv_attention_plans() {
           "five beams take what one takes: " + to_string(beams));
     check(own.cuda.early_start == (d.arch >= 90), "kernels start early from sm_90 on");
   }
-  KvAttentionStepProblem p = kv_problem(4, 448, true);
+  // One utterance leaves most multiprocessors idle, unless the blocks of a cluster share out its positions.
+  const CudaDevice clusters = with_clusters(kH200);
+  KvAttentionStepProblem p = kv_problem(1, 448, true);
+  const KvAttentionStepPlan shared = kv_plan(p, clusters);
+  check(shared.cuda.cluster > 1 && workspace_bytes(shared) == 0 &&
+            shared.cuda.predicted_us < kv_plan(p, kH200).cuda.predicted_us,
+        "positions of one utterance are shared out: " + to_string(shared));
+  p.capacity = 60;
+  check(kv_plan(p, clusters).cuda.cluster == 1, "few are not: " + to_string(kv_plan(p, clusters)));
+  p.capacity = 448;
+  p.head_size = 80;
+  check(kv_plan(p, clusters).cuda.cluster == 1, "nor where registers are full: " + to_string(kv_plan(p, clusters)));
+  p.append = false;
+  p.cache_dtype = DType::kInt8;
+  p.scales = KvScales::kPerChannel;
+  p.layout = KvLayout::kBlocked;
+  check(kv_plan(p, clusters).cuda.cluster > 1, "which blocked ones are not: " + to_string(kv_plan(p, clusters)));
+  p = cross_problem(1, 1);
+  p.heads = 1;
+  CudaDevice part = clusters;
+  for (const auto& [multiprocessors, most] : {std::pair(64, 8), {63, 4}, {16, 4}, {15, 1}}) {
+    part.multiprocessors = multiprocessors;
+    check(kv_plan(p, part).cuda.cluster == most, "small devices have small clusters: " + to_string(kv_plan(p, part)));
+  }
+  p.capacity = 0;
+  const KvAttentionStepPlan none = kv_plan(p, clusters);
+  check(none.cuda.splits == 1 && std::isfinite(none.cuda.predicted_us), "no positions: " + to_string(none));
+  p = kv_problem(4, 448, true);
   p.slots = KvSlots::kPerPosition;
   check(kv_plan(p, kA100).cuda.places && !kv_plan(p, kA100).cuda.grouped, "a table is looked up");
   p.capacity = 20000;

@@ -265,12 +265,15 @@ void run_attention() {
     cuda::configure(device, &plan);
     plan.cuda.splits = 2;
     plan.cuda.split_positions = 128;
-    cuda::Workspace size;
-    cuda::KvWorkspace(size, plan);
-    Buffer<char> workspace = Buffer<char>::aligned(size.used + 256);
-    args.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(workspace.get()), 256));
-    const Status status = cuda::launch(plan, args, Executor());
-    check(status.ok(), status.text);
+    for (const int cluster : {1, 2}) {
+      plan.cuda.cluster = cluster;
+      cuda::Workspace size;
+      cuda::KvWorkspace(size, plan);
+      Buffer<char> workspace = Buffer<char>::aligned(size.used + 256);
+      args.workspace = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(workspace.get()), 256));
+      const Status status = cuda::launch(plan, args, Executor());
+      check(status.ok(), status.text);
+    }
   };
   launch();
 

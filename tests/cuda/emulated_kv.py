@@ -13,7 +13,7 @@ __all__ = ["EmulatedKv", "EmulationError"]
 CACHE_DTYPES = DTYPES | {torch.int8: 3}
 
 _INTEGERS = """rows tokens heads head_size cache_rows capacity dtype cache_dtype scales slot_kind
-layout append weight_heads arch apart split_positions chunks"""
+layout append weight_heads arch apart split_positions cluster chunks"""
 _POINTERS = """q k v k_cache v_cache k_scales v_scales lengths slots chosen_heads weights out"""
 _PACK_INTEGERS = """cache_rows positions heads head_size dtype k_stride v_stride k_row_stride
 v_row_stride arch"""
@@ -59,18 +59,20 @@ class EmulatedKv:
     ----------
     order, seed
         "forward", "reverse" or "shuffled" (drawn by the seed).
-    apart, split_positions, chunks
-        Append in a kernel of its own; positions of a block, a multiple of 128; blocks over the
-        queries. None of them given: the plan that the heuristic takes, kept in ``plan``.
+    apart, split_positions, cluster, chunks
+        Append in a kernel of its own; positions of a block, a multiple of 128; blocks that share
+        out the positions in a cluster, where there can be one; blocks over the queries. None of
+        them given: the plan that the heuristic takes, kept in ``plan``.
     """
 
     def __init__(
         self, order: str = "forward", seed: int = 1, *, apart: bool = False,
-        split_positions: int = 0, chunks: int = 0, arch: int = 90,
+        split_positions: int = 0, cluster: int = 0, chunks: int = 0, arch: int = 90,
     ) -> None:  # fmt: skip
         self.lib = library()
         self.order, self.seed, self.arch = ORDERS[order], seed, arch
         self.apart, self.split_positions, self.chunks = apart, split_positions, chunks
+        self.cluster = cluster
         self.plan = ""
 
     def _prepare(self) -> None:
@@ -94,7 +96,7 @@ class EmulatedKv:
         call.slot_kind = 0 if slots is None else slots.dim()
         call.append, call.scale, call.arch = int(k is not None), scale, self.arch
         call.apart, call.split_positions = self.apart, self.split_positions
-        call.chunks = self.chunks
+        call.cluster, call.chunks = self.cluster, self.chunks
         out = torch.full(q.shape, 7.0, dtype=q.dtype)
         weights = torch.empty(0)
         chosen = torch.tensor(list(heads or []), dtype=torch.int64)

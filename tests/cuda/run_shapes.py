@@ -1,13 +1,17 @@
 """Run the emulated library named by LORA_KERNELS_EMULATED on odd shapes; print what is wrong.
 
-A program of its own, since AddressSanitizer has to be loaded before the interpreter.
+A program of its own, since AddressSanitizer has to be loaded before the interpreter. With
+--serve it runs what its standard input asks for, line by line.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -106,6 +110,8 @@ def kv_attention_step(dtype: torch.dtype, order: tuple) -> Checks:
     for wishes in ({}, {"split_positions": 128, "apart": True}):
         yield f"kv steps {wishes}", partial(kv.check_steps, dtype, order, **wishes)
         yield f"kv blocked {wishes}", partial(kv.check_blocked, dtype, order, **wishes)
+    if not OF_SM_75:
+        yield "kv clusters", partial(kv.check_clusters, dtype, order)
     yield "kv pack", partial(kv.check_pack, dtype, order)
 
 
@@ -144,19 +150,22 @@ def once(operators: list[str], dtype: torch.dtype) -> Checks:
         yield "kv relative: short", relative.test_what_is_beyond_a_short_chunk_is_ignored
         indices = relative.test_bad_indices_make_their_row_nan_and_write_nothing
         yield "kv relative: indices", indices
-    if "kv_attention_step" in operators and not OF_SM_75:  # no fp32 there, which these are in
-        yield "kv: new tokens", kv.test_new_tokens_of_other_rows_are_seen
-        yield "kv: what a query does not see", kv.test_what_a_query_does_not_see_stays_away
-        yield "kv: indices", partial(kv.test_bad_indices_make_their_row_nan_and_write_nothing, 0)
+    if "kv_attention_step" in operators:
+        yield "kv: new tokens", partial(kv.test_new_tokens_of_other_rows_are_seen, dtype)
+        check = partial(kv.test_what_a_query_does_not_see_stays_away, dtype)
+        yield "kv: what a query does not see", check
+        cluster = 0 if OF_SM_75 else 2
+        check = partial(kv.test_bad_indices_make_their_row_nan_and_write_nothing, 0, cluster, dtype)
+        yield "kv: indices", check
 
 
-def main() -> int:
+def main(options: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ["float16", "bfloat16", "float32"]
     parser.add_argument("--dtype", nargs="+", choices=names, default=names)
     parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--first", action="store_true", help="stop at the first that is wrong")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(options)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dtypes = [getattr(torch, name) for name in arguments.dtype]
@@ -186,5 +195,31 @@ def main() -> int:
     return min(wrong, 1)
 
 
+def serve() -> None:
+    """A line in, of a library, a file for what is printed, and options; its status out.
+
+    Each has a process of its own, which has everything imported.
+    """
+    for line in sys.stdin:
+        library, output, *options = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            signal.alarm(300)  # a kernel that never ends takes no other's answer
+            try:
+                with open(output, "w") as file:
+                    os.dup2(file.fileno(), 1)
+                    os.dup2(file.fileno(), 2)
+                os.environ["LORA_KERNELS_EMULATED"] = library
+                status = main(options)
+            except Exception:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    serve() if sys.argv[1:] == ["--serve"] else sys.exit(main(sys.argv[1:]))

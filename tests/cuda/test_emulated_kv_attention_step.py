@@ -28,6 +28,7 @@ SHAPES = [
     {"rows": 2, "tokens": 1, "heads": 1, "head_size": 128, "capacity": 150},
     {"rows": 1, "tokens": 19, "heads": 2, "head_size": 72, "capacity": 40},
     {"rows": 1, "tokens": 1, "heads": 1, "head_size": 1, "capacity": 1},
+    {"rows": 2, "tokens": 3, "heads": 1, "head_size": 61, "capacity": 290},
 ]
 
 
@@ -128,6 +129,36 @@ def test_blocked(dtype: torch.dtype) -> None:
     check_blocked(dtype, ("reverse", 1), split_positions=128)
 
 
+def check_clusters(dtype: torch.dtype, order: tuple[str, int]) -> None:
+    """Blocks without positions, lists that follow one another; the bits that kv_combine makes."""
+    tokens, positions = 19, 290
+    cross = make_blocked_step(rows=1, tokens=tokens, head_size=70, dtype=dtype, positions=positions)
+    own = make_step(rows=2, tokens=tokens, head_size=29, capacity=positions, dtype=dtype)
+    for step, cluster, chunks in itertools.product((cross, own), (2, 4, 8), (1, 2)):
+        emulated = EmulatedKv(*order, cluster=cluster, chunks=chunks)
+        check(emulated, step, "cluster")
+        assert f"splits={cluster}x{256 if cluster == 2 else 128} cluster" in emulated.plan
+        ours, _ = step.clone().run(emulated.step)
+        apart = EmulatedKv(*order, split_positions=256 if cluster == 2 else 128)
+        by_memory, _ = step.clone().run(apart.step)
+        assert "cluster" not in apart.plan
+        assert torch.equal(ours, by_memory), f"kv cluster of {cluster}"
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: f"{order[0]}-{order[1]}")
+def test_clusters(order: tuple[str, int]) -> None:
+    check_clusters(torch.float16, order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_all_steps_in_clusters(dtype: torch.dtype) -> None:
+    check_clusters(dtype, ("shuffled", 1))
+    for cluster, order in zip((2, 4, 8), ORDERS, strict=False):
+        check_steps(dtype, order, cluster=cluster)
+        check_blocked(dtype, order, cluster=cluster)
+
+
 def test_blocked_sums_are_integers() -> None:
     """One position is all that is seen: V as it is, whatever the score, in every bit."""
     step = make_blocked_step(rows=2, positions=9, lengths=int32(1, 1))
@@ -164,16 +195,19 @@ def test_no_order_of_threads_changes_a_bit() -> None:
         make_step(rows=2, capacity=40, cache_dtype=torch.int8, dtype=torch.float16),
         blocked_steps(torch.float16)[1],
     ):
-        for wishes in ({}, {"split_positions": 128}):
+        for wishes in ({}, {"split_positions": 128}, {"cluster": 2}):
             seen = [step.clone().run(EmulatedKv(*order, **wishes).step) for order in ORDERS]
             for out, weights in seen[1:]:
                 assert torch.equal(out, seen[0][0])
                 assert torch.equal(weights, seen[0][1])
 
 
-def test_new_tokens_of_other_rows_are_seen() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_new_tokens_of_other_rows_are_seen(dtype: torch.dtype) -> None:
     """A row whose table names what another row writes in the same call reads the new vector."""
-    step = make_step(rows=3, capacity=30, lengths=int32(20, 4, 9), slots="per position", seed=3)
+    step = make_step(
+        rows=3, capacity=30, lengths=int32(20, 4, 9), slots="per position", seed=3, dtype=dtype
+    )
     assert step.slots is not None
     step.slots[:, :] = torch.arange(3, dtype=torch.int32)[:, None]
     step.slots[0, 4], step.slots[0, 9] = 1, 2
@@ -186,7 +220,8 @@ def test_new_tokens_of_other_rows_are_seen() -> None:
         check(EmulatedKv("shuffled", apart=apart), step, "others' new tokens")
 
 
-def test_what_a_query_does_not_see_stays_away() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_what_a_query_does_not_see_stays_away(dtype: torch.dtype) -> None:
     """NaN and infinity at the end of a longer row, and in its own new token."""
     step = make_step(
         rows=3, cache_rows=1, capacity=40, append=False, slots=int32(0, 0, 0),
@@ -195,19 +230,23 @@ def test_what_a_query_does_not_see_stays_away() -> None:
     step.k_cache[0, :, 21:], step.v_cache[0, :, 30:] = float("inf"), float("nan")
     got, _ = step.clone().run(EmulatedKv().step)
     assert got.isnan().flatten(1).all(1).tolist() == [False, True, False]
-    step = make_step(rows=2, tokens=4, capacity=20, lengths=int32(3, 9), dtype=torch.bfloat16)
+    step = make_step(rows=2, tokens=4, capacity=20, lengths=int32(3, 9), dtype=dtype)
     assert step.v is not None
     step.v[0, 2] = float("nan")
     got, _ = step.clone().run(EmulatedKv().step)
     assert got.isnan().flatten(2).all(2).tolist() == [[False, False, True, True], [False] * 4]
 
 
-@pytest.mark.parametrize("split", [0, 128])
-def test_bad_indices_make_their_row_nan_and_write_nothing(split: int) -> None:
+@pytest.mark.parametrize(("split", "cluster"), [(0, 0), (128, 0), (0, 2)])
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=lambda d: str(d)[6:])
+def test_bad_indices_make_their_row_nan_and_write_nothing(
+    split: int, cluster: int, dtype: torch.dtype
+) -> None:
     """Lengths and slots out of range, of either sign and size, are not followed."""
-    emulated = EmulatedKv("shuffled", split_positions=split)
+    emulated = EmulatedKv("shuffled", split_positions=split, cluster=cluster)
     for bad in (-1, 50, 2**31 - 1, -(2**31)):
-        step = make_step(rows=3, capacity=50, lengths=int32(9, 4, 8), slots="per position")
+        of = {"capacity": 50, "dtype": dtype}
+        step = make_step(**of, rows=3, lengths=int32(9, 4, 8), slots="per position")
         step.lengths[1] = bad
         before = step.k_cache[1].clone()
         got, weights = dataclasses.replace(step, heads=[0]).run(emulated.step)
@@ -216,7 +255,7 @@ def test_bad_indices_make_their_row_nan_and_write_nothing(split: int) -> None:
         assert torch.equal(step.k_cache[1].nan_to_num(), before.nan_to_num())
         for append in (True, False):
             step = make_step(
-                rows=3, capacity=50, lengths=int32(9, 9, 8), slots=int32(1, 2, 0), append=append,
+                **of, rows=3, lengths=int32(9, 9, 8), slots=int32(1, 2, 0), append=append,
                 chosen=[1],
             )  # fmt: skip
             assert step.slots is not None
@@ -224,10 +263,12 @@ def test_bad_indices_make_their_row_nan_and_write_nothing(split: int) -> None:
             got, weights = step.run(emulated.step)
             assert got.isnan().flatten(1).all(1).tolist() == [False, True, False]
             assert weights.isnan().flatten(1).all(1).tolist() == [False, True, False]
-        step = make_blocked_step(rows=3, positions=50, cache_rows=2, slots=int32(1, bad, 0))
+        step = make_blocked_step(
+            rows=3, positions=50, cache_rows=2, slots=int32(1, bad, 0), dtype=dtype
+        )
         got, _ = step.run(emulated.step)
         assert got.isnan().flatten(1).all(1).tolist() == [False, True, False]
-        step = make_step(rows=2, capacity=50, lengths=int32(9, 20), slots="per position")
+        step = make_step(**of, rows=2, lengths=int32(9, 20), slots="per position")
         assert step.slots is not None
         step.slots[0, 5] = bad  # a past position
         step.slots[1, 20] = bad  # the new one
