@@ -54,10 +54,10 @@ test-litert:
 bench: setup
 	$(BIN)/python -m benchmarks --output benchmarks/results
 
-# RECORD=--record writes csrc/cuda/resources.json anew.
+# OPTIONS=--record writes csrc/cuda/resources.json anew; --changed leaves out what was compiled for it already.
 cuda-check: setup
 	$(BIN)/python -m pip install --quiet "nvidia-cuda-nvdisasm>=13,<14"
-	$(BIN)/python tools/cuda_check.py $(RECORD)
+	$(BIN)/python tools/cuda_check.py $(OPTIONS)
 
 lint: setup
 	$(BIN)/ruff check .

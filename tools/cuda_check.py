@@ -8,15 +8,20 @@ UTMALDG). So it does if the compiler puts wgmma's products one after another, or
 whole device in a kernel (MEMBAR.GPU: blocks hand each other nothing that wants one). ``--record``
 writes that file anew, for the change to be reviewed with the kernel's.
 
+It also writes ``compiled.json``: a hash of each compiled source, behind its preprocessor, with the
+tools' versions, the options and the rules, and one of the record. With ``--changed`` what has the
+hash noted there is not compiled once more, since nothing else could come out, but for sm_90, which
+shows that the record is true.
+
 Needs nvcc, g++ and nvdisasm (of the toolkit, or ``pip install nvidia-cuda-nvdisasm``).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,19 +31,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cuda_machine_code import (
+    MOST_SHARED,
+    OF_HOPPER,
+    Kernel,
+    faults,
+    instructions,
+    parse,
+    serialized,
+    short,
+    too_soon,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 RECORD = CSRC / "cuda" / "resources.json"
-# Architectures, and the shared memory that a block may have there at most (CUDA programming guide).
-MOST_SHARED = {
-    75: 64 << 10,
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-}
+COMPILED = CSRC / "cuda" / "compiled.json"
+RULES = Path(__file__).with_name("cuda_machine_code.py")
 ARCHITECTURES = tuple(MOST_SHARED)
 # sm_75 multiplies fp16 alone on its tensor cores, and INT8.
 TYPES = {"f16": ARCHITECTURES, "bf16": ARCHITECTURES[1:], "f32": ARCHITECTURES[1:]}
@@ -47,21 +56,9 @@ OPERATORS = (
     *("kv_attention_step", "kv_pack", "kv_relative_step"),
 )
 
+ALWAYS = 90  # compiled with --changed too
 # The sizes of dynamic shared memory are constants of the kernels' headers.
 SHARED_SIZES = ROOT / "tools" / "cuda_shared_sizes.cpp"
-PRODUCTS = ("kForward", "kInTile", "kInputGradient", "kMaskedGradient", "kRowSums")
-
-
-@dataclass
-class Kernel:
-    """What ptxas says of a kernel on one architecture, and what its machine code holds."""
-
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    shared: int = 0
-    instructions: str = ""
 
 
 def tool(name: str) -> str | None:
@@ -77,183 +74,85 @@ def tool(name: str) -> str | None:
     return None
 
 
-def short(symbol: str) -> str:
-    """``gemm<__half, LargeShape, kForward>`` of a mangled name."""
-    text = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-    text = text.strip().replace("lora_kernels::cuda::", "").removeprefix("void ")
-    text = re.sub(r"\(Product\)(\d)", lambda m: PRODUCTS[int(m[1])], text)
-    return text.rsplit("(", 1)[0]
-
-
-def parse(report: str) -> dict[str, Kernel]:
-    """The kernels in the report of ``-Xptxas -v``."""
-    kernels = {}
-    pattern = re.compile(
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
-        re.DOTALL,
-    )
-    for symbol, stack, stores, loads, registers in pattern.findall(report):
-        kernels[symbol] = Kernel(int(registers), int(stack), int(stores), int(loads))
-    return kernels
-
-
-# Instructions that tell what a kernel does, in its machine code.
-INTERESTING = re.compile(
-    r"\b(HGMMA|IGMMA|IMMA|QMMA|HMMA)[\w.]*|\b(LDSM|LDGSTS|LDL|STL|UTMALDG|MEMBAR)\b[\w.]*"
-)
-
-
-def named(instruction: str) -> str:
-    """With its modifiers where they make another instruction of it."""
-    first, *modifiers = instruction.split(".")
-    if "MMA" in first:
-        return instruction
-    kept = [m for m in modifiers if m == "MULTICAST" or (first == "MEMBAR" and m in ("GPU", "SYS"))]
-    return ".".join([first, *kept])
-
-
-def instructions(code: str) -> dict[str, dict[str, int]]:
-    """How often each interesting instruction stands in each kernel's code."""
-    counts: dict[str, dict[str, int]] = {}
-    current: dict[str, int] = {}
-    for line in code.splitlines():
-        section = re.match(r"\s*\.section\s+\.text\.(\S+?),", line)
-        if section:
-            current = counts.setdefault(section[1], {})
-        found = INTERESTING.search(line)
-        if found:
-            name = named(found[0])
-            if name != "MEMBAR":  # of the block alone
-                current[name] = current.get(name, 0) + 1
-    return counts
-
-
-# Kernels that may start before the kernel before them has finished, whatever that writes.
-START_EARLY = ("int8_few_rows<", "int8_together<", "int8_rows<", "int8_combine<", "top_", "kv_a")
-START_EARLY += ("kv_blocked<", "kv_combine<", "kv_weights<")
-# And those that read what a kernel before them in the same call has made. (Products of y and dx
-# load before they wait, and only what no kernel of the call makes.)
-START_EARLY += ("convert_factor<", "down<", "dy_once<", "join_parts<", "add_parts<", "column_sums<")
-
-
-def starts_early(name: str) -> bool:
-    return name.startswith(START_EARLY) or (name.startswith("gemm<") and "kRowSums" in name)
-
-
-def too_soon(code: str) -> list[str]:
-    """The kernels of those that load or store, by the order of their code, before they wait.
-
-    A compiler may move a load of the read-only path over the wait, and nothing but this shows it.
-    """
-    found, name, waited = [], "", False
-    for line in code.splitlines():
-        section = re.match(r"\s*\.section\s+\.text\.(\S+?),", line)
-        if section:
-            name, waited = short(section[1]), False
-        waited = waited or "ACQBULK" in line
-        if not waited and starts_early(name) and re.search(r"\b(LDG|STG|LDGSTS)\b", line):
-            found.append(name)
-    return sorted(set(found))
-
-
-def compile_one(
-    operator: str, kind: str, arch: int, nvcc: str, nvdisasm: str, folder: Path
-) -> dict[str, Kernel]:
+@dataclass(frozen=True)
+class Unit:
     """One storage type of an operator for one architecture."""
-    cubin = folder / f"{operator}.{kind}.{arch}.cubin"
-    command = [nvcc, f"-I{CSRC / 'include'}", f"-I{CSRC}", "-std=c++17", "-O3", "-cubin"]
-    feature = "a" if arch == 90 else ""  # wgmma is of sm_90a alone
-    command += [
-        f"-arch=sm_{arch}{feature}",
-        "-Xptxas",
-        "-v",
-        "-Werror",
-        "all-warnings",
-        "-o",
-        str(cubin),
-    ]
-    run = subprocess.run(
-        [*command, str(CSRC / "cuda" / f"{operator}_{kind}.cu")], capture_output=True, text=True
-    )
-    if run.returncode:
-        sys.exit(f"cuda-check: {operator} of {kind} does not compile for sm_{arch}:\n{run.stderr}")
-    if serialized(run.stderr):
-        sys.exit(f"cuda-check: {operator} of {kind}: wgmma waits for itself:\n{run.stderr}")
-    code = subprocess.run(
-        [nvdisasm, "-c", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    if arch >= 90 and too_soon(code):
-        sys.exit(
-            f"cuda-check: {operator} of {kind} for sm_{arch}: {', '.join(too_soon(code))}: "
-            "a load or store before wait_for_kernel_before()"
+
+    operator: str
+    kind: str
+    arch: int
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.kind} sm_{self.arch}"
+
+    @property
+    def source(self) -> Path:
+        return CSRC / "cuda" / f"{self.operator}_{self.kind}.cu"
+
+    @property
+    def options(self) -> list[str]:
+        feature = "a" if self.arch == 90 else ""  # wgmma is of sm_90a alone
+        language = ["-std=c++17", "-O3", f"-arch=sm_{self.arch}{feature}"]
+        return [*language, "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
+
+    @property
+    def preprocessed(self) -> list[str]:
+        """The options of the preprocessor alone, which then lacks what "a" defines."""
+        defined = ("FEAT_SM90_ALL", f"SPECIFIC__={self.arch}0", f"FAMILY_SPECIFIC__={self.arch}0")
+        features = [f"-D__CUDA_ARCH_{name}" for name in defined] if self.arch == 90 else []
+        return [*self.options[:3], *features, "-E"]
+
+
+class Compiler:
+    """nvcc and nvdisasm, and a folder for what they make."""
+
+    def __init__(self, nvcc: str, nvdisasm: str, folder: Path) -> None:
+        self._nvcc = [nvcc, f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+        self._nvdisasm, self._folder = nvdisasm, folder
+        self._tools = RULES.read_bytes()
+        for program in (nvcc, nvdisasm):
+            said = subprocess.run([program, "--version"], capture_output=True, check=True)
+            self._tools += said.stdout
+        for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+            self._tools += os.environ.get(name, "").encode()
+
+    def hash_of(self, unit: Unit) -> str:
+        """Of all that decides what comes out, and of the rules that it was held against."""
+        run = subprocess.run(
+            [*self._nvcc, *unit.preprocessed, str(unit.source)], capture_output=True, text=True
         )
-    found = instructions(code)
-    kernels = {}
-    for symbol, kernel in parse(run.stderr).items():
-        seen = found.get(symbol, {})
-        kernel.instructions = " ".join(f"{name}:{seen[name]}" for name in sorted(seen))
-        kernels[short(symbol)] = kernel
-    return kernels
+        if run.returncode:
+            sys.exit(f"cuda-check: {unit} does not compile:\n{run.stderr}")
+        lines = [line for line in run.stdout.splitlines() if line.strip()]
+        found = hashlib.sha256(self._tools + " ".join(unit.options).encode())
+        # Lines that begin with "# " say which file is read, by its path.
+        found.update("\n".join(line for line in lines if not line.startswith("# ")).encode())
+        return found.hexdigest()[:32]
 
-
-def serialized(said: str) -> bool:
-    """Whether ptxas puts products of wgmma one after another, or a fence that the source lacks."""
-    return "injected" in said or ("wgmma" in said and "serialized" in said)
-
-
-GEMM_LIKE = (
-    *("gemm<", "down<", "down_beside<", "few_rows<", "dy_once<"),
-    *("int8_gemm<", "int8_few", "int8_together<", "int8_rows<", "kv_attend<", "kv_relative<"),
-)
-
-OF_HOPPER = ("gemm_wgmma<", "int8_wgmma<", "down_beside<")  # empty elsewhere
-
-
-def expected(name: str, kind: str, arch: int) -> list[str]:
-    """The instructions that a kernel must have."""
-    if name.startswith("kv_blocked<"):
-        return ["IMMA.8816" if arch < 80 else "IMMA.16832"]
-    if name.startswith(OF_HOPPER) and arch != 90:
-        return []
-    if name.startswith("gemm_wgmma<"):
-        return ["HGMMA.64x", "LDGSTS", "UTMALDG:", "UTMALDG.MULTICAST"]
-    if kind == "f32":
-        wanted = ["HMMA.1688.F32.TF32"]
-    else:
-        wanted = ["HMMA.1688.F32" if arch < 80 else "HMMA.16816.F32"]
-    if name.startswith("int8_wgmma<"):
-        return ["IGMMA.64x128x32", "UTMALDG:", "UTMALDG.MULTICAST", "LDSM", "LDGSTS", *wanted]
-    if not name.startswith(GEMM_LIKE):
-        return []
-    if name.startswith(("int8_gemm<", "int8_few", "int8_together<")):
-        wanted = ["IMMA.8816" if arch < 80 else "IMMA.16832", *(wanted if "gemm" in name else [])]
-    if "gemm<" in name or name.startswith("dy_once<"):
-        wanted += ["LDSM"] if not (kind == "f32" and "kRowSums" in name) else []
-        wanted += ["LDGSTS"] if arch >= 80 else []
-    return wanted
-
-
-def faults(name: str, kind: str, arch: int, kernel: Kernel, budget: dict | None) -> list[str]:
-    """What is wrong with a kernel: all of it."""
-    where = f"sm_{arch} {name}"
-    if budget is None:
-        return [f"{where}: not in {RECORD.name}; run `make cuda-check RECORD=--record`"]
-    found = []
-    for field in ("stack", "spill_stores", "spill_loads", "registers"):
-        now, allowed = getattr(kernel, field), budget[field]
-        if now > allowed:
-            found.append(f"{where}: {field} {now}, recorded {allowed}")
-    if kernel.shared > MOST_SHARED[arch]:
-        found.append(
-            f"{where}: {kernel.shared} bytes of shared memory, at most {MOST_SHARED[arch]}"
-        )
-    for wanted in expected(name, kind, arch):
-        if not any(part.startswith(wanted) for part in kernel.instructions.split()):
-            found.append(f"{where}: no {wanted} in its machine code ({kernel.instructions})")
-    if "MEMBAR" in kernel.instructions:
-        found.append(f"{where}: a fence of the whole device ({kernel.instructions})")
-    return found
+    def compile(self, unit: Unit) -> dict[str, Kernel]:
+        """The kernels of a unit by name; ends the program if they are not what was written."""
+        cubin = self._folder / f"{unit}.cubin"
+        command = [*self._nvcc, *unit.options, "-o", str(cubin), str(unit.source)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f"cuda-check: {unit} does not compile:\n{run.stderr}")
+        if serialized(run.stderr):
+            sys.exit(f"cuda-check: {unit}: wgmma waits for itself:\n{run.stderr}")
+        code = subprocess.run(
+            [self._nvdisasm, "-c", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        if unit.arch >= 90 and too_soon(code):
+            sys.exit(
+                f"cuda-check: {unit}: {', '.join(too_soon(code))}: "
+                "a load or store before wait_for_kernel_before()"
+            )
+        found = instructions(code)
+        kernels = {}
+        for symbol, kernel in parse(run.stderr).items():
+            seen = found.get(symbol, {})
+            kernel.instructions = " ".join(f"{name}:{seen[name]}" for name in sorted(seen))
+            kernels[short(symbol)] = kernel
+        return kernels
 
 
 def shared_sizes(folder: Path) -> dict[str, int]:
@@ -267,6 +166,21 @@ def shared_sizes(folder: Path) -> dict[str, int]:
     subprocess.run(command, check=True)
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     return {name: int(size) for name, size in (line.split("\t") for line in lines.splitlines())}
+
+
+def too_large(recorded: dict[str, dict[str, dict]], sizes: dict[str, int]) -> list[str]:
+    """Recorded kernels that take more shared memory than there is: the host says how much."""
+    return [
+        f"{arch} {name}: {sizes[name]} bytes of shared memory, at most {most}"
+        for arch, kernels in recorded.items()
+        for most in [MOST_SHARED[int(arch.removeprefix("sm_"))]]
+        for name in sorted(set(kernels) & set(sizes))
+        if sizes[name] > most and not (arch != "sm_90" and name.startswith(OF_HOPPER))
+    ]
+
+
+def hash_of_record() -> str:
+    return hashlib.sha256(RECORD.read_bytes()).hexdigest()[:32] if RECORD.is_file() else ""
 
 
 def one_line_each(recorded: dict[str, dict[str, dict]]) -> str:
@@ -287,6 +201,11 @@ def main() -> int:
     parser.add_argument("--type", nargs="*", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--operator", nargs="*", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--record", action="store_true", help="write what is found as the budget")
+    parser.add_argument(
+        "--changed",
+        action="store_true",
+        help=f"compile what is not as {COMPILED.name} has it, and sm_{ALWAYS}",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     nvcc, nvdisasm = tool("nvcc"), tool("nvdisasm")
@@ -295,39 +214,59 @@ def main() -> int:
     if nvdisasm is None:
         sys.exit("cuda-check: nvdisasm was not found; pip install nvidia-cuda-nvdisasm")
     recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    compiled = json.loads(COMPILED.read_text()) if COMPILED.is_file() else {}
+    if compiled.get(RECORD.name) != hash_of_record():
+        compiled = {}  # of another record
+    units = [
+        Unit(operator, kind, arch)
+        for operator in arguments.operator
+        for kind in arguments.type
+        for arch in arguments.arch
+        if arch in TYPES[kind]
+    ]
     begin, wrong, count = time.perf_counter(), [], 0
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:
-        folder = Path(name)
+        compiler = Compiler(nvcc, nvdisasm, Path(name))
+        hashes = dict(zip(units, pool.map(compiler.hash_of, units), strict=True))
+        known = {unit for unit in units if compiled.get(str(unit)) == hashes[unit]}
         work = {
-            (operator, kind, arch): pool.submit(
-                compile_one, operator, kind, arch, nvcc, nvdisasm, folder
-            )
-            for operator in arguments.operator
-            for kind in arguments.type
-            for arch in arguments.arch
-            if arch in TYPES[kind]
+            unit: pool.submit(compiler.compile, unit)
+            for unit in units
+            if not (arguments.changed and unit in known and unit.arch != ALWAYS)
         }
-        sizes = shared_sizes(folder)
-        for (_, kind, arch), result in work.items():
-            kernels = result.result()
-            budgets = recorded.setdefault(f"sm_{arch}", {})
-            for kernel_name, kernel in kernels.items():
+        sizes = shared_sizes(Path(name))
+        for unit, result in work.items():
+            budgets = recorded.setdefault(f"sm_{unit.arch}", {})
+            before = len(wrong)
+            for kernel_name, kernel in result.result().items():
                 kernel.shared = sizes.get(kernel_name, 0)
-                if arch != 90 and kernel_name.startswith(OF_HOPPER):
+                if unit.arch != 90 and kernel_name.startswith(OF_HOPPER):
                     kernel.shared = 0
                 if arguments.record:
                     budgets[kernel_name] = asdict(kernel)
-                wrong += faults(kernel_name, kind, arch, kernel, budgets.get(kernel_name))
+                wrong += faults(kernel_name, unit.kind, unit.arch, kernel, budgets.get(kernel_name))
                 count += 1
                 print(
-                    f"sm_{arch:<4} {kernel_name:52} {kernel.registers:4} registers "
+                    f"sm_{unit.arch:<4} {kernel_name:52} {kernel.registers:4} registers "
                     f"{kernel.shared:6} B shared  stack {kernel.stack}  spills "
                     f"{kernel.spill_stores}/{kernel.spill_loads}  {kernel.instructions}"
                 )
+            if len(wrong) == before:
+                compiled[str(unit)] = hashes[unit]
+            else:
+                compiled.pop(str(unit), None)
     if arguments.record:
         RECORD.write_text(one_line_each(recorded))
+        compiled[RECORD.name] = hash_of_record()
+        COMPILED.write_text(json.dumps(compiled, indent=1, sort_keys=True) + "\n")
+    if len(work) < len(units):
+        wrong += too_large(recorded, sizes)
     for fault in wrong:
         print(f"FAILED: {fault}")
+    if len(work) < len(units):
+        print(f"{len(units) - len(work)} of {len(units)} sources are as {COMPILED.name} has them")
+    elif not arguments.record and len(known) < len(units):
+        print(f"{len(units) - len(known)} sources are not as {COMPILED.name} has them: --record")
     seconds = time.perf_counter() - begin
     print(f"cuda-check: {count} kernels, {len(wrong)} faults, {seconds:.0f} s")
     return 1 if wrong else 0
