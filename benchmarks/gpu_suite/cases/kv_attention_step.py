@@ -18,11 +18,16 @@ POSITIONS, FRAMES = 448, 1500
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    """A decoder step of 16 utterances: self-attention at the end, cross-attention, five beams."""
+    """A decoder step of 16 utterances: self-attention at the end, cross-attention, five beams.
 
-    def case(name: str, beams: int, positions: int, packed: int, limit: float) -> Case:
+    And of one, which is too few bytes for an aim: what it waits for.
+    """
+
+    def case(
+        name: str, beams: int, positions: int, packed: int, limit: float, utterances: int = 16
+    ) -> Case:
         shape = {
-            "utterances": 16,
+            "utterances": utterances,
             "beams": beams,
             "heads": HEADS,
             "head_size": HEAD_SIZE,
@@ -30,7 +35,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
             "packed": packed,
             "append": int(positions == POSITIONS),
         }
-        aims = (Aim("bandwidth", limit),)
+        aims = (Aim("bandwidth", limit),) if limit else ()
         return Case(f"kv-{name}", shape, dtype, work, contestants, aims, graphs=True)
 
     packing = {
@@ -45,6 +50,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
         case("cross-int8", 1, FRAMES, 1, 0.85),
         case("cross-int8-beams5", 5, FRAMES, 1, 0.85),
         case("cross-beams5", 5, FRAMES, 0, 0.85),
+        case("self-alone", 1, POSITIONS, 0, 0, utterances=1),
+        case("cross-int8-alone", 1, FRAMES, 1, 0, utterances=1),
         Case("kv-pack", packing, dtype, work_of_packing, packing_contestants, graphs=True),
     ]
 
