@@ -19,7 +19,7 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=str(TOOLKIT / "bin"))
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both bindings, with the kernels of one architecture."""
+    """Both bindings, with the kernels of one architecture and one type."""
     if NVCC is None or shutil.which("cmake") is None:
         pytest.skip("nvcc or cmake is not installed")
     include = Path(sysconfig.get_paths()["include"], "Python.h")
@@ -32,6 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configure += ["-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
     # No kernel runs here; as shipped they take four times as long (`make cuda-check`).
     configure += ["-DCMAKE_CUDA_FLAGS=-Xcicc -O0 -Xptxas -O0"]
+    configure += ["-DLORA_KERNELS_TYPES=f16"]
     configure += [f"-DLORA_KERNELS_RAW={raw}", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-DLORA_KERNELS_TORCH={torch.__path__[0]}"]
     configure += ["-G", "Ninja"] if shutil.which("ninja") else []

@@ -164,6 +164,7 @@ def main(options: list[str]) -> int:
     names = ["float16", "bfloat16", "float32"]
     parser.add_argument("--dtype", nargs="+", choices=names, default=names)
     parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--orders", type=int, default=3, help="of threads: so many of them")
     parser.add_argument("--first", action="store_true", help="stop at the first that is wrong")
     arguments = parser.parse_args(options)
     torch.manual_seed(0)
@@ -172,7 +173,7 @@ def main(options: list[str]) -> int:
 
     def checks() -> Checks:
         for dtype in dtypes:
-            for order in ORDERS[:3]:
+            for order in ORDERS[: arguments.orders]:
                 for operator in arguments.operator:
                     for name, check in OPERATORS[operator](dtype, order):
                         yield f"{name} {order}", check

@@ -17,6 +17,7 @@ from planted_faults import FAULTS, Fault
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 ADDRESS = "-DLORA_KERNELS_SANITIZE=address,undefined"
+F16_ALONE = "-DLORA_KERNELS_TYPES=f16"  # what is not called is not built
 # Going from one file to another compiles what includes either.
 BY_FILE = sorted(FAULTS, key=lambda fault: (fault.sanitized, fault.file))
 
@@ -55,8 +56,14 @@ def test_primitives_and_faults_in_small_kernels() -> None:
 
 @pytest.mark.slow
 def test_kernels_under_sanitizers() -> None:
-    """Every path on odd shapes; tensors and workspace end where their allocations do."""
-    run = run_shapes(build("libcuda_emulated.so", ADDRESS), sanitized=True)
+    """Every path on odd shapes; tensors and workspace end where their allocations do.
+
+    In elements of both sizes, since bf16 goes where fp16 does; and in one order of threads, since
+    addresses are the same in all.
+    """
+    library = build("libcuda_emulated.so", ADDRESS, "-DLORA_KERNELS_TYPES=f16;f32")
+    shapes = ["--dtype", "float16", "float32", "--orders", "1"]
+    run = run_shapes(library, *shapes, sanitized=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "all right" in run.stdout
 
@@ -67,7 +74,7 @@ def test_kernels_under_sanitizers() -> None:
 )
 def test_races_under_thread_sanitizer(what: str, silent: bool) -> None:
     """A race that changes no result is seen; writes in order are none; our kernels have none."""
-    program = build("emulation_race_test", "-DLORA_KERNELS_SANITIZE=thread")
+    program = build("emulation_race_test", "-DLORA_KERNELS_SANITIZE=thread", F16_ALONE)
     # Where addresses are laid out at random beyond what the sanitizer expects, it cannot start.
     run = subprocess.run(
         ["setarch", "-R", program, what], capture_output=True, text=True, timeout=300
@@ -83,7 +90,7 @@ def test_races_under_thread_sanitizer(what: str, silent: bool) -> None:
 def test_kernels_of_sm_75(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 in products of eight steps of depth, all that sm_75 has."""
     flags = os.environ.get("CXXFLAGS", "") + " -DLORA_KERNELS_EMULATED_ARCH=75"
-    options = ("-DLORA_KERNELS_F16_ALONE=ON", f"-DCMAKE_CXX_FLAGS={flags.strip()}")
+    options = (F16_ALONE, f"-DCMAKE_CXX_FLAGS={flags.strip()}")
     library = build("libcuda_emulated.so", *options)
     monkeypatch.setenv("LORA_KERNELS_EMULATED_WITHOUT_WGMMA", "1")
     run = run_shapes(library, "--dtype", "float16")
@@ -129,7 +136,7 @@ def test_planted_faults_are_caught(
     path = copy_of_sources / "csrc" / "cuda" / fault.file
     source = path.read_text()
     assert source.count(fault.before) == 1, f"{fault.file} no longer has {fault.before!r} once"
-    options = ["-DLORA_KERNELS_F16_ALONE=ON"]
+    options = [F16_ALONE]
     options += [ADDRESS] if fault.sanitized else ["-DLORA_KERNELS_EMULATION_OPTIONS=-Og;-g0"]
     folder = copy_of_sources / ("sanitized" if fault.sanitized else "plain")
     path.write_text(source.replace(fault.before, fault.after))

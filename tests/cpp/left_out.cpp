@@ -1,5 +1,5 @@
-// In the place of the kernels of other types than fp16, for builds that look for planted faults: these compile anew
-// each time, and one type shows them.
+// In the place of the kernels of types that a build leaves out (LORA_KERNELS_TYPES): builds that look for planted
+// faults, which compile anew each time, and those that are only loaded.
 #include "cuda/int8_lora_linear.h"
 #include "cuda/kv_attention_step.h"
 #include "cuda/kv_pack.h"
@@ -10,7 +10,7 @@
 namespace lora_kernels::cuda {
 namespace {
 
-Status left_out() { return Status::failed("this build has kernels of float16 alone (LORA_KERNELS_F16_ALONE)"); }
+Status left_out() { return Status::failed("this build has no kernels of this type (LORA_KERNELS_TYPES)"); }
 
 }  // namespace
 
@@ -45,15 +45,17 @@ Status KvRelativeStepKernels<Q>::run(const KvRelativeStepPlan&, const KvRelative
   return left_out();
 }
 
-template struct LoraLinearKernels<__nv_bfloat16>;
-template struct LoraLinearKernels<float>;
-template struct Int8LoraLinearKernels<__nv_bfloat16>;
-template struct Int8LoraLinearKernels<float>;
-template struct KvAttentionStepKernels<__nv_bfloat16>;
-template struct KvAttentionStepKernels<float>;
-template struct KvPackKernels<__nv_bfloat16>;
-template struct KvPackKernels<float>;
-template struct KvRelativeStepKernels<__nv_bfloat16>;
-template struct KvRelativeStepKernels<float>;
+#define LEFT_OUT(T)                          \
+  template struct LoraLinearKernels<T>;      \
+  template struct Int8LoraLinearKernels<T>;  \
+  template struct KvAttentionStepKernels<T>; \
+  template struct KvPackKernels<T>;          \
+  template struct KvRelativeStepKernels<T>;
+#if defined(LORA_KERNELS_WITHOUT_BF16)
+LEFT_OUT(__nv_bfloat16)
+#endif
+#if defined(LORA_KERNELS_WITHOUT_F32)
+LEFT_OUT(float)
+#endif
 
 }  // namespace lora_kernels::cuda
