@@ -10,8 +10,8 @@ writes that file anew, for the change to be reviewed with the kernel's.
 
 It also writes ``compiled.json``: a hash of each compiled source, behind its preprocessor, with the
 tools' versions, the options and the rules, and one of the record. With ``--changed`` what has the
-hash noted there is not compiled once more, since nothing else could come out, but for sm_90, which
-shows that the record is true.
+hash noted there is not compiled once more, since nothing else could come out, but for fp16 on
+sm_90, which shows that the record is true.
 
 Needs nvcc, g++ and nvdisasm (of the toolkit, or ``pip install nvidia-cuda-nvdisasm``).
 """
@@ -56,7 +56,7 @@ OPERATORS = (
     *("kv_attention_step", "kv_pack", "kv_relative_step"),
 )
 
-ALWAYS = 90  # compiled with --changed too
+ALWAYS = ("f16", 90)  # compiled with --changed too
 # The sizes of dynamic shared memory are constants of the kernels' headers.
 SHARED_SIZES = ROOT / "tools" / "cuda_shared_sizes.cpp"
 
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument(
         "--changed",
         action="store_true",
-        help=f"compile what is not as {COMPILED.name} has it, and sm_{ALWAYS}",
+        help=f"compile what is not as {COMPILED.name} has it, and fp16 for sm_90",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -232,7 +232,7 @@ def main() -> int:
         work = {
             unit: pool.submit(compiler.compile, unit)
             for unit in units
-            if not (arguments.changed and unit in known and unit.arch != ALWAYS)
+            if not (arguments.changed and unit in known and (unit.kind, unit.arch) != ALWAYS)
         }
         sizes = shared_sizes(Path(name))
         for unit, result in work.items():
