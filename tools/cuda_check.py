@@ -168,14 +168,18 @@ def shared_sizes(folder: Path) -> dict[str, int]:
     return {name: int(size) for name, size in (line.split("\t") for line in lines.splitlines())}
 
 
+def shared_of(name: str, arch: int, sizes: dict[str, int]) -> int:
+    """What a kernel takes on an architecture, where it may be empty."""
+    return 0 if arch != 90 and name.startswith(OF_HOPPER) else sizes.get(name, 0)
+
+
 def too_large(recorded: dict[str, dict[str, dict]], sizes: dict[str, int]) -> list[str]:
     """Recorded kernels that take more shared memory than there is: the host says how much."""
     return [
-        f"{arch} {name}: {sizes[name]} bytes of shared memory, at most {most}"
-        for arch, kernels in recorded.items()
-        for most in [MOST_SHARED[int(arch.removeprefix("sm_"))]]
-        for name in sorted(set(kernels) & set(sizes))
-        if sizes[name] > most and not (arch != "sm_90" and name.startswith(OF_HOPPER))
+        f"sm_{arch} {name}: {shared_of(name, arch, sizes)} bytes of shared memory, at most {most}"
+        for arch, most in MOST_SHARED.items()
+        for name in sorted(recorded.get(f"sm_{arch}", {}))
+        if shared_of(name, arch, sizes) > most
     ]
 
 
@@ -239,9 +243,7 @@ def main() -> int:
             budgets = recorded.setdefault(f"sm_{unit.arch}", {})
             before = len(wrong)
             for kernel_name, kernel in result.result().items():
-                kernel.shared = sizes.get(kernel_name, 0)
-                if unit.arch != 90 and kernel_name.startswith(OF_HOPPER):
-                    kernel.shared = 0
+                kernel.shared = shared_of(kernel_name, unit.arch, sizes)
                 if arguments.record:
                     budgets[kernel_name] = asdict(kernel)
                 wrong += faults(kernel_name, unit.kind, unit.arch, kernel, budgets.get(kernel_name))
