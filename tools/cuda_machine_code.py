@@ -122,7 +122,7 @@ GEMM_LIKE = (
     *("int8_gemm<", "int8_few", "int8_together<", "int8_rows<", "kv_attend<", "kv_relative<"),
 )
 
-OF_HOPPER = ("gemm_wgmma<", "int8_wgmma<", "down_beside<")  # empty elsewhere
+OF_HOPPER = ("gemm_wgmma<", "int8_wgmma<", "int8_persistent<", "down_beside<")  # empty elsewhere
 
 
 def expected(name: str, kind: str, arch: int) -> list[str]:
@@ -137,8 +137,9 @@ def expected(name: str, kind: str, arch: int) -> list[str]:
         wanted = ["HMMA.1688.F32.TF32"]
     else:
         wanted = ["HMMA.1688.F32" if arch < 80 else "HMMA.16816.F32"]
-    if name.startswith("int8_wgmma<"):
-        return ["IGMMA.64x128x32", "UTMALDG:", "UTMALDG.MULTICAST", "LDSM", "LDGSTS", *wanted]
+    if name.startswith(("int8_wgmma<", "int8_persistent<")):
+        product = "IGMMA.64x128x32" if "wgmma" in name else "IGMMA.64x256x32"
+        return [product, "UTMALDG:", "UTMALDG.MULTICAST", "LDSM", "LDGSTS", *wanted]
     if not name.startswith(GEMM_LIKE):
         return []
     if name.startswith(("int8_gemm<", "int8_few", "int8_together<")):

@@ -62,8 +62,9 @@ void gemm_of(const char* name) {
   WGMMA_OF(T, N, kForward);       \
   WGMMA_OF(T, N, kInputGradient); \
   WGMMA_OF(T, N, kMaskedGradient);
-#define INT8_WGMMA(T, N) \
-  SIZE("int8_wgmma<" #T ", Int8WgmmaShape<" #N "> >", (Int8WgmmaLayout<T, Int8WgmmaShape<N>>::kSharedBytes));
+#define INT8_WGMMA(T)                                           \
+  SIZE("int8_wgmma<" #T ">", Int8WgmmaLayout<T>::kSharedBytes); \
+  SIZE("int8_persistent<" #T ">", Int8PersistentLayout<T>::kSharedBytes);
 
 int main() {
   BESIDE(__half);
@@ -84,12 +85,9 @@ int main() {
   INT8(__half);
   INT8(__nv_bfloat16);
   INT8(float);
-  INT8_WGMMA(__half, 128);
-  INT8_WGMMA(__nv_bfloat16, 128);
-  INT8_WGMMA(float, 128);
-  INT8_WGMMA(__half, 256);
-  INT8_WGMMA(__nv_bfloat16, 256);
-  INT8_WGMMA(float, 256);
+  INT8_WGMMA(__half);
+  INT8_WGMMA(__nv_bfloat16);
+  INT8_WGMMA(float);
   KV(__half);
   KV(__nv_bfloat16);
   KV(float);

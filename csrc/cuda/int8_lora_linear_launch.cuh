@@ -4,6 +4,7 @@
 #include "cuda/helpers.cuh"
 #include "cuda/int8_gemm.cuh"
 #include "cuda/int8_lora_linear.h"
+#include "cuda/int8_persistent.cuh"
 #include "cuda/int8_skinny.cuh"
 #include "cuda/int8_topk.cuh"
 #include "cuda/int8_wgmma.cuh"
@@ -98,16 +99,33 @@ size_t fused_bytes(const Int8LoraLinearPlan& plan, const Int8FewRowsParams& para
 }
 
 // False, and nothing launched, where the driver knows no tensor maps.
-template <class T, int kColumns>
-bool int8_tiled_wgmma(Sequence* s, const char* name, const Int8GemmParams& p, bool early) {
-  using Shape = Int8WgmmaShape<kColumns>;
+template <class T>
+bool int8_tiled_wgmma(Sequence* s, const CudaInt8LoraLinearPlan& plan, const Int8GemmParams& p) {
   Int8WgmmaParams w{};
   w.gemm = p;
-  if (!make_int8_maps<Shape>(&w)) return false;
-  const unsigned clusters = tiles(p.rows, kClusterBlocks * Shape::kRows) * tiles(p.w.columns, Shape::kColumns);
-  s->run<&int8_wgmma<T, Shape>>(name, dim3(clusters * kClusterBlocks, 1, 1), Shape::kThreads,
-                                Int8WgmmaLayout<T, Shape>::kSharedBytes, w, early, false, kClusterBlocks);
-  return true;
+  const auto run = [&](auto shape, auto kernel, const char* name, unsigned clusters, size_t shared) {
+    using Shape = decltype(shape);
+    if (!make_int8_maps(&w, Shape::kBoxRows, Shape::kBoxBlocks)) return false;
+    s->run<decltype(kernel)::value>(name, dim3(clusters * kClusterBlocks, 1, 1), Shape::kThreads, shared, w,
+                                    plan.early_start, false, kClusterBlocks);
+    return true;
+  };
+  if constexpr (sizeof(T) == 2) {
+    // A residual that is a view may begin in the midst of a word; y may too.
+    const auto odd =
+        (reinterpret_cast<uintptr_t>(p.epilogue.e.y) | reinterpret_cast<uintptr_t>(p.epilogue.e.residual)) & 3;
+    if (plan.wgmma_rows == Int8PersistentShape::kRows && !odd) {
+      using Pair = Int8PersistentPair;
+      const unsigned pairs = tiles(p.rows, Pair::kRows) * tiles(p.w.columns, Pair::kColumns);
+      return run(Int8PersistentShape(), std::integral_constant<decltype(&int8_persistent<T>), &int8_persistent<T>>(),
+                 "int8_persistent<256x128>", std::min(pairs, static_cast<unsigned>(plan.resident) / kClusterBlocks),
+                 Int8PersistentLayout<T>::kSharedBytes);
+    }
+  }
+  using Shape = Int8WgmmaShape;
+  return run(Shape(), std::integral_constant<decltype(&int8_wgmma<T>), &int8_wgmma<T>>(), "int8_wgmma<128x128>",
+             tiles(p.rows, kClusterBlocks * Shape::kRows) * tiles(p.w.columns, Shape::kColumns),
+             Int8WgmmaLayout<T>::kSharedBytes);
 }
 
 template <class T>
@@ -182,9 +200,7 @@ Status Int8LoraLinearKernels<T>::forward(const Int8LoraLinearPlan& plan, const I
       s.run<decltype(kernel)::value>(name, grid, Shape::kThreads, Int8GemmLayout<T, Shape>::kSharedBytes, p,
                                      chosen.early_start);
     };
-    const bool launched =
-        (chosen.wgmma_columns == 256 && int8_tiled_wgmma<T, 256>(&s, "int8_wgmma<128x256>", p, chosen.early_start)) ||
-        (chosen.wgmma_columns == 128 && int8_tiled_wgmma<T, 128>(&s, "int8_wgmma<128x128>", p, chosen.early_start));
+    const bool launched = chosen.wgmma_rows && int8_tiled_wgmma<T>(&s, chosen, p);
     if (!launched && chosen.large_tiles)
       tiled(LargeShape(), std::integral_constant<decltype(&int8_gemm<T, LargeShape>), &int8_gemm<T, LargeShape>>(),
             "int8_gemm<128x128>");

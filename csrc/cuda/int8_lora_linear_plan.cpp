@@ -76,11 +76,16 @@ double operations_per_clock(int arch) {
   }
 }
 
-// Tiles of int8_wgmma.cuh. Of a step two warpgroups read its 16 KB of q for each 64 channels, and lanes w once.
-constexpr HopperTile kWideByWgmma = {256, 1, 2, (4 + 2) * 16384.0}, kNarrowByWgmma = {128, 2, 2, (2 + 1) * 16384.0};
+// Tiles of int8_wgmma.cuh. Of a step two warpgroups read its 16 KB of q each, and lanes w once.
+constexpr HopperTile kByWgmma = {128, 2, 2, (2 + 1) * 16384.0};
+// Of int8_persistent.cuh, the same for 256 rows; a warpgroup gets ahead of the other by what the ring holds beyond the
+// step that is multiplied, half of the one before, and one on its way.
+constexpr PersistentTile kPersistent = {256, 128, (2 * 2 + 1) * 16384.0, 1.5};
 // Instructions of a tile's end for each value, by the machine code for 16 bits: conversion 5, by way of shared memory
 // to y 10, what a step of the branch takes besides its products 5.
 constexpr double kEndInstructions = 20;
+// The same of int8_persistent.cuh, whose other warps bring what the end reads; and of its residual.
+constexpr double kPersistentEnd = 8, kPersistentResidual = 4;
 
 // Few rows. Blocks of 32 channels ask for their part of w at once, as many as there is room for, and read it from L2
 // when the rows are there.
@@ -136,6 +141,12 @@ Fused fused_of(const Machine& machine, const CudaDevice& device, const Int8LoraL
     }
   }
   return best;
+}
+
+// What int8_persistent.cuh makes: pairs of 16 bits, from blocks of which two are a cluster. An activation would be long
+// enough for tiles of two blocks to hide it better, and the three products of fp32 want more registers.
+bool fits_persistent(const Int8LoraLinearProblem& p) {
+  return size_of(p.dtype) == 2 && p.out_features % 2 == 0 && p.activation == Activation::kNone;
 }
 
 }  // namespace
@@ -264,13 +275,17 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
     const double halves =
         static_cast<double>(round_up(static_cast<int64_t>(s.rank), 32 / s.size)) * (s.size == 4 ? 24 : 2);
     work.branch = branch_clocks(halves);
-    const HopperTime wgmma = hopper_tiles(device.cuda, {kWideByWgmma, kNarrowByWgmma}, work);
-    if (wgmma.us + rows_us + launch_us < c.predicted_us) {
+    const double narrow_us = hopper_tiles(device.cuda, {kByWgmma}, work).us;
+    work.value = kPersistentEnd + (p.has_residual ? kPersistentResidual : 0);
+    const bool persistent = fits_persistent(p);
+    const double us = persistent ? std::min(narrow_us, hopper_persistent(device.cuda, kPersistent, work)) : narrow_us;
+    if (us + rows_us + launch_us < c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kTiled;
       c.large_tiles = true;
-      c.wgmma_columns = wgmma.columns;
+      c.wgmma_rows = us < narrow_us ? 256 : 128;
+      c.resident = c.wgmma_rows == 256 ? static_cast<int>(machine.multiprocessors) : 0;
       c.splits = c.cluster = 1;
-      c.predicted_us = wgmma.us + rows_us + launch_us;
+      c.predicted_us = us + rows_us + launch_us;
     }
   }
   if (c.path != CudaInt8LoraLinearPath::kTiled) c.large_tiles = false;
@@ -319,8 +334,8 @@ std::string to_string(const CudaInt8LoraLinearPlan& c) {
        << (c.path == CudaInt8LoraLinearPath::kTiled     ? "tiled"
            : c.path == CudaInt8LoraLinearPath::kFewRows ? "few_rows"
                                                         : "fused");
-  if (c.wgmma_columns)
-    text << " wgmma tile=128x" << c.wgmma_columns;
+  if (c.wgmma_rows)
+    text << " wgmma tile=" << c.wgmma_rows << "x128";
   else if (c.path == CudaInt8LoraLinearPath::kTiled)
     text << " tile=" << (c.large_tiles ? "128x128" : "64x64");
   text << " splits=" << c.splits;

@@ -10,6 +10,7 @@
 // take n P + n / 2 (start + end of both) for n tiles of P clocks each.
 #pragma once
 
+#include <cmath>
 #include <initializer_list>
 
 #include "cuda/machine.h"
@@ -88,6 +89,36 @@ inline HopperTime hopper_tiles(const CudaDevice& device, std::initializer_list<H
     if (best.columns == 0 || us < best.us) best = {tile.columns, us};
   }
   return best;
+}
+
+// Blocks that stay, one on each multiprocessor, and take tile after tile (int8_persistent.cuh): two of a cluster make
+// tiles one beside the other, which share the rows of a step. Two warpgroups halve the columns of each. While one ends,
+// alone, the other multiplies what is there already, alone as well and so in half of the time: it is behind by `apart`
+// steps, and what the end takes longer is added to the steps. No barrier holds a block, and what the end reads is in
+// shared memory before it begins.
+struct PersistentTile {
+  int rows, columns;
+  double read;   // bytes of a step that products and lanes read
+  double apart;  // steps
+};
+
+inline double hopper_persistent(const CudaDevice& device, const PersistentTile& tile, const HopperWork& work) {
+  const Machine machine(device, kWgmmaFlopsPerClock);
+  const int64_t of_pair = 2 * tile.columns;
+  const double pairs = static_cast<double>((work.rows + tile.rows - 1) / tile.rows) *
+                       static_cast<double>((work.columns + of_pair - 1) / of_pair);
+  const double values = static_cast<double>(tile.rows) * tile.columns, fetched = (tile.rows + tile.columns) * 128.0;
+  const double of_l2 = (tile.rows / 2 + tile.columns) * 128.0;
+  const double products = 2 * values * 128 / kWgmmaInt8PerClock;
+  const double step = std::max({products / kStepsReached, (fetched + tile.read) / kSharedBytesPerClock / kStepsReached,
+                                fetched / kArrivingPerClock, of_l2 / kL2OfAllPerClock});
+  const double branch = work.branch * tile.columns * tile.rows / 128;
+  // Of a warpgroup, whose four warps issue as much as all would: half of the values.
+  const double end = values / 2 * work.value / 128 + branch / 2;
+  const double seen = std::max(0.0, end - tile.apart * products / 2 / kStepsReached);
+  const double turns = std::ceil(pairs / std::floor(machine.multiprocessors / 2));
+  const double clocks = 2 * kL2Clocks + turns * (work.steps * step + branch / 2 + seen) + end;
+  return std::max(clocks / machine.clock * 1e6, machine.memory_us(work.bytes)) + kLaunchUs;
 }
 
 // Tiles by mma.sync are taken to reach a part of the peak. Where this account says more of the large ones, that: so

@@ -84,22 +84,31 @@ void test_int8_wgmma() {
       Int8LoraLinearProblem p = int8_problem(4096, 1280, 5120, rank);
       p.dtype = p.lora.dtype = dtype;
       const Int8LoraLinearPlan mma = int8_plan(p, kH200), wgmma = int8_plan(p, with);
-      check(mma.cuda.wgmma_columns == 0 && !contains(to_string(mma), "wgmma"),
+      check(mma.cuda.wgmma_rows == 0 && !contains(to_string(mma), "wgmma"),
             "without machine code for sm_90a there is none: " + to_string(mma));
-      check(wgmma.cuda.path == Path::kTiled && wgmma.cuda.wgmma_columns > 0 &&
+      check(wgmma.cuda.path == Path::kTiled && wgmma.cuda.wgmma_rows > 0 &&
                 wgmma.cuda.predicted_us < 0.85 * mma.cuda.predicted_us,
             "a large product is predicted to be clearly faster: " + to_string(wgmma) + ", " + to_string(mma));
-      check(contains(to_string(wgmma), "wgmma tile=128x" + std::to_string(wgmma.cuda.wgmma_columns)), to_string(wgmma));
+      check(contains(to_string(wgmma), "wgmma tile=" + std::to_string(wgmma.cuda.wgmma_rows) + "x128"),
+            to_string(wgmma));
       check(wgmma.cuda.early_start && workspace_bytes(wgmma) == workspace_bytes(mma),
             "which needs no other memory: " + to_string(wgmma));
     }
-  // Two narrow tiles hide each other's ends, a wide one reads less of shared memory: the depth says which counts for
-  // more.
-  check(int8_plan(int8_problem(4096, 1280, 5120, 16), with).cuda.wgmma_columns == 128, "little depth: narrow tiles");
-  check(int8_plan(int8_problem(12000, 8192, 1280, 16), with).cuda.wgmma_columns == 256, "much depth: wide tiles");
-  Int8LoraLinearProblem gelu = int8_problem(12000, 8192, 1280, 16);
+  // Blocks that stay read less of shared memory and multiply beside their ends; two small tiles hide a longer end, and
+  // divide better into few.
+  const auto rows_of = [&](const Int8LoraLinearProblem& p) { return int8_plan(p, with).cuda.wgmma_rows; };
+  Int8LoraLinearProblem large = int8_problem(4096, 1280, 5120, 16);
+  check(rows_of(large) == 256 && int8_plan(large, with).cuda.resident == 132, "a large product: blocks that stay");
+  large.has_residual = true;
+  check(rows_of(large) == 256, "with a residual too");
+  check(rows_of(int8_problem(1500, 1280, 1280, 16)) == 128,
+        "120 small tiles are all at once, of 60 large ones none is");
+  check(rows_of(int8_problem(4096, 1280, 5119, 16)) == 128, "pairs of channels");
+  large.dtype = DType::kFloat32;
+  check(rows_of(large) == 128, "of 16 bits");
+  Int8LoraLinearProblem gelu = int8_problem(4096, 1280, 5120, 16);
   gelu.activation = Activation::kGelu;
-  check(int8_plan(gelu, with).cuda.wgmma_columns == 128, "but not for a longer end");
+  check(rows_of(gelu) == 128 && int8_plan(gelu, with).cuda.resident == 0, "an activation is a longer end");
   gelu = int8_problem(4096, 1280, 5120, 16);
   const double plain_us = int8_plan(gelu, with).cuda.predicted_us, mma_us = int8_plan(gelu, kH200).cuda.predicted_us;
   gelu.activation = Activation::kGelu;
@@ -107,12 +116,12 @@ void test_int8_wgmma() {
             int8_plan(gelu, kH200).cuda.predicted_us > 1.1 * mma_us,
         "an activation is hidden where two blocks share a multiprocessor, and is not where one is alone");
   for (const int64_t rows : {1, 32, 100})
-    check(int8_plan(int8_problem(rows, 1280, 1280, 16), with).cuda.wgmma_columns == 0, "few rows are bound by memory");
+    check(int8_plan(int8_problem(rows, 1280, 1280, 16), with).cuda.wgmma_rows == 0, "few rows are bound by memory");
   Int8LoraLinearProblem p = int8_problem(4096, 1280, 51865, 0);
   p.top_k = 5;
-  check(int8_plan(p, with).cuda.wgmma_columns == 0, "outputs that are chosen among are fp32, which it does not store");
+  check(int8_plan(p, with).cuda.wgmma_rows == 0, "outputs that are chosen among are fp32, which it does not store");
   p = int8_problem(4096, 0, 5120, 0);
-  check(int8_plan(p, with).cuda.wgmma_columns == 0, "nor is there a map of no columns");
+  check(int8_plan(p, with).cuda.wgmma_rows == 0, "nor is there a map of no columns");
 
   p = int8_problem(4096, 1280, 5120, 16);
   check(force_implementation("cuda_mma").ok(), "it can be left out by name");
@@ -121,7 +130,7 @@ void test_int8_wgmma() {
   const Status on_cpu = plan(p, DeviceInfo(), &refused);
   const Status launched = run(forced, Int8LoraLinearArgs(), serial_executor());
   force_implementation("");
-  check(forced.cuda.wgmma_columns == 0 && to_string(forced) == to_string(int8_plan(p, kH200)), to_string(forced));
+  check(forced.cuda.wgmma_rows == 0 && to_string(forced) == to_string(int8_plan(p, kH200)), to_string(forced));
   check(contains(on_cpu.text, "cuda_mma: it runs on a CUDA device"), "and a CPU refuses: " + on_cpu.text);
   check(contains(launched.text, "LORA_KERNELS_CUDA=ON"), "it is launched as a CUDA kernel is: " + launched.text);
 }

@@ -202,18 +202,19 @@ void run_int8() {
   using Path = CudaInt8LoraLinearPath;
   const struct {
     Path path;
-    int wgmma_columns, splits;
+    int wgmma_rows, splits;
   } ways[] = {{Path::kTiled, 0, 1},
               {Path::kTiled, 128, 1},
               {Path::kTiled, 256, 1},
               {Path::kFewRows, 0, 2},
               {Path::kFused, 0, 1}};
-  for (const auto& [path, wgmma_columns, splits] : ways) {
+  for (const auto& [path, wgmma_rows, splits] : ways) {
     p.rows = p.lora.groups = path == Path::kTiled ? M : 9;
     cuda::configure(device, &plan);
     plan.cuda.path = path;
     plan.cuda.large_tiles = false;
-    plan.cuda.wgmma_columns = wgmma_columns;
+    plan.cuda.wgmma_rows = wgmma_rows;
+    plan.cuda.resident = 2;
     plan.cuda.splits = splits;
     cuda::Workspace size;
     cuda::Int8Workspace(size, plan);

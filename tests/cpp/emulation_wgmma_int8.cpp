@@ -29,7 +29,7 @@ enum class Fault {
   kOneLaneLess,
 };
 
-constexpr int kRows = kWgmmaInt8Columns, kDepth = 64;  // of b; two steps of depth
+constexpr int kDepth = 64;  // two steps
 
 struct Params {
   const int8_t* a;  // [64, kDepth]
@@ -37,7 +37,7 @@ struct Params {
   int32_t* c;       // [64, kRows]
 };
 
-template <Fault kFault>
+template <int kRows, Fault kFault>
 __global__ void integers(const Params p) {
   Shared shared;
   char* tile = shared.take<char>(kRows * 128);
@@ -63,7 +63,7 @@ __global__ void integers(const Params p) {
     for (int i = 0; i < 4; ++i)
       memcpy(&a[i], p.a + (row + i % 2 * 8) * kDepth + step * 32 + i / 2 * 16 + t * 4, sizeof a[i]);
     if (kFault != Fault::kNoProductsFence) wgmma_fence();
-    wgmma_s8(c, a, b + static_cast<uint64_t>(step) * kWgmmaStep);
+    wgmma_s8<kRows>(c, a, b + static_cast<uint64_t>(step) * kWgmmaStep);
     commit_products();
   }
   if (kFault == Fault::kRegistersReplacedByOne && thread == 77) words[1][2] ^= 0x100;
@@ -77,7 +77,7 @@ __global__ void integers(const Params p) {
 }
 
 // How many of the sums are wrong, or the refusal.
-template <Fault kFault>
+template <int kRows, Fault kFault>
 Status multiply(int* wrong) {
   Buffer<int8_t> a = Buffer<int8_t>::aligned(64 * kDepth), b = Buffer<int8_t>::aligned(kRows * kDepth);
   std::vector<int32_t> c(64 * kRows, 1 << 30);
@@ -86,7 +86,7 @@ Status multiply(int* wrong) {
   Params p{a.get(), {}, c.data()};
   check(make_tensor_map(&p.b, BytePlanes{b.get(), 1, kRows, kDepth, kRows * kDepth, kDepth}, 1, kRows), "a map");
   const Status status =
-      launch<&integers<kFault>>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kRows * 128 + 16, nullptr}, p);
+      launch<&integers<kRows, kFault>>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kRows * 128 + 16, nullptr}, p);
   *wrong = 0;
   for (int m = 0; m < 64; ++m)
     for (int n = 0; n < kRows; ++n) {
@@ -99,10 +99,10 @@ Status multiply(int* wrong) {
 
 // kNone: right in every order. With words: a refusal that has them, in every order; else, or if `late`, wrong sums in
 // some order.
-template <Fault kFault>
+template <Fault kFault, int kRows = 128>
 void expect(const char* name, const char* words, bool late = false) {
   const Caught caught = kFault == Fault::kNone ? Caught::kNever : late ? Caught::kInSomeOrder : Caught::kInEveryOrder;
-  expect_in(kFiveOrders, name, words, caught, multiply<kFault>);
+  expect_in(kFiveOrders, name, words, caught, multiply<kRows, kFault>);
 }
 
 // ---- Boxes of planes
@@ -167,6 +167,7 @@ void test_planes() {
 void test_wgmma_int8() {
   test_planes();
   expect<Fault::kNone>("integers", "");
+  expect<Fault::kNone, 256>("integers, 256 columns", "");
   expect<Fault::kNoProductsFence>("no fence of the products", "wgmma without wgmma_fence()");
   // What is made at once has read its registers, and left its sums.
   expect<Fault::kNoWait>("no wait", "", true);

@@ -33,8 +33,10 @@ SHAPES = [
 ]
 # By wgmma: both sides of a tile, and more steps of depth than it has places for them.
 WGMMA_SHAPES = [(1, 1, 1), (33, 40, 16), (129, 257, 191), (130, 1030, 264), (140, 516, 400)]
-# path, large tiles (128, 256: by wgmma), splits of K (clustered, fused: blocks of a cluster), most
-# rows
+# By two blocks that stay: one tile, and several of one step and of more.
+STAYING_SHAPES = [(1, 1, 2), (33, 40, 16), (259, 257, 390), (300, 1030, 264), (520, 140, 600)]
+# path, large tiles (128, 256: by wgmma, so many rows), splits of K (clustered, fused: blocks of a
+# cluster), most rows
 PLANS = [
     ("tiled", False, 1, 1 << 20),
     ("tiled", True, 1, 1 << 20),
@@ -56,6 +58,11 @@ WAYS = [("tiled", False), ("tiled", 128), ("tiled", 256), ("few_rows", False), (
 ORDERS = [("forward", 1), ("reverse", 1), ("shuffled", 1), ("shuffled", 2)]
 
 
+def expect_made(dtype: torch.dtype, large: int) -> None:
+    if large == 256 and dtype == torch.float32:
+        pytest.skip("blocks that stay are for 16 bits")
+
+
 def weight_of(k: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, scales = reference.quantize_rows(torch.randn(n, k) / k**0.5)
     return q, scales, ops.int8_pack(q, scales)
@@ -71,6 +78,8 @@ def check(emulated: EmulatedInt8, shape, dtype, mode, activation="none", static=
     q, scales, packed = weight_of(k, n)
     x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
     operands = bank(mode, rows, k, n, dtype)
+    if emulated.large == 256:  # blocks that stay have none
+        activation = "none"
     operands |= {"residual": torch.randn(rows, n).to(dtype), "activation": activation}
     if static:
         operands["x_scale"] = torch.tensor([0.02])
@@ -89,7 +98,8 @@ def check(emulated: EmulatedInt8, shape, dtype, mode, activation="none", static=
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, int, int, int]) -> None:
     path, large, splits, most = plan
-    shape = (min(most, 70), 101, 67)
+    expect_made(dtype, large)
+    shape = (min(most, 70), 101, 68 if large == 256 else 67)
     for mode in ("peft", "bank"):
         emulated = EmulatedInt8("shuffled", path=path, large=large, splits=splits)
         check(emulated, shape, dtype, mode, "gelu")
@@ -101,8 +111,9 @@ def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, int, int, int]) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int, int]) -> None:
     path, large, splits, most = plan
+    expect_made(dtype, large)
     activations = itertools.cycle(["none", "gelu", "silu"])
-    shapes = WGMMA_SHAPES if large > 1 else SHAPES
+    shapes = STAYING_SHAPES if large == 256 else WGMMA_SHAPES if large > 1 else SHAPES
     for index, (shape, order) in enumerate(zip(shapes, itertools.cycle(ORDERS))):
         if shape[0] <= most:
             emulated = EmulatedInt8(
@@ -152,18 +163,18 @@ def test_no_order_of_threads_changes_a_bit(path: str, large: int) -> None:
 def test_tiles_by_wgmma_have_the_bits_of_those_by_mma(dtype: torch.dtype) -> None:
     """Integer sums are exact, and the branch adds the same products in the same order."""
     library().emulated_boxes()
-    for rows, k, n in [(140, 1016, 72), (70, 333, 131)]:
+    for rows, k, n in [(140, 1016, 72), (270, 333, 130)]:
         _, _, packed = weight_of(k, n)
         x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
         operands = bank("bank", rows, k, n, dtype) | {"residual": torch.randn(rows, n).to(dtype)}
         want = EmulatedInt8(path="tiled").forward(x, packed, n, bias, **operands)
         assert library().emulated_boxes() == 0
-        for columns in (128, 256):
-            emulated = EmulatedInt8("shuffled", path="tiled", large=columns)
+        # Tiles come in pairs: one below the other, or of blocks that stay one beside the other.
+        for tall, columns in ((128, 128), (256, 256)):
+            emulated = EmulatedInt8("shuffled", path="tiled", large=tall)
             assert torch.equal(emulated.forward(x, packed, n, bias, **operands), want)
-            # Of q and w, for each step of 128 of each tile, which come in pairs.
             tiles = 2 * -(-rows // 256) * -(-n // columns)
-            assert library().emulated_boxes() == 2 * tiles * -(-k // 128)
+            assert library().emulated_boxes() == 2 * tiles * -(-k // 128)  # of q and w, each step
 
 
 def test_where_no_tensor_map_can_be_made_mma_takes_the_place_of_wgmma() -> None:
@@ -180,6 +191,8 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
     x = torch.randint(-127, 128, (14, 203)).float()
     want = reference.int8_accumulators(x.to(torch.int8), q)
     for path, large, splits, _ in PLANS:
+        if large == 256:
+            continue  # of 16 bits, which has the bits of the others by a test of its own
         emulated = EmulatedInt8("shuffled", path=path, large=large, splits=splits)
         got = emulated.forward(x, packed, 70, x_scale=torch.ones(1))
         assert torch.equal(got.long(), want), emulated.plan

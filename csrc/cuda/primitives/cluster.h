@@ -6,6 +6,7 @@
 //   send16             bytes out of registers, which a barrier of tma.h counts where they land
 //   arrive             by one thread, at the barrier of tma.h in the same place of a block of the cluster, perhaps its
 //                      own: to say that nothing here reads a place any more, which boxes may then fill
+//   arrive_at_all      the same by a whole warp, for all of its threads, in every block
 //   arrive_in_cluster  by all threads of all its blocks, and
 //   wait_for_cluster   until all of them have. Before the first use of another block's shared memory, and before a
 //                      block ends whose own may still be used.
@@ -57,6 +58,24 @@ __device__ inline void arrive(uint64_t* barrier, unsigned block) {
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
         "r"(block)
+        : "memory");
+#endif
+}
+
+// By all threads of a warp behind a point at which they met (wait_products); nothing if not `there`, which is the same
+// for all of them. Without a branch, so that it may stand between products that are in flight: ptxas would put those
+// one after another.
+__device__ inline void arrive_at_all(uint64_t* barrier, bool there LORA_KERNELS_CALLER) {
+#if defined(LORA_KERNELS_EMULATION)
+  emulation::collective(~0u, {"arrive_at_all", file, line}, nullptr, 0, [](emulation::Slot*, uint32_t) {}, true);
+  const auto block = threadIdx.x % 32;
+  if (there && block < kClusterBlocks) emulation::arrive(barrier, static_cast<int>(block));
+#else
+  if constexpr (kArch >= 90)
+    asm volatile(
+        "{\n.reg .b32 there;\n.reg .pred p;\nsetp.lt.u32 p, %1, %2;\n@p mapa.shared::cluster.u32 there, %0, %1;\n"
+        "@p mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "r"(threadIdx.x % 32), "r"(there ? kClusterBlocks : 0)
         : "memory");
 #endif
 }

@@ -9,6 +9,8 @@
 //   wait_products    all but the newest groups are done: only now are their sums there, and their operands free
 //   tie              of sums in registers, behind their zeros and behind the last wait: what uses or sets them stays on
 //                    this side of it. To the compiler a product is over where it is asked for.
+//   leave_registers, take_registers  this warpgroup goes on with so many (a multiple of eight) for each thread: fewer
+//                    than the launch gave it, or more, which others have to have left
 //
 // An operand is a tile of rows of 128 bytes of depth (64 elements), from a multiple of 1024 bytes on, whose chunks of
 // 16 bytes are exchanged by bits 7 to 9 of their address (the 128-byte swizzle): Tile<T, rows, 64> of tile.h. With
@@ -82,6 +84,19 @@ __device__ inline void wait_products() {
   emulation::wait_products(kNewest);
 #elif defined(LORA_KERNELS_WGMMA)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewest) : "memory");
+#endif
+}
+
+template <int kRegisters>
+__device__ inline void leave_registers() {
+#if defined(LORA_KERNELS_WGMMA)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+__device__ inline void take_registers() {
+#if defined(LORA_KERNELS_WGMMA)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
 }
 

@@ -9,7 +9,6 @@
 
 #include <string>
 
-#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/int8_packing.h"
@@ -62,6 +61,34 @@ struct Int8LoraLinearArgs {
   float* log_sum = nullptr;           // [M], with Problem.log_sum
   void* workspace = nullptr;          // workspace_bytes(plan), aligned to 64 bytes (256 on a CUDA device)
 };
+
+// How it runs on a CUDA device, as csrc/cuda says.
+enum class CudaInt8LoraLinearPath : uint8_t {
+  kTiled,    // a kernel for INT8 rows, their scales and t, then INT8 tiles whose sums take t B as more steps over depth
+  kFewRows,  // up to 32 rows: the same kernel, then W streamed through registers
+  kFused,    // up to 16 rows: one kernel, whose blocks quantize the rows and make t for themselves
+};
+
+struct CudaInt8LoraLinearPlan {
+  CudaInt8LoraLinearPath path = CudaInt8LoraLinearPath::kTiled;
+  int arch = 0;              //
+  bool large_tiles = false;  // kTiled: 128 x 128, or 64 x 64
+  int wgmma_rows = 0;        // kTiled: 128 or 256, of tiles of 128 channels by wgmma; 0: by mma.sync
+  int resident = 0;          // of 256 rows: so many blocks at most, which take tile after tile
+  int splits = 1;            // kFewRows: of K among blocks; integer parts go to the workspace
+  // kTiled: the product may start before the kernel that makes its rows has finished. kFewRows, kFused: every kernel
+  // may start before the one before it has, whichever operator that is of; so may the choice among outputs.
+  bool early_start = false;
+  bool convert_a = false;  // A is of another type than x: a kernel converts it first
+  int cluster = 1;         // kFewRows, kFused: blocks that share out K; integer parts go from one to the other
+  int rows_of_block = 16;  // kTiled, kFewRows: that the kernel before quantizes in a block
+  // Of shared memory while rows are quantized: for each row of x, and of the first ranks of an A of few rows; 0: they
+  // are read from L2.
+  int staged_bytes = 0, staged_a_bytes = 0;
+  bool staged_w = false;    // kFused: and a block's part of w
+  double predicted_us = 0;  // by the plan's bytes and FLOPs; no measurement
+};
+std::string to_string(const CudaInt8LoraLinearPlan& plan);
 
 struct Int8LoraLinearPlan {
   Int8LoraLinearProblem problem;

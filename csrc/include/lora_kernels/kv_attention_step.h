@@ -10,7 +10,6 @@
 
 #include <string>
 
-#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/status.h"
@@ -70,6 +69,23 @@ struct KvAttentionStepArgs {
   void* out = nullptr;                    // [rows, T, H, D] contiguous
   void* workspace = nullptr;
 };
+
+// How it runs on a CUDA device, as csrc/cuda says.
+struct CudaKvAttentionStepPlan {
+  int arch = 0;             //
+  int groups = 1;           // of 64 channels of a head
+  bool fused = false;       // new tokens are appended by the kernel that attends; else by one before it
+  bool grouped = false;     // a block has all queries of a cache row, which is read once for them; else those of a row
+  bool places = false;      // the places of positions are looked up beforehand: new tokens, or slots per position
+  int chunks = 1;           // of queries among blocks; more than so many follow in turns
+  int splits = 1;           // of the positions among blocks
+  int split_positions = 0;  // of each; of a cluster's splits the last may have none
+  int cluster = 1;          // or splits: sums go from block to block (sm_90 on), else to memory, and a kernel adds them
+  int ask = 0;              // for so many tiles of a warp ahead to come to L2
+  bool early_start = false;  // kernels may start before the one before has finished, whichever operator's that is
+  double predicted_us = 0;   // by the plan's bytes and FLOPs; no measurement, with a cache that is full
+};
+std::string to_string(const CudaKvAttentionStepPlan& plan);
 
 struct KvAttentionStepPlan {
   KvAttentionStepProblem problem;

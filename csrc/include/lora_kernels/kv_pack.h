@@ -7,7 +7,6 @@
 
 #include <string>
 
-#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/status.h"
@@ -36,6 +35,13 @@ struct KvPackArgs {
   float* v_scales = nullptr;
   void* workspace = nullptr;
 };
+
+// How it runs on a CUDA device, as csrc/cuda says.
+struct CudaKvPackPlan {
+  int arch = 0;             //
+  double predicted_us = 0;  // by the plan's bytes and FLOPs; no measurement
+};
+std::string to_string(const CudaKvPackPlan& plan);
 
 struct KvPackPlan {
   KvPackProblem problem;

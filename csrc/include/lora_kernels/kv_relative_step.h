@@ -11,7 +11,6 @@
 
 #include <string>
 
-#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/status.h"
@@ -51,6 +50,15 @@ struct KvRelativeStepArgs {
   void* out = nullptr;  // [rows, T, H, D] contiguous; 0 for frames from counts on
   void* workspace = nullptr;
 };
+
+// How it runs on a CUDA device, as csrc/cuda says.
+struct CudaKvRelativeStepPlan {
+  int arch = 0;             //
+  int groups = 1;           // of 64 channels of a head
+  int chunks = 1;           // of a row's queries among blocks
+  double predicted_us = 0;  // by the plan's bytes and FLOPs; no measurement
+};
+std::string to_string(const CudaKvRelativeStepPlan& plan);
 
 struct KvRelativeStepPlan {
   KvRelativeStepProblem problem;

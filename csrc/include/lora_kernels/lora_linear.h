@@ -6,7 +6,6 @@
 
 #include <string>
 
-#include "lora_kernels/cuda_plan.h"
 #include "lora_kernels/device.h"
 #include "lora_kernels/executor.h"
 #include "lora_kernels/lora_bank.h"
@@ -55,6 +54,48 @@ inline int64_t kept_t_columns(const LoraShape& lora) { return round_up(lora.tota
 inline DType kept_t_dtype(const LoraLinearProblem& p, const DeviceInfo& device) {
   return device.cuda.arch ? p.dtype : DType::kFloat32;
 }
+
+// How it runs on a CUDA device, as csrc/cuda says.
+enum class CudaLoraLinearPath : uint8_t {
+  kBase,      // no LoRA branch: one tiled matrix product
+  kTwoSteps,  // a kernel for t = s x At, then the base product, whose accumulators take t B as more steps over depth
+  kInTile,    // one kernel: every tile makes the t of its own rows beside the base product
+  kFewRows,   // up to 32 rows: W streams through registers; t, and the sum of split parts, are kernels of their own
+};
+
+struct CudaLoraLinearPlan {
+  CudaLoraLinearPath path = CudaLoraLinearPath::kBase;
+  int arch = 0;              // of the device, as in CudaDevice
+  int tile_rows = 0;         // of a block
+  int tile_columns = 0;      //
+  int splits = 1;            // of K among blocks (kFewRows): partial sums go to the workspace
+  bool large_tiles = false;  // which of the two tile shapes
+  int wgmma_columns = 0;     // kBase, kTwoSteps: 128 or 256, of tiles by wgmma; 0: by mma.sync
+  bool early_start = false;  // a kernel may start before the one whose result it needs at its end has finished
+  bool t_in_blocks = false;  // kFewRows: blocks make t themselves, which saves the kernel before
+  int cluster = 1;           // t_in_blocks: blocks that make it together
+  // kTwoSteps: so many at most make t, beside which the product has room; 0: a block for every 16 rows
+  int t_blocks = 0;
+  bool convert_a = false;   // A is of another type than x: a kernel converts it first
+  double predicted_us = 0;  // by the plan's bytes and FLOPs; orders the paths, and is no measurement
+};
+std::string to_string(const CudaLoraLinearPlan& plan);
+
+struct CudaLoraLinearBackwardPlan {
+  int arch = 0;
+  bool large_tiles = false;  // of dx
+  int wgmma_columns = 0;     // of dx: 128 or 256, by wgmma; 0: by mma.sync
+  bool early_start = false;  //
+  int a_splits = 1;          // of the rows, in the sums over rows: partial sums go to the workspace and are
+  int b_splits = 1;          // added in order by a last kernel
+  int w_splits = 1;          //
+  // u = s dy Bt and dB = tt dy in one kernel that reads dy once; blocks take so many tiles of 64 rows, and split rows
+  // and columns among them. Parts of both are added by a second kernel.
+  bool dy_once = false;
+  int row_tiles = 1, row_splits = 1, column_splits = 1;
+  double predicted_us = 0;  //
+};
+std::string to_string(const CudaLoraLinearBackwardPlan& plan);
 
 // How the product is computed; chosen by plan() from the problem and the device alone.
 enum class LoraLinearPath : uint8_t {
