@@ -111,15 +111,14 @@ bool int8_tiled_wgmma(Sequence* s, const CudaInt8LoraLinearPlan& plan, const Int
     return true;
   };
   if constexpr (sizeof(T) == 2) {
-    // A residual that is a view may begin in the midst of a word; y may too.
-    const auto odd =
-        (reinterpret_cast<uintptr_t>(p.epilogue.e.y) | reinterpret_cast<uintptr_t>(p.epilogue.e.residual)) & 3;
-    if (plan.wgmma_rows == Int8PersistentShape::kRows && !odd) {
+    // y and a residual may be views, which begin in the midst of a word: then the small tiles make y.
+    const auto begin = reinterpret_cast<uintptr_t>(p.epilogue.e.y) | reinterpret_cast<uintptr_t>(p.epilogue.e.residual);
+    if (plan.wgmma_rows == Int8PersistentShape::kRows && begin % 4 == 0) {
       using Pair = Int8PersistentPair;
       const unsigned pairs = tiles(p.rows, Pair::kRows) * tiles(p.w.columns, Pair::kColumns);
+      const unsigned most = std::max(1u, static_cast<unsigned>(plan.resident) / kClusterBlocks);
       return run(Int8PersistentShape(), std::integral_constant<decltype(&int8_persistent<T>), &int8_persistent<T>>(),
-                 "int8_persistent<256x128>", std::min(pairs, static_cast<unsigned>(plan.resident) / kClusterBlocks),
-                 Int8PersistentLayout<T>::kSharedBytes);
+                 "int8_persistent<256x128>", std::min(pairs, most), Int8PersistentLayout<T>::kSharedBytes);
     }
   }
   using Shape = Int8WgmmaShape;

@@ -17,8 +17,9 @@
 // of 128 rows reads q twice as often for its channels); L2 brings 32 KB to each block, for which it takes 936. The end,
 // of about kPersistentEnd instructions a value, is what the products do not hide (machine_hopper.h).
 //
-// Sums leave by way of shared memory, sixteen rows at a time of a warp's own, so that lanes have four neighbouring
-// channels of a row. Not measured: no GPU has run this.
+// Sums leave from registers, a sector of 32 bytes for each row of a warp. There is no activation, fp32 or odd N here:
+// plans take it for what it makes. Not measured: no GPU has run this, and what blocks and warps wait for each other is
+// in no prediction.
 #pragma once
 
 #include "cuda/int8_transposed.cuh"

@@ -32,7 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configure += ["-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
     # No kernel runs here; as shipped they take four times as long (`make cuda-check`).
     configure += ["-DCMAKE_CUDA_FLAGS=-Xcicc -O0 -Xptxas -O0"]
-    configure += ["-DLORA_KERNELS_TYPES=f16"]
+    configure += ["-DLORA_KERNELS_TYPES=f16", "-DLORA_KERNELS_OPTIMIZATION=-O0"]
     configure += [f"-DLORA_KERNELS_RAW={raw}", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-DLORA_KERNELS_TORCH={torch.__path__[0]}"]
     configure += ["-G", "Ninja"] if shutil.which("ninja") else []

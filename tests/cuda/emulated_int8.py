@@ -35,7 +35,7 @@ class Call(ctypes.Structure):
 class EmulatedInt8:
     """The kernels in one order of threads; ``path=None``: the plan that the heuristic takes.
 
-    ``large`` 128 or 256: tiles by wgmma, of so many rows. ``splits``: of K among blocks; on ``clustered``
+    ``large`` 128 or 256: tiles by wgmma, so tall. ``splits``: of K among blocks; on ``clustered``
     (``few_rows``) and ``fused`` those of a cluster. ``staged`` in shared memory: nothing (0), what
     rows are made of (1), or all that fits (2). ``max_rank`` 0: the largest rank of the bank.
 

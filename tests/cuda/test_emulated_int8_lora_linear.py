@@ -33,7 +33,7 @@ SHAPES = [
 ]
 # By wgmma: both sides of a tile, and more steps of depth than it has places for them.
 WGMMA_SHAPES = [(1, 1, 1), (33, 40, 16), (129, 257, 191), (130, 1030, 264), (140, 516, 400)]
-# By two blocks that stay: one tile, and several of one step and of more.
+# By four blocks that stay: one tile, and several of one step and of more.
 STAYING_SHAPES = [(1, 1, 2), (33, 40, 16), (259, 257, 390), (300, 1030, 264), (520, 140, 600)]
 # path, large tiles (128, 256: by wgmma, so many rows), splits of K (clustered, fused: blocks of a
 # cluster), most rows
@@ -175,6 +175,19 @@ def test_tiles_by_wgmma_have_the_bits_of_those_by_mma(dtype: torch.dtype) -> Non
             assert torch.equal(emulated.forward(x, packed, n, bias, **operands), want)
             tiles = 2 * -(-rows // 256) * -(-n // columns)
             assert library().emulated_boxes() == 2 * tiles * -(-k // 128)  # of q and w, each step
+
+
+def test_blocks_that_stay_leave_a_residual_between_words_to_small_tiles() -> None:
+    _, _, packed = weight_of(200, 260)
+    x, whole = torch.randn(9, 200).half(), torch.randn(9 * 260 + 1).half()
+    between = whole[1:].view(9, 260)
+    assert between.data_ptr() % 4 == 2
+    for residual, pairs in ((between.clone(), 2), (between, 3)):
+        library().emulated_boxes()
+        got = EmulatedInt8(path="tiled", large=256).forward(x, packed, 260, residual=residual)
+        assert library().emulated_boxes() == 2 * 2 * pairs * 2
+        want = EmulatedInt8(path="tiled").forward(x, packed, 260, residual=residual)
+        assert torch.equal(got, want)
 
 
 def test_where_no_tensor_map_can_be_made_mma_takes_the_place_of_wgmma() -> None:

@@ -65,13 +65,16 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("mode", ["none", "peft", "bank"])
 def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
     """At sizes whose plan takes wgmma, in uneven tiles; without LoRA to the bit."""
-    for rows, k, n in [(4096, 5120, 1280), (4001, 2561, 2563), (12000, 2560, 2560)]:
+    small, staying = "int8_wgmma", "int8_wgmma" if dtype == torch.float32 else "int8_persistent"
+    cases = [(4096, 5120, 1280, small), (4001, 2561, 2563, small)]
+    cases += [(12000, 2560, 2560, staying), (4001, 1285, 5122, staying)]
+    for rows, k, n, kernel in cases:
         _, _, packed = weight_of(k, n)
         x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
         operands = there(bank(mode, rows, k, n, dtype, 16))
         arguments = [x.cuda(), packed.cuda(), n, bias.cuda()]
         run = functools.partial(ops.int8_lora_linear, *arguments, **operands)
-        got, plain = by_wgmma_and_by_mma(run, "int8_wgmma")
+        got, plain = by_wgmma_and_by_mma(run, kernel)
         if mode == "none":
             assert torch.equal(got, plain)
         assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
