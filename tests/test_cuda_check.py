@@ -80,13 +80,16 @@ def test_products_of_a_warpgroup_are_expected_on_sm_90_alone() -> None:
 def test_integer_products_of_a_warpgroup_are_expected_with_their_branch() -> None:
     """On sm_90 alone; mma.sync in their place would pass for the branch's own."""
     budget = RECORDED["sm_80"][GEMM]
-    for kind, name in (("f16", "__half"), ("f32", "float")):
-        full = f"int8_wgmma<{name}, Int8WgmmaShape<256> >"
+    for kind, full, product in (
+        ("f16", "int8_persistent<__half>", "IGMMA.64x256x32"),
+        ("f16", "int8_wgmma<__half>", "IGMMA.64x128x32"),
+        ("f32", "int8_wgmma<float>", "IGMMA.64x128x32"),
+    ):
         found = RECORDED["sm_90"][full]
         assert not code_of.faults(full, kind, 90, code_of.Kernel(**found), found)
         without = code_of.Kernel(**(found | {"instructions": "IMMA.16832.S8.S8:64 LDSM:4"}))
         text = "; ".join(code_of.faults(full, kind, 90, without, found))
-        wanted = ("IGMMA.64x128x32", "HMMA", "UTMALDG:", "UTMALDG.MULTICAST", "LDGSTS")
+        wanted = (product, "HMMA", "UTMALDG:", "UTMALDG.MULTICAST", "LDGSTS")
         for words in (f"no {instruction}" for instruction in wanted):
             assert words in text
         assert not code_of.faults(full, kind, 80, code_of.Kernel(**budget), budget)
@@ -108,7 +111,7 @@ def test_a_tile_of_wgmma_has_room_beside_two_blocks_that_make_its_t(kind: str) -
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"int8_wgmma<{kind}, Int8WgmmaShape<128> >" for kind in STORAGE),
+        *(f"int8_wgmma<{kind}>" for kind in STORAGE),
         *(
             f"gemm_wgmma<{kind}, WgmmaShape<128>, {product}>"
             for kind in STORAGE[:2]

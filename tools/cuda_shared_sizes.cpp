@@ -62,9 +62,8 @@ void gemm_of(const char* name) {
   WGMMA_OF(T, N, kForward);       \
   WGMMA_OF(T, N, kInputGradient); \
   WGMMA_OF(T, N, kMaskedGradient);
-#define INT8_WGMMA(T)                                           \
-  SIZE("int8_wgmma<" #T ">", Int8WgmmaLayout<T>::kSharedBytes); \
-  SIZE("int8_persistent<" #T ">", Int8PersistentLayout<T>::kSharedBytes);
+#define INT8_WGMMA(T) SIZE("int8_wgmma<" #T ">", Int8WgmmaLayout<T>::kSharedBytes);
+#define PERSISTENT(T) SIZE("int8_persistent<" #T ">", Int8PersistentLayout<T>::kSharedBytes);
 
 int main() {
   BESIDE(__half);
@@ -88,6 +87,8 @@ int main() {
   INT8_WGMMA(__half);
   INT8_WGMMA(__nv_bfloat16);
   INT8_WGMMA(float);
+  PERSISTENT(__half);
+  PERSISTENT(__nv_bfloat16);
   KV(__half);
   KV(__nv_bfloat16);
   KV(float);

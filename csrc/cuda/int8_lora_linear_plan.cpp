@@ -143,10 +143,21 @@ Fused fused_of(const Machine& machine, const CudaDevice& device, const Int8LoraL
   return best;
 }
 
-// What int8_persistent.cuh makes: pairs of 16 bits, from blocks of which two are a cluster. An activation would be long
-// enough for tiles of two blocks to hide it better, and the three products of fp32 want more registers.
-bool fits_persistent(const Int8LoraLinearProblem& p) {
-  return size_of(p.dtype) == 2 && p.out_features % 2 == 0 && p.activation == Activation::kNone;
+// Where int8_persistent.cuh may be taken: pairs of 16 bits, on two multiprocessors at least. An activation would be
+// long enough for tiles of two blocks to hide it better, and the three products of fp32 want more registers.
+bool fits_persistent(const Int8LoraLinearProblem& p, const CudaDevice& device) {
+  return size_of(p.dtype) == 2 && p.out_features % 2 == 0 && p.activation == Activation::kNone &&
+         device.multiprocessors >= 2 && device.shared_bytes >= kInt8PersistentBytes;
+}
+
+// What its end waits for besides instructions: L2 for a residual, of which half comes beside the other half; and for a
+// step of the branch more, which is asked for when the one before is done, four readings one behind the other.
+double persistent_waits(const Int8LoraLinearProblem& p) {
+  const double groups = static_cast<double>(p.lora.groups), rows = static_cast<double>(p.rows);
+  const double adapters =
+      p.lora.groups > 0 ? std::min(static_cast<double>(p.lora.adapters), kInt8PersistentRows * groups / rows + 1) : 1;
+  const double steps = p.lora.present() ? adapters * std::ceil(static_cast<double>(p.lora.max_rank) / 32) : 1;
+  return kL2Clocks * ((p.has_residual ? 4 : 0) + 4 * (steps - 1));
 }
 
 }  // namespace
@@ -277,13 +288,14 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
     work.branch = branch_clocks(halves);
     const double narrow_us = hopper_tiles(device.cuda, {kByWgmma}, work).us;
     work.value = kPersistentEnd + (p.has_residual ? kPersistentResidual : 0);
-    const bool persistent = fits_persistent(p);
+    work.waits = persistent_waits(p);
+    const bool persistent = fits_persistent(p, device.cuda);
     const double us = persistent ? std::min(narrow_us, hopper_persistent(device.cuda, kPersistent, work)) : narrow_us;
     if (us + rows_us + launch_us < c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kTiled;
       c.large_tiles = true;
-      c.wgmma_rows = us < narrow_us ? 256 : 128;
-      c.resident = c.wgmma_rows == 256 ? static_cast<int>(machine.multiprocessors) : 0;
+      c.wgmma_rows = us < narrow_us ? kInt8PersistentRows : 128;
+      c.resident = us < narrow_us ? static_cast<int>(machine.multiprocessors) : 0;
       c.splits = c.cluster = 1;
       c.predicted_us = us + rows_us + launch_us;
     }

@@ -2,10 +2,11 @@
 // tile, each warp with one task.
 //
 // A tile is 256 rows x 128 channels of y, in steps of 128 k. Warps 0 to 7, two warpgroups of 64 channels each, multiply
-// and end. Warp 8 asks TMA for boxes of q (32 KB) and w (16 KB) into a ring of four places. Warp 9 brings what the end
-// reads: scales, bias, and of the LoRA branch 32 ranks at a time (16 in fp32) of t and B, which is all of most
-// adapters. They tell each other by barriers in shared memory, and no barrier holds the whole block: boxes of the next
-// tile come while one ends, and a warpgroup multiplies while the other ends, so far as the ring lets it get ahead.
+// and end. Warp 8 asks TMA for boxes of q (32 KB) and w (16 KB) into a ring of four places. Warps 9 to 11 bring what
+// the end reads: scales, bias, and of the LoRA branch 32 ranks at a time of t and B, which is all of most adapters.
+// They tell each other by barriers in shared memory, and no barrier holds the whole block: boxes of the next tile come
+// while one ends, and a warpgroup multiplies while the other ends, so far as the ring lets it get ahead. At the first
+// tile the second warpgroup waits for more than it needs, so that they do not end at the same time.
 //
 // Two blocks are a cluster and take tiles one beside the other: both ask for half of q, which comes to both, and for
 // their own w. A place is filled anew when all warps of both blocks have said that they are done with it. Of a step
@@ -15,22 +16,26 @@
 // Integer operations 2 M N K, exact. A step of 2 * 256 * 128 * 128 is multiplied in 1,024 clocks at the peak; shared
 // memory, at 128 bytes per clock, takes as many (48 KB come, both warpgroups read 32 KB of q, and lanes w once: a tile
 // of 128 rows reads q twice as often for its channels); L2 brings 32 KB to each block, for which it takes 936. The end,
-// of about kPersistentEnd instructions a value, is what the products do not hide (machine_hopper.h).
+// of about eight instructions a value (kPersistentEnd of the plan), is what the products do not hide
+// (machine_hopper.h). What it reads comes in three readings of L2 and one for each 24 channels of B and sixteen ranks.
 //
 // Sums leave from registers, a sector of 32 bytes for each row of a warp. There is no activation, fp32 or odd N here:
 // plans take it for what it makes. Not measured: no GPU has run this, and what blocks and warps wait for each other is
 // in no prediction.
 #pragma once
 
+#include "cuda/int8_shapes.h"
 #include "cuda/int8_transposed.cuh"
 
 namespace lora_kernels::cuda {
 
 struct Int8PersistentShape {
-  static constexpr int kRows = 256, kColumns = 128, kStages = 4;
+  static constexpr int kRows = kInt8PersistentRows, kColumns = 128, kStages = 4;
   static constexpr int kWarps = 8;          // that multiply
   static constexpr int kThreads = 3 * 128;  // the third warpgroup brings, and leaves registers to the others
-  static constexpr int kMakerRegisters = 208, kBringerRegisters = 88;
+  static constexpr int kMakerRegisters = 216, kBringerRegisters = 72;
+  static constexpr int kBringers = 3;  // warps behind the one that asks for boxes
+  static constexpr int kApart = 2;     // steps that the second warpgroup begins behind the first
   static constexpr int kBoxRows = kRows / static_cast<int>(kClusterBlocks), kBoxBlocks = kColumns / 64;
 };
 // What a cluster makes at a time.
@@ -50,7 +55,7 @@ struct Int8PersistentLayout {
   static constexpr int kRingBytes = Shape::kStages * kStageBytes;
   static constexpr size_t kSharedBytes = static_cast<size_t>(kRingBytes) + TileT::kBytes + TileB::kBytes +
                                          (Shape::kRows + 2 * Shape::kColumns) * 4 + (2 * Shape::kStages + 2) * 8 + 16;
-  static_assert(kSharedBytes <= 227 << 10);
+  static_assert(Shape::kStages > Shape::kApart && kSharedBytes <= kInt8PersistentBytes);
 };
 
 template <class T>
@@ -84,7 +89,7 @@ class Int8Persistent {
         init_arrivals(landed_ + i);
         init_arrivals(free_ + i, Shape::kWarps * kClusterBlocks);
       }
-      init_arrivals(brought_);
+      init_arrivals(brought_, Shape::kBringers);
       init_arrivals(taken_, Shape::kWarps);
       fence_arrivals();
     }
@@ -100,7 +105,7 @@ class Int8Persistent {
         bring_boxes();
       else
         wait_for_kernel_before();  // which makes scales and t
-      if (warp == Shape::kWarps + 1) bring_ends();
+      if (warp > Shape::kWarps) bring_ends(warp - Shape::kWarps - 1);
     }
   }
 
@@ -167,9 +172,10 @@ class Int8Persistent {
   // Both blocks are done with the step that had the place of this one before it.
   __device__ void wait_until_free(int step) { wait_for_phase(free_ + step % kStages, (step / kStages - 1) & 1); }
 
-  // ---- The warp that brings what ends read
+  // ---- The warps that bring what ends read
 
-  __device__ void bring_ends() {
+  // Each of them goes through the packages alone and brings its part of each.
+  __device__ void bring_ends(int part) {
     int package = 0;
     for (Walk tile = first(); tile.there; next_tile(&tile)) {
       int adapters[kEights / 4];  // of rows lane + 32 i; -1: none, or one that has been
@@ -182,9 +188,9 @@ class Int8Persistent {
       bool more = false;
       do {
         wait_until_taken(package++);
-        if (!more) bring_scales(tile);
+        if (!more) bring_scales(tile, part);
         const int left = adapter < 0 ? 0 : p_.routing.rank(adapter) - chunk;
-        if (left > 0) bring_factors(tile, adapters, adapter, chunk, left);
+        if (left > 0) bring_factors(tile, adapters, adapter, chunk, left, part);
         chunk += kStep<T>;
         if (left <= kStep<T>) {
 #pragma unroll
@@ -193,7 +199,7 @@ class Int8Persistent {
           chunk = 0;
         }
         more = adapter >= 0;
-        if (lane_of_warp() == 0) {
+        if (part == 0 && lane_of_warp() == 0) {
           said_[0] = left;
           said_[1] = more;
         }
@@ -221,13 +227,17 @@ class Int8Persistent {
     return found;
   }
 
-  __device__ void bring_scales(const Walk& tile) {
-    const int lane = lane_of_warp();
+  __device__ void bring_scales(const Walk& tile, int part) {
+    constexpr int kThreads = Shape::kBringers * 32;
+    const int thread = part * 32 + lane_of_warp();
 #pragma unroll
-    for (int i = lane; i < Shape::kRows; i += 32) of_rows_[i] = tile.m + i < p_.rows ? p_.scales[tile.m + i] : 0.0f;
+    for (int turn = 0; turn < (Shape::kRows + kThreads - 1) / kThreads; ++turn) {
+      const int i = thread + turn * kThreads;
+      if (i < Shape::kRows) of_rows_[i] = tile.m + i < p_.rows ? p_.scales[tile.m + i] : 0.0f;
+    }
     const Epilogue& end = p_.epilogue.e;
 #pragma unroll 1
-    for (int i = lane; i < Shape::kColumns; i += 32) {
+    for (int i = thread; i < Shape::kColumns; i += kThreads) {
       const int channel = tile.n + i;  // one beyond N within its block has the scale 0
       of_channels_[i] = channel / 64 < p_.w.blocks() ? p_.w.scale(channel) : 0.0f;
       biases_[i] = end.bias && channel < p_.w.columns ? end.bias_at(channel) : 0.0f;
@@ -235,21 +245,24 @@ class Int8Persistent {
   }
 
   // Of an adapter, and of its rows, whose ranks from `chunk` on are so many.
-  __device__ void bring_factors(const Walk& tile, const int (&adapters)[kEights / 4], int adapter, int chunk,
-                                int ranks) {
+  __device__ void bring_factors(const Walk& tile, const int (&adapters)[kEights / 4], int adapter, int chunk, int ranks,
+                                int part) {
     const T* t = static_cast<const T*>(p_.t.data);
     const int lane = lane_of_warp();
 #pragma unroll
-    for (int i = 0; i < kEights / 4; ++i)
+    for (int i = 0; i < kEights / 4; ++i) {
+      const bool uses = adapters[i] == adapter;
 #pragma unroll 1
-      for (int j = 0; j < 4; ++j) {  // eight rows of four chunks of sixteen bytes
-        const int of_32 = j * 8 + lane / 4, row = i * 32 + of_32, part = lane % 4, r = part * kPerChunk<T>;
-        const int left = __shfl_sync(~0u, adapters[i], of_32) == adapter ? ranks - r : 0;
+      for (int j = part; j < 4; j += Shape::kBringers) {  // eight rows of four chunks of sixteen bytes
+        const int of_32 = j * 8 + lane / 4, row = i * 32 + of_32, chunk_of_row = lane % 4;
+        const int r = chunk_of_row * kPerChunk<T>, left = __shfl_sync(~0u, uses, of_32) ? ranks - r : 0;
         const int count = left < 0 ? 0 : left > kPerChunk<T> ? kPerChunk<T> : left;
-        copy16_async(t_ + TileT::offset(row, part), t + (count ? (tile.m + row) * p_.t.stride + chunk + r : 0),
+        copy16_async(t_ + TileT::offset(row, chunk_of_row), t + (count ? (tile.m + row) * p_.t.stride + chunk + r : 0),
                      count * static_cast<int>(sizeof(T)));
       }
-    load_factor<T, TileB, 32>(b_, p_.up, p_.w.columns, tile.n, p_.routing.begin(adapter) + chunk, ranks, lane);
+    }
+    load_factor<T, TileB, Shape::kBringers * 32>(b_, p_.up, p_.w.columns, tile.n, p_.routing.begin(adapter) + chunk,
+                                                 ranks, part * 32 + lane);
   }
 
   // ---- The warps that multiply
@@ -257,6 +270,8 @@ class Int8Persistent {
   __device__ void make_tiles() {
     wait_for_kernel_before();  // no y is written before, and all that is read comes from those that have waited
     int step = 0, package = 0;
+    if (static_cast<int>(threadIdx.x) >= Shape::kWarps * 16 && steps_ > Shape::kApart)
+      wait_for_phase(landed_ + Shape::kApart, 0);
     for (Walk tile = first(); tile.there; next_tile(&tile)) {
       int32_t sums[kEights][4] = {};
       uint32_t w[2][4];
@@ -326,6 +341,7 @@ class Int8Persistent {
       whole ? store<true, true>(tile, c, biases) : store<true, false>(tile, c, biases);
     else
       whole ? store<false, true>(tile, c, biases) : store<false, false>(tile, c, biases);
+    __syncwarp();  // products want all lanes of a warp, of which those beyond N have left early
   }
 
   // Lanes have two neighbouring channels, eight of them a row's sector of 32 bytes. kWhole: all rows are there; so many
@@ -339,17 +355,23 @@ class Int8Persistent {
     const int64_t at = int64_t{row} * end.columns + column, stride = end.columns;
     T* y = static_cast<T*>(end.y) + at;
     const T* residual = kResidual ? static_cast<const T*>(end.residual) + at : nullptr;
-    constexpr int kAtOnce = kWhole ? 4 : 1;  // loads of a residual, by eights of rows
+    // Loads of a residual are asked for before the stores of the eights before them, since y may be its place.
+    constexpr int kAtOnce = kWhole ? 4 : 1;
+    uint32_t added[2][kAtOnce][2];
+    const auto load = [&](int part) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (kWhole || (part + j) * 8 + e < left)
+            added[part / kAtOnce % 2][j][e] =
+                *reinterpret_cast<const uint32_t*>(residual + ((part + j) * 8 + e) * stride);
+    };
+    if constexpr (kResidual) load(0);
 #pragma unroll
     for (int part = 0; part < kEights; part += kAtOnce) {
-      uint32_t added[kAtOnce][2];
       if constexpr (kResidual)
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j, residual += 8 * stride)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (kWhole || (part + j) * 8 + e < left)
-              added[j][e] = *reinterpret_cast<const uint32_t*>(residual + e * stride);
+        if (part + kAtOnce < kEights) load(part + kAtOnce);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j, y += 8 * stride)
 #pragma unroll
@@ -357,8 +379,9 @@ class Int8Persistent {
           float first = c[part + j][e] + biases.x, second = c[part + j][2 + e] + biases.y;
           if (!kWhole && (part + j) * 8 + e >= left) continue;
           if constexpr (kResidual) {
-            first += to_float(from_bits<T>(added[j][e] & 0xFFFF));
-            second += to_float(from_bits<T>(added[j][e] >> 16));
+            const uint32_t two = added[part / kAtOnce % 2][j][e];
+            first += to_float(from_bits<T>(two & 0xFFFF));
+            second += to_float(from_bits<T>(two >> 16));
           }
           *reinterpret_cast<uint32_t*>(y + e * stride) =
               bits_of<T>(from_float<T>(first)) | bits_of<T>(from_float<T>(second)) << 16;

@@ -56,6 +56,7 @@ struct HopperWork {
   double steps;       // of 128 bytes of depth
   double value;       // instructions of the end for each value
   double branch = 0;  // clocks of the tensor cores behind the steps, for the 128 values of a column
+  double waits = 0;   // of blocks that stay: clocks of an end besides its instructions
 };
 
 struct HopperTime {
@@ -93,9 +94,9 @@ inline HopperTime hopper_tiles(const CudaDevice& device, std::initializer_list<H
 
 // Blocks that stay, one on each multiprocessor, and take tile after tile (int8_persistent.cuh): two of a cluster make
 // tiles one beside the other, which share the rows of a step. Two warpgroups halve the columns of each. While one ends,
-// alone, the other multiplies what is there already, alone as well and so in half of the time: it is behind by `apart`
-// steps, and what the end takes longer is added to the steps. No barrier holds a block, and what the end reads is in
-// shared memory before it begins.
+// alone, the other multiplies what is there already, alone as well and so in half of the time: it is taken to be behind
+// by `apart` steps, and what the end takes longer is added to the steps. No barrier holds a block, and what the end
+// reads first is in shared memory before it begins.
 struct PersistentTile {
   int rows, columns;
   double read;   // bytes of a step that products and lanes read
@@ -114,11 +115,13 @@ inline double hopper_persistent(const CudaDevice& device, const PersistentTile& 
                                 fetched / kArrivingPerClock, of_l2 / kL2OfAllPerClock});
   const double branch = work.branch * tile.columns * tile.rows / 128;
   // Of a warpgroup, whose four warps issue as much as all would: half of the values.
-  const double end = values / 2 * work.value / 128 + branch / 2;
+  const double end = values / 2 * work.value / 128 + branch / 2 + work.waits;
   const double seen = std::max(0.0, end - tile.apart * products / 2 / kStepsReached);
   const double turns = std::ceil(pairs / std::floor(machine.multiprocessors / 2));
   const double clocks = 2 * kL2Clocks + turns * (work.steps * step + branch / 2 + seen) + end;
-  return std::max(clocks / machine.clock * 1e6, machine.memory_us(work.bytes)) + kLaunchUs;
+  const double in_flight = 2 * std::min(pairs, machine.multiprocessors / 2) * 2 * of_l2;  // two steps of each block
+  const double busy = std::min(1.0, in_flight / (machine.bytes * kLatencySeconds));
+  return std::max(clocks / machine.clock * 1e6, machine.memory_us(work.bytes) / busy) + kLaunchUs;
 }
 
 // Tiles by mma.sync are taken to reach a part of the peak. Where this account says more of the large ones, that: so

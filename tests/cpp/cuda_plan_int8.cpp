@@ -100,16 +100,26 @@ void test_int8_wgmma() {
   Int8LoraLinearProblem large = int8_problem(4096, 1280, 5120, 16);
   check(rows_of(large) == 256 && int8_plan(large, with).cuda.resident == 132, "a large product: blocks that stay");
   large.has_residual = true;
-  check(rows_of(large) == 256, "with a residual too");
+  check(rows_of(large) == 128, "a residual is waited for, beside the products of another block");
+  large.rows = 12000;
+  large.in_features = 5120;
+  check(rows_of(large) == 256, "which much depth outweighs");
+  large = int8_problem(4096, 1280, 5120, 16);
   check(rows_of(int8_problem(1500, 1280, 1280, 16)) == 128,
-        "120 small tiles are all at once, of 60 large ones none is");
+        "120 small tiles are on as many multiprocessors, 60 large ones on half of them");
   check(rows_of(int8_problem(4096, 1280, 5119, 16)) == 128, "pairs of channels");
+  large.lora.groups = 512;
+  large.lora.adapters = 64;
+  check(rows_of(large) == 128, "33 adapters in a tile would be brought one behind the other");
+  large.lora.groups = 4;
+  check(rows_of(large) == 256, "not if most tiles have one");
   large.dtype = DType::kFloat32;
   check(rows_of(large) == 128, "of 16 bits");
   Int8LoraLinearProblem gelu = int8_problem(4096, 1280, 5120, 16);
   gelu.activation = Activation::kGelu;
   check(rows_of(gelu) == 128 && int8_plan(gelu, with).cuda.resident == 0, "an activation is a longer end");
   gelu = int8_problem(4096, 1280, 5120, 16);
+  gelu.dtype = gelu.lora.dtype = DType::kFloat32;  // of which blocks that stay make none
   const double plain_us = int8_plan(gelu, with).cuda.predicted_us, mma_us = int8_plan(gelu, kH200).cuda.predicted_us;
   gelu.activation = Activation::kGelu;
   check(int8_plan(gelu, with).cuda.predicted_us < 1.05 * plain_us &&

@@ -112,25 +112,31 @@ __global__ void __launch_bounds__(128) warpgroup(const Registers p) {
     }
 }
 
+template <int kColumns>
+Status run_integers(const Registers& p) {
+  return launch<&integers<kColumns>>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kColumns * 128, nullptr}, p);
+}
+
 template <class T, int kColumns, bool kAcross = false>
 Status run_warpgroup(const Registers& p) {
   constexpr size_t kBytes = (64 + kColumns) * 128;
   return launch<&warpgroup<T, kColumns, kAcross>>({"warpgroup", dim3(1, 1, 1), dim3(128, 1, 1), kBytes, nullptr}, p);
 }
 
-// The same of bytes, 128 rows of 128 of them and four steps of depth, the left operand in registers that are taken in
+// The same of bytes, rows of 128 of them and four steps of depth, the left operand in registers that are taken in
 // turns.
+template <int kColumns>
 __global__ void __launch_bounds__(128) integers(const Registers p) {
   Shared shared;
-  char* tile = shared.take<char>(kWgmmaInt8Columns * 128);
+  char* tile = shared.take<char>(kColumns * 128);
   const int thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < kWgmmaInt8Columns * 8; i += 128)
+  for (int i = thread; i < kColumns * 8; i += 128)
     copy16_async(tile + (i / 8 * 8 + (i % 8 ^ (i / 8 & 7))) * 16, p.in + (i * 12 + i / 64 * 4) % 512, 16);
   commit_copies();
   wait_copies<0>();
   fence_proxy();
   __syncthreads();
-  int32_t c[kWgmmaInt8Columns / 8][4] = {};
+  int32_t c[kColumns / 8][4] = {};
   uint32_t a[2][4];
   const uint64_t b = wgmma_operand(tile);
 #pragma unroll
@@ -138,13 +144,13 @@ __global__ void __launch_bounds__(128) integers(const Registers p) {
     wait_products<1>();
     for (int i = 0; i < 4; ++i) a[step % 2][i] = p.in[(thread * 4 + i * 37 + step * 101) % 512];
     wgmma_fence();
-    wgmma_s8(c, a[step % 2], b + static_cast<uint64_t>(step) * kWgmmaStep);
+    wgmma_s8<kColumns>(c, a[step % 2], b + static_cast<uint64_t>(step) * kWgmmaStep);
     commit_products();
   }
   wait_products<0>();
-  const int chosen = static_cast<int>(p.in[0] % (kWgmmaInt8Columns / 8));
+  const int chosen = static_cast<int>(p.in[0] % (kColumns / 8));
 #pragma unroll
-  for (int j = 0; j < kWgmmaInt8Columns / 8; ++j)
+  for (int j = 0; j < kColumns / 8; ++j)
     if (j == chosen) {
       p.out[2 * thread] = static_cast<uint32_t>(p.in[1] & 1 ? c[j][0] : c[j][1]);
       p.out[2 * thread + 1] = static_cast<uint32_t>(p.in[1] & 1 ? c[j][3] : c[j][2]);
@@ -274,11 +280,11 @@ Status run_one(int which, const Registers& p) {
   if (which == kPrimitives + 6) return run_warpgroup<__half, 256, true>(p);
   if (which == kPrimitives + 7) return run_warpgroup<__nv_bfloat16, 128, true>(p);
   if (which == kPrimitives + 8) return run_warpgroup<__nv_bfloat16, 256, true>(p);
-  if (which == kPrimitives + 9)
-    return launch<&integers>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kWgmmaInt8Columns * 128, nullptr}, p);
+  if (which == kPrimitives + 9) return run_integers<128>(p);
   if (which == kPrimitives + 10) return run_box<true>(p);
   if (which == kPrimitives + 11) return run_shared_box(p);
   if (which == kPrimitives + 12) return run_sends(p);
+  if (which == kPrimitives + 13) return run_integers<256>(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

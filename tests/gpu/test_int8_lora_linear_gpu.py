@@ -65,7 +65,9 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("mode", ["none", "peft", "bank"])
 def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
     """At sizes whose plan takes wgmma, in uneven tiles; without LoRA to the bit."""
-    small, staying = "int8_wgmma", "int8_wgmma" if dtype == torch.float32 else "int8_persistent"
+    # Blocks that stay are for 16 bits and, where several adapters share their tiles, for none.
+    stay = dtype != torch.float32 and mode != "bank"
+    small, staying = "int8_wgmma", "int8_persistent" if stay else "int8_wgmma"
     cases = [(4096, 5120, 1280, small), (4001, 2561, 2563, small)]
     cases += [(12000, 2560, 2560, staying), (4001, 1285, 5122, staying)]
     for rows, k, n, kernel in cases:

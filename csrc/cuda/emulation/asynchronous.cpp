@@ -6,6 +6,8 @@
 #if defined(LORA_KERNELS_EMULATION_TSAN)
 extern "C" void __tsan_ignore_thread_begin();
 extern "C" void __tsan_ignore_thread_end();
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
 #endif
 
 namespace lora_kernels::emulation {
@@ -25,6 +27,18 @@ struct Unwatched {
 #endif
   Unwatched(const Unwatched&) = delete;
 };
+
+// What a thread did before it arrived at a barrier has happened for those that have waited for the phase.
+void happened([[maybe_unused]] Memory& memory, [[maybe_unused]] uint32_t barrier) {
+#if defined(LORA_KERNELS_EMULATION_TSAN)
+  __tsan_release(memory.shared + barrier);
+#endif
+}
+void see_what_happened([[maybe_unused]] Memory& memory, [[maybe_unused]] uint32_t barrier) {
+#if defined(LORA_KERNELS_EMULATION_TSAN)
+  __tsan_acquire(memory.shared + barrier);
+#endif
+}
 
 // Whether what is started now happens now: no kernel may rely on either.
 bool at_once() { return options.order == Order::kReverse || (options.order == Order::kShuffled && draw(2)); }
@@ -144,8 +158,10 @@ PendingBytes pending(void* to, const Box& box, const void* barrier) {
   return p;
 }
 
-void arrive(Arrivals& a) {
+void arrive(Memory& memory, uint32_t place) {
+  Arrivals& a = arrivals_at(memory, place);
   if (a.arrived == a.expected) refuse("one arrival more in a phase of a barrier than it counts");
+  happened(memory, place);
   ++a.arrived;
   a.look();
 }
@@ -251,9 +267,9 @@ void init_arrivals(const void* barrier, int count) {
 }
 
 void expect_bytes(const void* barrier, int bytes) {
-  Arrivals& a = arrivals_at(*running.memory, shared_offset(barrier));
-  a.bytes += bytes;
-  arrive(a);
+  const uint32_t place = shared_offset(barrier);
+  arrivals_at(*running.memory, place).bytes += bytes;
+  arrive(*running.memory, place);
   if (running.cluster->count > 1) wake_cluster();  // all of them may have come before
 }
 
@@ -278,7 +294,10 @@ void wait_for_phase(const void* barrier, int parity) {
       memory.coming.erase(memory.coming.begin() + static_cast<ptrdiff_t>(i));
       land(p, memory);
     }
-    if ((a.phase & 1) != parity) return;
+    if ((a.phase & 1) != parity) {
+      see_what_happened(memory, place);
+      return;
+    }
     if (running.cluster->count == 1) refuse("waits for bytes that nothing on its way brings");
     wait_in_cluster({"wait_for_phase", __FILE__, __LINE__});
   }
@@ -305,7 +324,7 @@ void send16(void* to, const uint32_t (&words)[4], const void* barrier, int block
 
 void arrive(const void* barrier, int block) {
   if (block < 0 || block >= running.cluster->count) refuse("arrives in a block that is not of its cluster");
-  arrive(arrivals_at(*running.cluster->blocks[block], shared_offset(barrier)));
+  arrive(*running.cluster->blocks[block], shared_offset(barrier));
   wake_cluster();
 }
 

@@ -5,7 +5,8 @@
 //   rank_in_cluster    which of its blocks this one is
 //   send16             bytes out of registers, which a barrier of tma.h counts where they land
 //   arrive             by one thread, at the barrier of tma.h in the same place of a block of the cluster, perhaps its
-//                      own: to say that nothing here reads a place any more, which boxes may then fill
+//                      own: to say that nothing here reads a place any more, which boxes may then fill; and to its own
+//                      block, behind __syncwarp(), that what its warp has written there can be read
 //   arrive_at_all      the same by a whole warp, for all of its threads, in every block
 //   arrive_in_cluster  by all threads of all its blocks, and
 //   wait_for_cluster   until all of them have. Before the first use of another block's shared memory, and before a
@@ -15,8 +16,8 @@
 // else; so nothing here is of the scope of the cluster, where each arrival would be a fence of the whole device and
 // each wait one of L1. What has to be in order is: barriers are made before anyone uses them (fence_arrivals of tma.h,
 // and the wait for the cluster); reads of a place are over before the arrival (products that have been waited for,
-// loads whose values were used, and the block's barrier behind both); and boxes are asked for behind the wait.
-// CUTLASS's barriers across clusters rest on the same.
+// loads whose values were used, and a barrier of the block or the warp behind both); and boxes are asked for behind the
+// wait. CUTLASS's barriers across clusters rest on the same.
 #pragma once
 
 #include "cuda/primitives/shared.h"

@@ -109,6 +109,21 @@ FAULTS = [
         ("int8 tiled wgmma",),
     ),
     _Fault(
+        "products of boxes that have not come",
+        "int8_persistent.cuh",
+        "        wait_for_phase(landed_ + step % kStages, step / kStages & 1);\n",
+        "",
+        ("int8 tiled wgmma",),
+    ),
+    _Fault(
+        "rows of the last tile that are one too many",
+        "int8_persistent.cuh",
+        "* 8 + e >= left) continue;",
+        "* 8 + e > left) continue;",
+        ("AddressSanitizer",),
+        sanitized=True,
+    ),
+    _Fault(
         "a place that nobody gives back",
         "int8_persistent.cuh",
         "      release(step - 1, true);\n",
@@ -137,13 +152,6 @@ FAULTS = [
         ("int8 tiled wgmma",),
     ),
     _Fault(
-        "a step of the branch that does not wait for what it reads",
-        "int8_persistent.cuh",
-        "      if (more) wait_for_phase(brought_, *package & 1);\n",
-        "",
-        ("int8 tiled wgmma", "one arrival more"),
-    ),
-    _Fault(
         "what an end reads replaced before it has",
         "int8_persistent.cuh",
         "wait_until_taken(package++);",
@@ -160,8 +168,8 @@ FAULTS = [
     _Fault(
         "t of rows that have another adapter",
         "int8_persistent.cuh",
-        "of_32) == adapter ? ranks - r : 0;",
-        "of_32) >= 0 ? ranks - r : 0;",
+        "const bool uses = adapters[i] == adapter;",
+        "const bool uses = adapters[i] >= 0;",
         ("int8 tiled wgmma",),
     ),
     _Fault(
