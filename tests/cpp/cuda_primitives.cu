@@ -112,11 +112,6 @@ __global__ void __launch_bounds__(128) warpgroup(const Registers p) {
     }
 }
 
-template <int kColumns>
-Status run_integers(const Registers& p) {
-  return launch<&integers<kColumns>>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kColumns * 128, nullptr}, p);
-}
-
 template <class T, int kColumns, bool kAcross = false>
 Status run_warpgroup(const Registers& p) {
   constexpr size_t kBytes = (64 + kColumns) * 128;
@@ -155,6 +150,11 @@ __global__ void __launch_bounds__(128) integers(const Registers p) {
       p.out[2 * thread] = static_cast<uint32_t>(p.in[1] & 1 ? c[j][0] : c[j][1]);
       p.out[2 * thread + 1] = static_cast<uint32_t>(p.in[1] & 1 ? c[j][3] : c[j][2]);
     }
+}
+
+template <int kColumns>
+Status run_integers(const Registers& p) {
+  return launch<&integers<kColumns>>({"integers", dim3(1, 1, 1), dim3(128, 1, 1), kColumns * 128, nullptr}, p);
 }
 
 struct BoxParams {
