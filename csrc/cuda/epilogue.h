@@ -32,7 +32,7 @@ struct Epilogue {
   __device__ float finish(float sum, int64_t row, int column) const {
     float v = sum;
     if (bias) v += bias_at(column);
-    return with_residual<T>(activate(v, activation), row, column);
+    return with_residual<T>(activate<T>(v, activation), row, column);
   }
   template <class T>
   __device__ float with_residual(float v, int64_t row, int column) const {

@@ -30,7 +30,7 @@
 // FLOPs 2 M N (K + r). For a step of 2 * 128 * 256 (128) * 64 FLOPs, 1,024 (512) clocks at the peak, L2 brings 32 (24)
 // KB to each block, 128 (85) FLOPs to a byte, for which it takes 936 (702) clocks as far as others have got
 // (machine_hopper.h; without clusters 1,404 and 936), and shared memory 1,024 (640). Two tiles of 128 columns read more
-// of shared memory than one of 256, and hide ends of 4,400 clocks, with GELU 7,300, where the wide one adds twice as
+// of shared memory than one of 256, and hide ends of 4,400 clocks, with GELU 6,400, where the wide one adds twice as
 // much to its steps: which is better the plan says by depth and activation. Not measured: no GPU has run this, and what
 // the two blocks of a cluster wait for each other is in no prediction. Not tried: a warpgroup that asks for boxes
 // alone.

@@ -19,7 +19,7 @@
 // Integer operations 2 M N K, exact. A step of 2 * 128 * 128 * 128 of them is multiplied in 512 clocks at the peak;
 // shared memory, at 128 bytes per clock, takes 640 for what comes and is read, which bounds it; L2 brings 24 KB to each
 // block, for which it takes 702 as far as others have got (machine_hopper.h; without clusters 936). By its instructions
-// the end takes 3,800 clocks, with GELU 6,700, in which the other block's steps are multiplied. That both blocks of a
+// the end takes 3,800 clocks, with GELU 5,800, in which the other block's steps are multiplied. That both blocks of a
 // multiprocessor are out of step nothing but chance brings about.
 //
 // Where the driver knows no tensor maps int8_gemm.cuh takes its place. Not measured: no GPU has run this, and what the
@@ -244,7 +244,7 @@ class Int8WgmmaTile {
       for (int e = 0; e < 4; ++e) four[e] = __uint_as_float(of_row.v[e]) + biases[e];
       if (end.activation != Activation::kNone)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) four[e] = activate(four[e], end.activation);
+        for (int e = 0; e < 4; ++e) four[e] = activate<T>(four[e], end.activation);
       p_.epilogue.template store_run<T>(four, m_ + row, column, p_.epilogue.eights);
     }
   }

@@ -41,8 +41,9 @@ constexpr HopperTile kWideByWgmma = {256, 1, 2, 16384.0 + 2 * 32768}, kNarrowByW
 // Instructions of a tile's end for each value, by the machine code: by way of shared memory to y, with a bias.
 constexpr double kEndInstructions = 25;
 
-HopperWork work_on_hopper(int64_t rows, int64_t columns, double bytes, double depth, Activation activation) {
-  return {rows, columns, bytes, depth / 64, kEndInstructions + activation_instructions(activation)};
+HopperWork work_on_hopper(int64_t rows, int64_t columns, double bytes, double depth, DType type,
+                          Activation activation) {
+  return {rows, columns, bytes, depth / 64, kEndInstructions + activation_instructions(activation, type)};
 }
 
 // Tiles by wgmma; none without it, or in fp32. What the mask of a gradient costs is in no prediction, by wgmma as
@@ -50,7 +51,7 @@ HopperWork work_on_hopper(int64_t rows, int64_t columns, double bytes, double de
 HopperTime wgmma_of(const CudaDevice& device, DType type, int64_t rows, int64_t columns, double bytes, double depth,
                     Activation activation, bool narrow = false) {
   if (!device.wgmma || type == DType::kFloat32) return {0, 0};
-  const HopperWork work = work_on_hopper(rows, columns, bytes, depth, activation);
+  const HopperWork work = work_on_hopper(rows, columns, bytes, depth, type, activation);
   if (narrow) return hopper_tiles(device, {kNarrowByWgmma}, work);
   return hopper_tiles(device, {kWideByWgmma, kNarrowByWgmma}, work);
 }
@@ -168,7 +169,7 @@ void configure(const DeviceInfo& device, LoraLinearPlan* plan) {
   const auto on_hopper = [&](TiledTime time, int together, double bytes, double depth) {
     if (p.dtype == DType::kFloat32) return time;
     return by_mma_on_hopper(device.cuda, time, together,
-                            work_on_hopper(p.rows, p.out_features, bytes, depth, p.activation));
+                            work_on_hopper(p.rows, p.out_features, bytes, depth, p.dtype, p.activation));
   };
   const TiledTime two = on_hopper(tiled(machine, p.rows, p.out_features, base_bytes, [&](int) { return K + rank; }), 2,
                                   base_bytes, K + rank);
@@ -283,7 +284,7 @@ void configure_backward(const DeviceInfo& device, LoraLinearBackwardPlan* plan) 
   TiledTime dx = tiled(machine, p.rows, p.in_features, dx_bytes, [&](int) { return N + rank; });
   if (p.dtype != DType::kFloat32)
     dx = by_mma_on_hopper(device.cuda, dx, 2,
-                          work_on_hopper(p.rows, p.in_features, dx_bytes, N + rank, Activation::kNone));
+                          work_on_hopper(p.rows, p.in_features, dx_bytes, N + rank, p.dtype, Activation::kNone));
   const double wgmma_depth = N + (lora ? static_cast<double>(round_up(p.lora.max_rank, 16)) : 0);
   const HopperTime wgmma =
       wgmma_of(device.cuda, p.dtype, p.rows, p.in_features, dx_bytes, wgmma_depth, Activation::kNone);
