@@ -68,8 +68,7 @@ __device__ inline void load_up(char* tile, const Factor& up, int n, int columns,
   }
   for (int i = static_cast<int>(threadIdx.x); i < TileB::kRows * TileB::kChunks; i += kThreads) {
     const int column = i % TileB::kRows, part = i / TileB::kRows;  // neighbours read neighbours of a rank row
-    const int r = chunk + part * kPerChunk<T>, left = n + column < columns ? rank - r : 0;
-    const int count = left < 0 ? 0 : left > kPerChunk<T> ? kPerChunk<T> : left;
+    const int r = chunk + part * kPerChunk<T>, count = of_chunk<T>(n + column < columns ? rank - r : 0);
     store16(tile + TileB::offset(column, part),
             gather16<T>(count, [&](int j) { return from_float<T>(up.at(begin + r + j, n + column)); }));
   }

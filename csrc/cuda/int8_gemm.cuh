@@ -142,8 +142,8 @@ class Int8Gemm {
     for (int i = static_cast<int>(threadIdx.x); i < Shape::kColumns * 4; i += kThreads) {
       const int place = i % Shape::kColumns, part = i / Shape::kColumns, r = chunk_ + part * kPerChunk<T>;
       const int n = n_ + place / 32 * 32 + place % 8 * 4 + place % 32 / 8;
-      int count = n < p_.w.columns ? rank - r : 0;
-      count = count < 0 ? 0 : count > kPerChunk<T> ? kPerChunk<T> : count;
+      const int count = of_chunk<T>(n < p_.w.columns ? rank - r : 0);
+      // By element: UpFactor::chunk would want a register more than sm_86 and sm_89 have.
       store16(b + TileB::offset(place, part),
               gather16<T>(count, [&](int j) { return from_float<T>(p_.up.at(begin + r + j, n)); }));
     }

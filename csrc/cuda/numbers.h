@@ -81,6 +81,12 @@ __device__ inline float load_as_float(const void* p, int64_t at, DType type) {
   return to_float(static_cast<const __nv_bfloat16*>(p)[at]);
 }
 
+// How many of `left` elements, which may be fewer than none, a chunk of sixteen bytes has.
+template <class T>
+__device__ inline int of_chunk(int left) {
+  return left < 0 ? 0 : left > kPerChunk<T> ? kPerChunk<T> : left;
+}
+
 // Sixteen bytes of elements: the first `count` are element(0), element(1), ..., the rest zero.
 template <class T, class Element>
 __device__ inline Vector gather16(int count, const Element& element) {

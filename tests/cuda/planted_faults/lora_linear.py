@@ -258,8 +258,8 @@ FAULTS = [
     _Fault(
         "index beyond the factor",
         "gemm_shapes.h",
-        "left = n + column < columns ? rank - r : 0;",
-        "left = rank - r;",
+        "of_chunk<T>(n + column < columns ? rank - r : 0)",
+        "of_chunk<T>(rank - r)",
         ("heap-buffer-overflow", "lora_kernels::cuda::gemm<"),
         sanitized=True,
     ),
