@@ -81,7 +81,8 @@ def test_integer_products_of_a_warpgroup_are_expected_with_their_branch() -> Non
     """On sm_90 alone; mma.sync in their place would pass for the branch's own."""
     budget = RECORDED["sm_80"][GEMM]
     for kind, full, product in (
-        ("f16", "int8_persistent<__half>", "IGMMA.64x256x32"),
+        ("f16", "int8_persistent<__half, 256>", "IGMMA.64x256x32"),
+        ("f16", "int8_persistent<__half, 320>", "IGMMA.64x160x32"),
         ("f16", "int8_wgmma<__half>", "IGMMA.64x128x32"),
         ("f32", "int8_wgmma<float>", "IGMMA.64x128x32"),
     ):

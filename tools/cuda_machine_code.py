@@ -138,8 +138,15 @@ def expected(name: str, kind: str, arch: int) -> list[str]:
     else:
         wanted = ["HMMA.1688.F32" if arch < 80 else "HMMA.16816.F32"]
     if name.startswith(("int8_wgmma<", "int8_persistent<")):
-        product = "IGMMA.64x128x32" if "wgmma" in name else "IGMMA.64x256x32"
-        return [product, "UTMALDG:", "UTMALDG.MULTICAST", "LDSM", "LDGSTS", *wanted]
+        columns = 128 if "wgmma" in name else 160 if ", 320>" in name else 256
+        return [
+            f"IGMMA.64x{columns}x32",
+            "UTMALDG:",
+            "UTMALDG.MULTICAST",
+            "LDSM",
+            "LDGSTS",
+            *wanted,
+        ]
     if not name.startswith(GEMM_LIKE):
         return []
     if name.startswith(("int8_gemm<", "int8_few", "int8_together<")):

@@ -63,7 +63,8 @@ void gemm_of(const char* name) {
   WGMMA_OF(T, N, kInputGradient); \
   WGMMA_OF(T, N, kMaskedGradient);
 #define INT8_WGMMA(T) SIZE("int8_wgmma<" #T ">", Int8WgmmaLayout<T>::kSharedBytes);
-#define PERSISTENT(T) SIZE("int8_persistent<" #T ">", Int8PersistentLayout<T>::kSharedBytes);
+#define PERSISTENT(T, N) \
+  SIZE("int8_persistent<" #T ", " #N ">", (Int8PersistentBlock<T, Int8PersistentShape<N>>::kSharedBytes));
 
 int main() {
   BESIDE(__half);
@@ -87,8 +88,10 @@ int main() {
   INT8_WGMMA(__half);
   INT8_WGMMA(__nv_bfloat16);
   INT8_WGMMA(float);
-  PERSISTENT(__half);
-  PERSISTENT(__nv_bfloat16);
+  PERSISTENT(__half, 256);
+  PERSISTENT(__half, 320);
+  PERSISTENT(__nv_bfloat16, 256);
+  PERSISTENT(__nv_bfloat16, 320);
   KV(__half);
   KV(__nv_bfloat16);
   KV(float);

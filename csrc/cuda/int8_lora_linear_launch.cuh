@@ -113,13 +113,19 @@ bool int8_tiled_wgmma(Sequence* s, const CudaInt8LoraLinearPlan& plan, const Int
   if constexpr (sizeof(T) == 2) {
     // y and a residual may be views, which begin in the midst of a word: then the small tiles make y.
     const auto begin = reinterpret_cast<uintptr_t>(p.epilogue.e.y) | reinterpret_cast<uintptr_t>(p.epilogue.e.residual);
-    if (plan.wgmma_rows == Int8PersistentShape::kRows && begin % 4 == 0) {
-      using Pair = Int8PersistentPair;
+    const auto staying = [&](auto rows, const char* name) {
+      using Shape = Int8PersistentShape<decltype(rows)::value>;
+      using Pair = Int8PersistentPair<Shape>;
+      constexpr auto kKernel = &int8_persistent<T, Shape::kRows>;
       const unsigned pairs = tiles(p.rows, Pair::kRows) * tiles(p.w.columns, Pair::kColumns);
       const unsigned most = std::max(1u, static_cast<unsigned>(plan.resident) / kClusterBlocks);
-      return run(Int8PersistentShape(), std::integral_constant<decltype(&int8_persistent<T>), &int8_persistent<T>>(),
-                 "int8_persistent<256x128>", std::min(pairs, most), Int8PersistentLayout<T>::kSharedBytes);
-    }
+      return run(Shape(), std::integral_constant<decltype(kKernel), kKernel>(), name, std::min(pairs, most),
+                 Int8PersistentBlock<T, Shape>::kSharedBytes);
+    };
+    if (begin % 4 == 0 && plan.wgmma_rows > Int8WgmmaShape::kRows)
+      return plan.wgmma_rows == kInt8PersistentRows
+                 ? staying(std::integral_constant<int, kInt8PersistentRows>(), "int8_persistent<256x128>")
+                 : staying(std::integral_constant<int, kInt8PersistentMostRows>(), "int8_persistent<320x128>");
   }
   using Shape = Int8WgmmaShape;
   return run(Shape(), std::integral_constant<decltype(&int8_wgmma<T>), &int8_wgmma<T>>(), "int8_wgmma<128x128>",

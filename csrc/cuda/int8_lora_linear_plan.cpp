@@ -78,9 +78,10 @@ double operations_per_clock(int arch) {
 
 // Tiles of int8_wgmma.cuh. Of a step two warpgroups read its 16 KB of q each, and lanes w once.
 constexpr HopperTile kByWgmma = {128, 2, 2, (2 + 1) * 16384.0};
-// Of int8_persistent.cuh, the same for 256 rows; a warpgroup gets ahead of the other by what the ring holds beyond the
-// step that is multiplied, half of the one before, and one on its way.
-constexpr PersistentTile kPersistent = {256, 128, (2 * 2 + 1) * 16384.0, 1.5};
+// Of int8_persistent.cuh, the same for more rows; a warpgroup gets ahead of the other by what the ring holds, of four
+// steps or of three, beyond the step that is multiplied, half of the one before, and one on its way.
+constexpr PersistentTile kPersistent[] = {{kInt8PersistentRows, 128, (2 * 2 + 1) * 16384.0, 1.5},
+                                          {kInt8PersistentMostRows, 128, (2 * 2.5 + 1) * 16384.0, 0.5}};
 // Instructions of a tile's end for each value, by the machine code for 16 bits: conversion 5, by way of shared memory
 // to y 10, what a step of the branch takes besides its products 5.
 constexpr double kEndInstructions = 20;
@@ -143,19 +144,19 @@ Fused fused_of(const Machine& machine, const CudaDevice& device, const Int8LoraL
   return best;
 }
 
-// Where int8_persistent.cuh may be taken: pairs of 16 bits, on two multiprocessors at least. An activation would be
-// long enough for tiles of two blocks to hide it better, and the three products of fp32 want more registers.
+// Where int8_persistent.cuh may be taken: pairs of 16 bits, on two multiprocessors at least. (The three products of
+// fp32 want more registers.)
 bool fits_persistent(const Int8LoraLinearProblem& p, const CudaDevice& device) {
-  return size_of(p.dtype) == 2 && p.out_features % 2 == 0 && p.activation == Activation::kNone &&
-         device.multiprocessors >= 2 && device.shared_bytes >= kInt8PersistentBytes;
+  return size_of(p.dtype) == 2 && p.out_features % 2 == 0 && device.multiprocessors >= 2 &&
+         device.shared_bytes >= kInt8PersistentBytes;
 }
 
 // What its end waits for besides instructions: L2 for a residual, of which half comes beside the other half; and for a
 // step of the branch more, which is asked for when the one before is done, four readings one behind the other.
-double persistent_waits(const Int8LoraLinearProblem& p) {
+double persistent_waits(const Int8LoraLinearProblem& p, int tile_rows) {
   const double groups = static_cast<double>(p.lora.groups), rows = static_cast<double>(p.rows);
   const double adapters =
-      p.lora.groups > 0 ? std::min(static_cast<double>(p.lora.adapters), kInt8PersistentRows * groups / rows + 1) : 1;
+      p.lora.groups > 0 ? std::min(static_cast<double>(p.lora.adapters), tile_rows * groups / rows + 1) : 1;
   const double steps = p.lora.present() ? adapters * std::ceil(static_cast<double>(p.lora.max_rank) / 32) : 1;
   return kL2Clocks * ((p.has_residual ? 4 : 0) + 4 * (steps - 1));
 }
@@ -240,7 +241,7 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
   const double branch =
       static_cast<double>(round_up(static_cast<int64_t>(s.rank), 64 / s.size)) * (s.size == 4 ? 24 : 2);
   HopperWork work{p.rows, p.out_features, s.base_bytes, std::ceil(s.K / 128),
-                  kEndInstructions + activation_instructions(p.activation)};
+                  kEndInstructions + activation_instructions(p.activation, p.dtype)};
   const auto branch_clocks = [&](double depth) { return 2 * 128 * depth / operations_per_clock(device.cuda.arch); };
   work.branch = branch_clocks(branch);
   const TiledTime tiles = by_mma_on_hopper(
@@ -286,16 +287,21 @@ void configure(const DeviceInfo& device, Int8LoraLinearPlan* plan) {
     const double halves =
         static_cast<double>(round_up(static_cast<int64_t>(s.rank), 32 / s.size)) * (s.size == 4 ? 24 : 2);
     work.branch = branch_clocks(halves);
-    const double narrow_us = hopper_tiles(device.cuda, {kByWgmma}, work).us;
-    work.value = kPersistentEnd + (p.has_residual ? kPersistentResidual : 0);
-    work.waits = persistent_waits(p);
-    const bool persistent = fits_persistent(p, device.cuda);
-    const double us = persistent ? std::min(narrow_us, hopper_persistent(device.cuda, kPersistent, work)) : narrow_us;
+    double us = hopper_tiles(device.cuda, {kByWgmma}, work).us;
+    int tile_rows = 128;
+    work.value =
+        kPersistentEnd + (p.has_residual ? kPersistentResidual : 0) + activation_instructions(p.activation, p.dtype);
+    if (fits_persistent(p, device.cuda))
+      for (const PersistentTile& tile : kPersistent) {
+        work.waits = persistent_waits(p, tile.rows);
+        const double staying_us = hopper_persistent(device.cuda, tile, work);
+        if (staying_us < us) us = staying_us, tile_rows = tile.rows;
+      }
     if (us + rows_us + launch_us < c.predicted_us) {
       c.path = CudaInt8LoraLinearPath::kTiled;
       c.large_tiles = true;
-      c.wgmma_rows = us < narrow_us ? kInt8PersistentRows : 128;
-      c.resident = us < narrow_us ? static_cast<int>(machine.multiprocessors) : 0;
+      c.wgmma_rows = tile_rows;
+      c.resident = tile_rows > 128 ? static_cast<int>(machine.multiprocessors) : 0;
       c.splits = c.cluster = 1;
       c.predicted_us = us + rows_us + launch_us;
     }

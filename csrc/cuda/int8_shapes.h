@@ -16,9 +16,9 @@ constexpr int kInt8Step = 64;
 constexpr int kInt8FewColumns = 32;
 // Calls that one launch makes together: their parameters are the kernel's, of which there are at most 4 KB.
 constexpr int kInt8MostTogether = 3;
-// Rows of a tile of int8_persistent.cuh, and all of the shared memory that its block takes.
-constexpr int kInt8PersistentRows = 256;
-constexpr int64_t kInt8PersistentBytes = 223328;
+// Rows of a tile of int8_persistent.cuh, and all of the shared memory that a block takes at most.
+constexpr int kInt8PersistentRows = 256, kInt8PersistentMostRows = 320;
+constexpr int64_t kInt8PersistentBytes = 223344;
 // Columns of a vocabulary that one block chooses among.
 constexpr int kTopThreads = 256, kTopEach = 8, kTopColumns = kTopThreads * kTopEach;
 

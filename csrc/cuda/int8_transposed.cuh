@@ -36,8 +36,8 @@ inline bool make_int8_maps(Int8WgmmaParams* p, int rows_of_box, int blocks_of_bo
 
 // Where in a tile of w the words of this lane's channels lie, from `channel` on. Eight lanes read 128 bytes from 32
 // different banks, as the swizzle has it: the four words t lie 256 bytes apart.
-__device__ inline int weight_offset(int channel) {
-  const int at = lane_of_warp() % 4 * kInt8StepBytes + channel % 64 * 4;
+__device__ inline int weight_offset(int channel, int lane = lane_of_warp()) {
+  const int at = lane % 4 * kInt8StepBytes + channel % 64 * 4;
   return channel / 64 * kInt8WgmmaBlockBytes + (at ^ (at >> 7 & 7) << 4);
 }
 
@@ -60,9 +60,8 @@ __device__ inline void load_factor(char* tile, const UpFactor& up, int columns, 
   for (int i = thread; i < Tile::kRows * 4; i += kThreads) {
     const int at = i % Tile::kRows, part = i / Tile::kRows, r = part * kPerChunk<T>;
     const int channel = n + at / kWarpChannels * kWarpChannels + at % 8 * kRunChannels + at % kWarpChannels / 8;
-    const int left = channel < columns ? ranks - r : 0;
-    const int count = left < 0 ? 0 : left > kPerChunk<T> ? kPerChunk<T> : left;
-    store16(tile + Tile::offset(at, part), up.chunk<T>(begin + r, channel, count));
+    store16(tile + Tile::offset(at, part),
+            up.chunk<T>(begin + r, channel, of_chunk<T>(channel < columns ? ranks - r : 0)));
   }
 }
 
@@ -70,14 +69,14 @@ __device__ inline void load_factor(char* tile, const UpFactor& up, int columns, 
 // left out. Fragments of mma.sync for a warp are wgmma's.
 template <class T, class TileT, class TileB, int kEights>
 __device__ inline void add_branch(float (&c)[kEights][4], const char* t, const char* factor, int warp_channel,
-                                  int ranks, bool precise) {
+                                  int ranks, bool precise, int lane = lane_of_warp()) {
 #pragma unroll 1
   for (int half = 0; half < 2 && half * (kStep<T> / 2) < ranks; ++half) {
     uint32_t a[4], b[4];
-    load_a<TileB>(a, factor, warp_channel, half);
+    load_a<TileB>(a, factor, warp_channel, half, lane);
 #pragma unroll
     for (int j = 0; j < kEights; j += 2) {
-      load_b<TileT>(b, t, j * 8, half);
+      load_b<TileT>(b, t, j * 8, half, lane);
       product<T>(c[j], a, b[0], b[1], precise);
       product<T>(c[j + 1], a, b[2], b[3], precise);
     }

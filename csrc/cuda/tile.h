@@ -59,8 +59,7 @@ __device__ inline void load_tile(char* tile, const Matrix& m, int row, int colum
     const int index = static_cast<int>(threadIdx.x) + i * kThreads;
     if (Tile::kRows * Tile::kChunks < kThreads && index >= Tile::kRows * Tile::kChunks) continue;
     const int r = index / Tile::kChunks, chunk = index % Tile::kChunks, c = column + chunk * kPerChunk<T>;
-    int count = row + r < m.rows && keep(r) ? m.columns - c : 0;
-    count = count < 0 ? 0 : count > kPerChunk<T> ? kPerChunk<T> : count;
+    const int count = of_chunk<T>(row + r < m.rows && keep(r) ? m.columns - c : 0);
     const T* from = static_cast<const T*>(m.data) + (count ? (row + r) * m.stride + c : 0);
     char* to = tile + Tile::offset(r, chunk);
     if (m.aligned && !dropout.on) {
@@ -76,20 +75,28 @@ __device__ inline void load_tile(char* tile, const Matrix& m, int row, int colum
 }
 
 __device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
+// The thread of the block, read where it stands: what is made of it is not kept in registers over what lies before.
+__device__ inline unsigned thread_asked_anew() {
+#if defined(LORA_KERNELS_EMULATION)
+  return threadIdx.x;
+#else
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
 
 // Fragments of one tensor-core step (half of a Step): `half` is 0 or 1. For A, 16 rows of the result from `row` on; for
 // B, 16 columns from `row` on: b[0], b[1] of the first eight, b[2], b[3] of the others. Depth lies along the rows of
 // the tile (kDepthInRows), or across them.
 
 template <class Tile>
-__device__ inline void load_a(uint32_t (&a)[4], const char* tile, int row, int half) {
-  const int lane = lane_of_warp();
+__device__ inline void load_a(uint32_t (&a)[4], const char* tile, int row, int half, int lane = lane_of_warp()) {
   ldmatrix(a, tile + Tile::offset(row + lane % 16, half * 2 + lane / 16));
 }
 
 template <class Tile>
-__device__ inline void load_b(uint32_t (&b)[4], const char* tile, int row, int half) {
-  const int lane = lane_of_warp();
+__device__ inline void load_b(uint32_t (&b)[4], const char* tile, int row, int half, int lane = lane_of_warp()) {
   ldmatrix(b, tile + Tile::offset(row + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2));
 }
 

@@ -15,7 +15,8 @@ namespace {
 struct Call {
   int64_t rows, in_features, out_features, dtype, bias_dtype, norm_dtype, activation, has_bias, has_residual, has_norm;
   int64_t static_scale, top_k, log_sum, adapters, total_rank, max_rank, groups, lora_dtype;
-  // path -1: the heuristic's own choice. large_tiles 128 or 256: by wgmma, so many rows; 256 by four blocks that stay.
+  // path -1: the heuristic's own choice. large_tiles 128, 256 or 320: by wgmma, so many rows; 256 and 320 by four
+  // blocks that stay.
   int64_t arch, path, large_tiles, splits, cluster, staged;
   int64_t x_stride, a_stride, b_stride_rank, b_stride_out, b_stride_block, shared_bytes;
   double norm_eps, host_x_scale;
@@ -56,7 +57,7 @@ Status plan_of(const Call* c, Int8LoraLinearPlan* chosen) {
     plan.cuda.path = static_cast<CudaInt8LoraLinearPath>(c->path);
     plan.cuda.large_tiles = c->large_tiles != 0;
     plan.cuda.wgmma_rows = c->large_tiles > 1 ? static_cast<int>(c->large_tiles) : 0;
-    plan.cuda.resident = plan.cuda.wgmma_rows == 256 ? 4 : 0;
+    plan.cuda.resident = plan.cuda.wgmma_rows > 128 ? 4 : 0;
     plan.cuda.splits = static_cast<int>(c->splits);
     plan.cuda.cluster = static_cast<int>(c->cluster);
     if (c->staged < 2) plan.cuda.rows_of_block = cuda::kInt8Rows;  // and else as many as the heuristic takes

@@ -65,8 +65,9 @@ __global__ void primitive(const Registers p) {
     for (int i = 0; i < 2; ++i) out[4 + i] = bits_of(from_float<__half>(__uint_as_float(in[i])));
     for (int i = 0; i < 2; ++i) out[6 + i] = bits_of(from_float<__nv_bfloat16>(__uint_as_float(in[i])));
   } else if constexpr (kWhich == 10) {
-    for (int i = 0; i < 4; ++i) out[i] = __float_as_uint(activate(c[i], Activation::kGelu));
-    for (int i = 0; i < 4; ++i) out[4 + i] = __float_as_uint(activate(c[i], Activation::kSilu));
+    for (int i = 0; i < 2; ++i) out[i] = __float_as_uint(activate<float>(c[i], Activation::kGelu));
+    for (int i = 2; i < 4; ++i) out[i] = __float_as_uint(activate<__half>(c[i], Activation::kGelu));
+    for (int i = 0; i < 4; ++i) out[4 + i] = __float_as_uint(activate<float>(c[i], Activation::kSilu));
   } else {
     Dropout dropout;
     dropout.seed = uint64_t{in[0]} << 32 | in[1];
@@ -285,6 +286,7 @@ Status run_one(int which, const Registers& p) {
   if (which == kPrimitives + 11) return run_shared_box(p);
   if (which == kPrimitives + 12) return run_sends(p);
   if (which == kPrimitives + 13) return run_integers<256>(p);
+  if (which == kPrimitives + 14) return run_integers<160>(p);
   if constexpr (kWhich + 1 < kPrimitives)
     if (which != kWhich) return run_one<kWhich + 1>(which, p);
   return launch<&primitive<kWhich>>({"primitive", dim3(1, 1, 1), dim3(32, 1, 1), 1024, nullptr}, p);

@@ -167,6 +167,7 @@ void test_planes() {
 void test_wgmma_int8() {
   test_planes();
   expect<Fault::kNone>("integers", "");
+  expect<Fault::kNone, 160>("integers, 160 columns", "");
   expect<Fault::kNone, 256>("integers, 256 columns", "");
   expect<Fault::kNoProductsFence>("no fence of the products", "wgmma without wgmma_fence()");
   // What is made at once has read its registers, and left its sums.

@@ -35,9 +35,10 @@ class Call(ctypes.Structure):
 class EmulatedInt8:
     """The kernels in one order of threads; ``path=None``: the plan that the heuristic takes.
 
-    ``large`` 128 or 256: tiles by wgmma, so tall. ``splits``: of K among blocks; on ``clustered``
-    (``few_rows``) and ``fused`` those of a cluster. ``staged`` in shared memory: nothing (0), what
-    rows are made of (1), or all that fits (2). ``max_rank`` 0: the largest rank of the bank.
+    ``large`` 128, 256 or 320: tiles by wgmma, so tall. ``splits``: of K among blocks; on
+    ``clustered`` (``few_rows``) and ``fused`` those of a cluster. ``staged`` in shared memory:
+    nothing (0), what rows are made of (1), or all that fits (2). ``max_rank`` 0: the largest rank
+    of the bank.
 
     After a call ``q`` and ``row_scales`` are the quantized rows and their scales, where the path
     keeps them in memory, and ``plan`` says what ran.

@@ -98,10 +98,10 @@ def int8_lora_linear(dtype: torch.dtype, order: tuple) -> Checks:
             continue
         # Large tiles reach beyond a weight of one block, small ones do not; by wgmma more steps
         # than there are places for them, and of blocks that stay four tiles.
-        if large == 256 and dtype == torch.float32:
+        if large > 128 and dtype == torch.float32:
             continue
-        rows, k = (140, 1016) if large == 128 else (300, 760) if large else (min(most, 70), 136)
-        shape = (rows, k, 300 if large == 256 else 40 if large else 70)
+        rows, k = (140, 1016) if large == 128 else (330, 760) if large else (min(most, 70), 136)
+        shape = (rows, k, 300 if large > 128 else 40 if large else 70)
         for mode in ("peft", "bank"):
             emulated = EmulatedInt8(*order, path=path, large=large, splits=splits)
             name = f"int8 {path} {'wgmma ' if large > 1 else ''}splits={splits} {mode}"

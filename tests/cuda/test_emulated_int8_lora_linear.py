@@ -34,14 +34,15 @@ SHAPES = [
 # By wgmma: both sides of a tile, and more steps of depth than it has places for them.
 WGMMA_SHAPES = [(1, 1, 1), (33, 40, 16), (129, 257, 191), (130, 1030, 264), (140, 516, 400)]
 # By four blocks that stay: one tile, and several of one step and of more.
-STAYING_SHAPES = [(1, 1, 2), (33, 40, 16), (259, 257, 390), (300, 1030, 264), (520, 140, 600)]
-# path, large tiles (128, 256: by wgmma, so many rows), splits of K (clustered, fused: blocks of a
-# cluster), most rows
+STAYING_SHAPES = [(1, 1, 2), (33, 40, 16), (323, 257, 390), (340, 1030, 264), (650, 140, 600)]
+# path, large tiles (128, 256, 320: by wgmma, so many rows), splits of K (clustered, fused: blocks
+# of a cluster), most rows
 PLANS = [
     ("tiled", False, 1, 1 << 20),
     ("tiled", True, 1, 1 << 20),
     ("tiled", 128, 1, 1 << 20),
     ("tiled", 256, 1, 1 << 20),
+    ("tiled", 320, 1, 1 << 20),
     ("few_rows", False, 1, 32),
     ("few_rows", False, 3, 32),
     ("clustered", False, 4, 32),
@@ -54,12 +55,13 @@ NAMES = [
     for path, large, splits, _ in PLANS
 ]
 # One plan of each kernel.
-WAYS = [("tiled", False), ("tiled", 128), ("tiled", 256), ("few_rows", False), ("fused", False)]
+WAYS = [("tiled", False), ("tiled", 128), ("tiled", 256), ("tiled", 320)]
+WAYS += [("few_rows", False), ("fused", False)]
 ORDERS = [("forward", 1), ("reverse", 1), ("shuffled", 1), ("shuffled", 2)]
 
 
 def expect_made(dtype: torch.dtype, large: int) -> None:
-    if large == 256 and dtype == torch.float32:
+    if large > 128 and dtype == torch.float32:
         pytest.skip("blocks that stay are for 16 bits")
 
 
@@ -78,8 +80,6 @@ def check(emulated: EmulatedInt8, shape, dtype, mode, activation="none", static=
     q, scales, packed = weight_of(k, n)
     x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
     operands = bank(mode, rows, k, n, dtype)
-    if emulated.large == 256:  # blocks that stay have none
-        activation = "none"
     operands |= {"residual": torch.randn(rows, n).to(dtype), "activation": activation}
     if static:
         operands["x_scale"] = torch.tensor([0.02])
@@ -99,7 +99,7 @@ def check(emulated: EmulatedInt8, shape, dtype, mode, activation="none", static=
 def test_forward_quickly(dtype: torch.dtype, plan: tuple[str, int, int, int]) -> None:
     path, large, splits, most = plan
     expect_made(dtype, large)
-    shape = (min(most, 70), 101, 68 if large == 256 else 67)
+    shape = (min(most, 70), 101, 68 if large > 128 else 67)
     for mode in ("peft", "bank"):
         emulated = EmulatedInt8("shuffled", path=path, large=large, splits=splits)
         check(emulated, shape, dtype, mode, "gelu")
@@ -113,7 +113,7 @@ def test_forward(dtype: torch.dtype, mode: str, plan: tuple[str, int, int, int])
     path, large, splits, most = plan
     expect_made(dtype, large)
     activations = itertools.cycle(["none", "gelu", "silu"])
-    shapes = STAYING_SHAPES if large == 256 else WGMMA_SHAPES if large > 1 else SHAPES
+    shapes = STAYING_SHAPES if large > 128 else WGMMA_SHAPES if large > 1 else SHAPES
     for index, (shape, order) in enumerate(zip(shapes, itertools.cycle(ORDERS))):
         if shape[0] <= most:
             emulated = EmulatedInt8(
@@ -163,7 +163,7 @@ def test_no_order_of_threads_changes_a_bit(path: str, large: int) -> None:
 def test_tiles_by_wgmma_have_the_bits_of_those_by_mma(dtype: torch.dtype) -> None:
     """Integer sums are exact, and the branch adds the same products in the same order."""
     library().emulated_boxes()
-    for rows, k, n, added in [(140, 1016, 72, True), (270, 333, 600, False)]:
+    for rows, k, n, added in [(140, 1016, 72, True), (330, 333, 600, False)]:
         _, _, packed = weight_of(k, n)
         x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
         operands = bank("bank", rows, k, n, dtype)
@@ -172,24 +172,34 @@ def test_tiles_by_wgmma_have_the_bits_of_those_by_mma(dtype: torch.dtype) -> Non
         want = EmulatedInt8(path="tiled").forward(x, packed, n, bias, **operands)
         assert library().emulated_boxes() == 0
         # Tiles come in pairs: one below the other, or of blocks that stay one beside the other.
-        for tall, columns in ((128, 128), (256, 256)):
+        for tall, below, beside in ((128, 256, 128), (256, 256, 256), (320, 320, 256)):
             emulated = EmulatedInt8("shuffled", path="tiled", large=tall)
             assert torch.equal(emulated.forward(x, packed, n, bias, **operands), want)
-            tiles = 2 * -(-rows // 256) * -(-n // columns)
+            tiles = 2 * -(-rows // below) * -(-n // beside)
             assert library().emulated_boxes() == 2 * tiles * -(-k // 128)  # of q and w, each step
 
 
-def test_blocks_that_stay_leave_a_residual_between_words_to_small_tiles() -> None:
+@pytest.mark.parametrize("large", [256, 320])
+def test_blocks_that_stay_leave_a_residual_between_words_to_small_tiles(large: int) -> None:
     _, _, packed = weight_of(200, 260)
     x, whole = torch.randn(9, 200).half(), torch.randn(9 * 260 + 1).half()
     between = whole[1:].view(9, 260)
     assert between.data_ptr() % 4 == 2
     for residual, pairs in ((between.clone(), 2), (between, 3)):
         library().emulated_boxes()
-        got = EmulatedInt8(path="tiled", large=256).forward(x, packed, 260, residual=residual)
+        got = EmulatedInt8(path="tiled", large=large).forward(x, packed, 260, residual=residual)
         assert library().emulated_boxes() == 2 * 2 * pairs * 2
         want = EmulatedInt8(path="tiled").forward(x, packed, 260, residual=residual)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("large", [256, 320])
+def test_blocks_that_stay_end_with_the_last_of_eight_tiles_of_rows(large: int) -> None:
+    """Eight are taken one below the other before the next beside them, of which there is none."""
+    _, _, packed = weight_of(16, 2)
+    x = torch.randn(8 * large, 16).half()
+    got = EmulatedInt8(path="tiled", large=large).forward(x, packed, 2)
+    assert torch.equal(got, EmulatedInt8(path="tiled").forward(x, packed, 2))
 
 
 def test_where_no_tensor_map_can_be_made_mma_takes_the_place_of_wgmma() -> None:
@@ -206,7 +216,7 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
     x = torch.randint(-127, 128, (14, 203)).float()
     want = reference.int8_accumulators(x.to(torch.int8), q)
     for path, large, splits, _ in PLANS:
-        if large == 256:
+        if large > 128:
             continue  # of 16 bits, which has the bits of the others by a test of its own
         emulated = EmulatedInt8("shuffled", path=path, large=large, splits=splits)
         got = emulated.forward(x, packed, 70, x_scale=torch.ones(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 
-from kernels import by_wgmma_and_by_mma
+from kernels import by_wgmma_and_by_mma, kernels_of
 from test_emulated_int8_lora_linear import rounded, weight_of
 from test_emulated_lora_linear import bank
 from test_lora_linear_gpu import dtypes, there
@@ -65,21 +66,27 @@ def test_integer_sums_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("mode", ["none", "peft", "bank"])
 def test_tiles_by_wgmma_agree_with_those_by_mma(dtype: torch.dtype, mode: str) -> None:
     """At sizes whose plan takes wgmma, in uneven tiles; without LoRA to the bit."""
+    # Rows of a tile, by the plans of 132 multiprocessors; of fewer the first two divide otherwise.
+    cases = [(4096, 5120, 1280, "none", 320), (4096, 1280, 1280, "gelu", 320)]
+    if torch.cuda.get_device_properties(0).multi_processor_count < 130:
+        cases.clear()
+    cases += [(4001, 2561, 2563, "silu", 128), (12000, 2560, 2560, "none", 320)]
+    cases += [(4001, 1285, 5122, "silu", 256), (4096, 1280, 5120, "gelu", 256)]
     # Blocks that stay are for 16 bits and, where several adapters share their tiles, for none.
     stay = dtype != torch.float32 and mode != "bank"
-    small, staying = "int8_wgmma", "int8_persistent" if stay else "int8_wgmma"
-    cases = [(4096, 5120, 1280, small), (4001, 2561, 2563, small)]
-    cases += [(12000, 2560, 2560, staying), (4001, 1285, 5122, staying)]
-    for rows, k, n, kernel in cases:
+    for rows, k, n, activation, tall in cases:
         _, _, packed = weight_of(k, n)
         x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
-        operands = there(bank(mode, rows, k, n, dtype, 16))
+        operands = there(bank(mode, rows, k, n, dtype, 16) | {"activation": activation})
         arguments = [x.cuda(), packed.cuda(), n, bias.cuda()]
         run = functools.partial(ops.int8_lora_linear, *arguments, **operands)
-        got, plain = by_wgmma_and_by_mma(run, kernel)
-        if mode == "none":
+        small = tall == 128 or not stay
+        got, plain = by_wgmma_and_by_mma(run, "int8_wgmma" if small else "int8_persistent")
+        if not small:
+            assert re.search(rf"int8_persistent<\w+, (\(int\))?{tall}>", kernels_of(run))
+        if mode == "none" and activation == "none":
             assert torch.equal(got, plain)
-        assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode}")
+        assert_close(got, plain.double(), plain, what=f"{rows}x{k}x{n} {mode} {activation}")
 
 
 def test_topk_is_the_cpu_s() -> None:

@@ -45,6 +45,7 @@ PRIMITIVES = [
     "tma of a cluster",
     "send16 in a cluster",
     "wgmma.s8.n256",
+    "wgmma.s8.n160",
 ]
 # Sums in another order, and approximations of exp2 and the reciprocal; everything else is exact.
 ROUNDED = {"mma.f16", "mma.bf16", "mma.tf32", "mma.f16.k8", "activations"}

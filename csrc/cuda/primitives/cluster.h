@@ -74,9 +74,9 @@ __device__ inline void arrive_at_all(uint64_t* barrier, bool there LORA_KERNELS_
 #else
   if constexpr (kArch >= 90)
     asm volatile(
-        "{\n.reg .b32 there;\n.reg .pred p;\nsetp.lt.u32 p, %1, %2;\n@p mapa.shared::cluster.u32 there, %0, %1;\n"
-        "@p mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
-        "r"(threadIdx.x % 32), "r"(there ? kClusterBlocks : 0)
+        "{\n.reg .b32 its;\n.reg .pred p;\nsetp.lt.u32 p, %1, %3;\nmapa.shared::cluster.u32 its, %0, %2;\n"
+        "@p mbarrier.arrive.shared::cluster.b64 _, [its];\n}" ::"r"(shared_address(barrier)),
+        "r"(threadIdx.x % 32), "r"(threadIdx.x % kClusterBlocks), "r"(there ? kClusterBlocks : 0)
         : "memory");
 #endif
 }

@@ -1,6 +1,6 @@
 // INT8 products of a warpgroup on sm_90a, with the left operand in registers (wgmma.h: fences, groups and waits).
 //
-//   wgmma_s8  c [64, N] += a [64, 32] b [N, 32]t, signed bytes, sums int32; N 128 or 256
+//   wgmma_s8  c [64, N] += a [64, 32] b [N, 32]t, signed bytes, sums int32; N 128, 160 or 256
 //
 // Layouts by the PTX ISA, wgmma.mma_async with .s8: warp w of the group holds rows 16 w ... of a as it would for
 // mma.m16n8k32 (lane l, g = l / 4, t = l % 4: a[0] at (g, 4 t), a[1] at (g + 8, 4 t), a[2] at (g, 4 t + 16), a[3] at
@@ -61,7 +61,7 @@ void multiply_bytes(void* registers, const uint32_t (&a)[16], uint64_t b) {
 
 template <int kColumns>
 __device__ inline void wgmma_s8(int32_t (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b LORA_KERNELS_CALLER) {
-  static_assert(kColumns == 128 || kColumns == 256, "widths that are used");
+  static_assert(kColumns == 128 || kColumns == 160 || kColumns == 256, "widths that are used");
 #if defined(LORA_KERNELS_EMULATION)
   emulation::start_product(&c, a, b, detail::multiply_bytes<kColumns>, {"wgmma", file, line});
 #elif defined(LORA_KERNELS_WGMMA)
@@ -72,6 +72,15 @@ __device__ inline void wgmma_s8(int32_t (&c)[kColumns / 8][4], const uint32_t (&
         "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,"
         "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1;"
         : LORA_KERNELS_64_INTEGERS(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  else if constexpr (kColumns == 160)
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n160k32.s32.s8.s8 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
+        "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,"
+        "%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,"
+        "%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79}, {%80,%81,%82,%83}, %84, 1;"
+        : LORA_KERNELS_64_INTEGERS(0), LORA_KERNELS_16_INTEGERS(16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   else
     asm volatile(

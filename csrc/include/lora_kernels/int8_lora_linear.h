@@ -73,8 +73,8 @@ struct CudaInt8LoraLinearPlan {
   CudaInt8LoraLinearPath path = CudaInt8LoraLinearPath::kTiled;
   int arch = 0;              //
   bool large_tiles = false;  // kTiled: 128 x 128, or 64 x 64
-  int wgmma_rows = 0;        // kTiled: 128 or 256, of tiles of 128 channels by wgmma; 0: by mma.sync
-  int resident = 0;          // of 256 rows: so many blocks at most, which take tile after tile
+  int wgmma_rows = 0;        // kTiled: 128, 256 or 320, of tiles of 128 channels by wgmma; 0: by mma.sync
+  int resident = 0;          // of more than 128 rows: so many blocks at most, which take tile after tile
   int splits = 1;            // kFewRows: of K among blocks; integer parts go to the workspace
   // kTiled: the product may start before the kernel that makes its rows has finished. kFewRows, kFused: every kernel
   // may start before the one before it has, whichever operator that is of; so may the choice among outputs.
