@@ -70,7 +70,7 @@ int emulated_kv_attention_step(const Call* c, char* message, int64_t size) {
   }
   if (c->cluster && cuda::kv_shares(chosen.groups, p.layout == KvLayout::kBlocked)) {
     chosen.splits = chosen.cluster = static_cast<int>(c->cluster);
-    chosen.split_positions = static_cast<int>(round_up((p.capacity + c->cluster - 1) / c->cluster, 128));
+    chosen.split_positions = static_cast<int>(round_up((p.capacity + c->cluster - 1) / c->cluster, cuda::kKvSplitStep));
   }
   cuda::Workspace w;
   cuda::KvWorkspace(w, plan);
