@@ -11,13 +11,14 @@ COMMA := ,
 STAMP := $(VENV)/.installed-$(subst $(COMMA),-,$(EXTRAS))
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: help setup demo test test-quick test-litert bench cuda-check lint format base-model clean
+.PHONY: help setup demo test test-quick test-faults test-litert bench cuda-check lint format base-model clean
 
 help:
 	@echo "make setup       create $(VENV) and install everything into it (rebuilds when C++ sources change)"
 	@echo "make demo        the main job, on speech synthesised here: adapt, quantize, serve two adapters in one batch"
-	@echo "make test        all tests (half an hour on two cores)"
+	@echo "make test        the tests (half an hour on two cores)"
 	@echo "make test-quick  the quick ones (under 3 minutes)"
+	@echo "make test-faults C++ and kernels under sanitizers, and faults planted to be found (a quarter of an hour)"
 	@echo "make test-litert those of LiteRT's export, in an environment of its own (.venv-litert)"
 	@echo "make bench       benchmarks of the operators against torch and PEFT, JSON under benchmarks/results"
 	@echo "make cuda-check  compile every CUDA kernel for every architecture; registers, spills, instructions (no GPU needed)"
@@ -40,11 +41,16 @@ demo: setup
 	$(BIN)/lora-speech demo --output demo_output
 
 # Two at once: nearly all tests use one thread.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not faults"
 
 test-quick: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-faults: setup
+	$(PYTEST) -m faults
 
 # Its converter brings torchao, which transformers and peft import wherever it is.
 test-litert:

@@ -50,6 +50,7 @@ def test_every_source_is_listed_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("sanitizers", "tests"),
     [

@@ -16,7 +16,9 @@ from planted_faults import FAULTS, Fault
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-ADDRESS = "-DLORA_KERNELS_SANITIZE=address,undefined"
+# With sanitizers the compiler takes three times as long for -O1.
+QUICKLY = "-DLORA_KERNELS_EMULATION_OPTIONS=-Og;-g0"
+ADDRESS = ("-DLORA_KERNELS_SANITIZE=address,undefined", "-DLORA_KERNELS_EMULATION_OPTIONS=-Og;-g1")
 F16_ALONE = "-DLORA_KERNELS_TYPES=f16"  # what is not called is not built
 # Going from one file to another compiles what includes either.
 BY_FILE = sorted(FAULTS, key=lambda fault: (fault.sanitized, fault.file))
@@ -43,7 +45,7 @@ def run_shapes(
 
 def test_primitives_and_faults_in_small_kernels() -> None:
     """tests/cpp/emulation_test.cpp under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    program = build("emulation_test", ADDRESS)
+    program = build("emulation_test", *ADDRESS)
     run = subprocess.run(
         [program],
         env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},
@@ -55,13 +57,14 @@ def test_primitives_and_faults_in_small_kernels() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_kernels_under_sanitizers() -> None:
     """Every path on odd shapes; tensors and workspace end where their allocations do.
 
     In elements of both sizes, since bf16 goes where fp16 does; and in one order of threads, since
     addresses are the same in all.
     """
-    library = build("libcuda_emulated.so", ADDRESS, "-DLORA_KERNELS_TYPES=f16;f32")
+    library = build("libcuda_emulated.so", *ADDRESS, "-DLORA_KERNELS_TYPES=f16;f32")
     shapes = ["--dtype", "float16", "float32", "--orders", "1"]
     run = run_shapes(library, *shapes, sanitized=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -69,6 +72,7 @@ def test_kernels_under_sanitizers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("what", "silent"), [("ordered", True), ("race", False), ("kernels", True)]
 )
@@ -129,6 +133,7 @@ def copy_of_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", BY_FILE, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_planted_faults_are_caught(
     fault: Fault, copy_of_sources: Path, run_without_sanitizers: Callable[..., tuple[int, str]]
@@ -136,8 +141,8 @@ def test_planted_faults_are_caught(
     path = copy_of_sources / "csrc" / "cuda" / fault.file
     source = path.read_text()
     assert source.count(fault.before) == 1, f"{fault.file} no longer has {fault.before!r} once"
-    options = [F16_ALONE]
-    options += [ADDRESS] if fault.sanitized else ["-DLORA_KERNELS_EMULATION_OPTIONS=-Og;-g0"]
+    options = [F16_ALONE, QUICKLY]
+    options += ["-DLORA_KERNELS_SANITIZE=address"] if fault.sanitized else []
     folder = copy_of_sources / ("sanitized" if fault.sanitized else "plain")
     path.write_text(source.replace(fault.before, fault.after))
     try:

@@ -66,7 +66,7 @@ def speakers(real_speech: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         held_out = digit_strings(fsdd, name, range(5, 10), 12, seed=2)
         train = digit_strings(fsdd, name, range(10, 50), 160, seed=3)
         folder = tmp_path_factory.mktemp(name) / "adapter"
-        finetune("shipped", train, held_out, folder, TrainingConfig(steps=80, validate_every=40))
+        finetune("shipped", train, held_out, folder, TrainingConfig(steps=40, validate_every=40))
         plain = load_for_serving("shipped", {name: folder})
         int8 = load_for_serving("shipped", {name: folder}, int8=True)
         found[name] = Speaker(
@@ -80,7 +80,7 @@ def speakers(real_speech: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPEAKERS)
 def test_a_real_speaker_is_learnt(speakers: dict[str, Speaker], name: str) -> None:
-    assert speakers[name].int8.wer < 0.5 * speakers[name].base.wer
+    assert speakers[name].int8.wer < 0.25 * speakers[name].base.wer
 
 
 @pytest.mark.slow
